@@ -1,0 +1,160 @@
+"""Projectors: the only trained part, from encoder frames (50 Hz) to decoder embeddings (50 / stack_factor Hz).
+
+Every projector maps (B, T, D) to (B, ceil(T / stack_factor), H), and what it gives for the first
+ceil(n / stack_factor) projected frames depends on the first n frames only as long as the frames behind them are zero:
+that is what makes a padded batch equal to single utterances. Shape letters as in `modeling_tinyaudio`.
+
+To add one: a class here with the signature of `Projector`, and a line in `PROJECTORS`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+
+def num_projected(num_frames: Tensor, stack_factor: int) -> Tensor:
+    """Count projected frames, ceil(num_frames / stack_factor): a short last stack is zero-padded, never dropped."""
+    return (num_frames + stack_factor - 1) // stack_factor
+
+
+def stack_frames(features: Tensor, stack_factor: int) -> Tensor:
+    """Join neighbouring frames so the decoder sees fewer, wider ones.
+
+    Args:
+        features: (B, T, D), encoder output at 50 Hz.
+        stack_factor: frames joined into one; 5 gives 10 Hz.
+
+    Returns:
+        (B, ceil(T / stack_factor), D * stack_factor). A short last stack is zero-padded.
+
+    Raises:
+        ValueError: if T is 0, since there is nothing to stack.
+
+    Source: SLAM-ASR (Ma et al. 2024, arXiv 2402.08846, section 3.2), which drops the remainder; we keep it.
+    """
+    batch, frames, dim = features.shape
+    if frames == 0:
+        raise ValueError("features have 0 frames; expected at least 1 (audio shorter than 25 ms is padded)")
+    missing = -frames % stack_factor
+    if missing:
+        features = nn.functional.pad(features, (0, 0, 0, missing))
+    return features.reshape(batch, (frames + missing) // stack_factor, dim * stack_factor)
+
+
+class Projector(nn.Module):
+    """What all projectors share: sizes, and the RMS of what they put out.
+
+    Args:
+        input_dim: D, encoder width.
+        output_dim: H, decoder embedding width.
+        stack_factor: encoder frames per projected frame.
+        hidden_size: width between the two layers; unused by `linear`.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
+        super().__init__()
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.stack_factor, self.hidden_size = stack_factor, hidden_size
+
+    def first_linear(self) -> nn.Linear | None:
+        """Return the layer that reads raw stacked frames, if there is one: where whitening can be folded in."""
+        return None
+
+
+class MLPProjector(Projector):
+    """Stack, Linear, ReLU, Linear: the projector of the original Tiny Audio card and of SLAM-ASR.
+
+    At D = 1024, stack 5, hidden 2048, H = 2048 it has 5120*2048 + 2048 + 2048*2048 + 2048 = 14,684,160 parameters.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
+        super().__init__(input_dim, output_dim, stack_factor, hidden_size)
+        self.linear_in = nn.Linear(input_dim * stack_factor, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_out(torch.relu(self.linear_in(stack_frames(features, self.stack_factor))))
+
+    def first_linear(self) -> nn.Linear:
+        return self.linear_in
+
+
+class LinearProjector(Projector):
+    """Stack, Linear: the least that can work, and the control for every other one."""
+
+    def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
+        super().__init__(input_dim, output_dim, stack_factor, hidden_size)
+        self.linear = nn.Linear(input_dim * stack_factor, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(stack_frames(features, self.stack_factor))
+
+    def first_linear(self) -> nn.Linear:
+        return self.linear
+
+
+class NormMLPProjector(Projector):
+    """Stack, RMSNorm, Linear, GELU, Linear: insensitive to the scale of the features.
+
+    Source: the form that alexkroman/tiny-audio ended with after some twenty variants (its projectors.py, September 2026).
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
+        super().__init__(input_dim, output_dim, stack_factor, hidden_size)
+        self.norm = nn.RMSNorm(input_dim * stack_factor, eps=1e-6)
+        self.linear_in = nn.Linear(input_dim * stack_factor, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        stacked = self.norm(stack_frames(features, self.stack_factor))
+        return self.linear_out(nn.functional.gelu(self.linear_in(stacked)))
+
+
+class ConvProjector(Projector):
+    """One strided convolution that sees half a stack to either side, GELU, Linear.
+
+    Source: WeSR (github.com/wenet-e2e/wesr), which joins frames by a Conv1d before the LLM.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
+        super().__init__(input_dim, output_dim, stack_factor, hidden_size)
+        self.context = stack_factor // 2  # frames seen beyond the stack, each side
+        self.conv = nn.Conv1d(input_dim, hidden_size, stack_factor + 2 * self.context, stride=stack_factor)
+        self.linear_out = nn.Linear(hidden_size, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        frames = features.shape[1]
+        if frames == 0:
+            raise ValueError("features have 0 frames; expected at least 1 (audio shorter than 25 ms is padded)")
+        right = math.ceil(frames / self.stack_factor) * self.stack_factor - frames + self.context
+        padded = nn.functional.pad(features, (0, 0, self.context, right))
+        joined = self.conv(padded.transpose(1, 2)).transpose(1, 2)
+        return self.linear_out(nn.functional.gelu(joined))
+
+
+PROJECTORS: dict[str, Callable[[int, int, int, int], Projector]] = {
+    "mlp": MLPProjector,
+    "linear": LinearProjector,
+    "norm_mlp": NormMLPProjector,
+    "conv": ConvProjector,
+}
+
+
+def build_projector(kind: str, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> Projector:
+    """Make a projector with fresh weights (PyTorch's default initialisation).
+
+    Raises:
+        ModelError: unknown kind, or a size that is not positive.
+    """
+    if kind not in PROJECTORS:
+        raise ModelError(f"unknown projector kind {kind!r}; expected one of {', '.join(PROJECTORS)}")
+    if min(input_dim, output_dim, stack_factor, hidden_size) < 1:
+        raise ModelError(
+            f"projector sizes must be positive; found input_dim={input_dim}, output_dim={output_dim}, "
+            f"stack_factor={stack_factor}, hidden_size={hidden_size}"
+        )
+    return PROJECTORS[kind](input_dim, output_dim, stack_factor, hidden_size)

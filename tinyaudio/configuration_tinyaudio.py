@@ -1,0 +1,67 @@
+"""The configuration of a tinyaudio model: which two frozen parts, which projector, which prompt.
+
+Flat on purpose: the frozen parts keep their own configurations in their own folders; here stand only their names,
+revisions and digests, and the numbers that the projector between them depends on.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+DEFAULT_ENCODER = "facebook/hubert-large-ls960-ft"
+DEFAULT_DECODER = "HuggingFaceTB/SmolLM3-3B-Base"
+
+
+class TinyAudioConfig(PreTrainedConfig):
+    """What a checkpoint folder says about itself.
+
+    Args:
+        encoder_id, encoder_revision: hub id (or folder) and commit of the frozen encoder.
+        encoder_digest: `frozen.weights_digest` of the encoder in float32; checked at load. None: unknown.
+        encoder_dim: D, width of the encoder's features.
+        encoder_precision: "float32" or "bfloat16" (autocast on a GPU; a CPU always runs float32).
+        decoder_id, decoder_revision, decoder_digest: the same for the frozen decoder, in `decoder_dtype`.
+        decoder_dim: H, width of the decoder's embeddings.
+        decoder_dtype: precision the decoder's weights are held in.
+        projector_kind, stack_factor, projector_hidden_size: see `projectors`.
+        prompt_prefix_ids, prompt_suffix_ids: token ids before and after the audio, see `prompt`.
+        eos_token_id: ends a transcript. pad_token_id: fills finished beams.
+        store_fingerprint: id of the feature store this projector was trained from; None: unknown.
+        calibration_id: id of the int8 calibration of that store; None for float stores.
+    """
+
+    model_type = "tinyaudio"
+
+    def __init__(
+        self,
+        encoder_id: str = DEFAULT_ENCODER,
+        encoder_revision: str | None = None,
+        encoder_digest: str | None = None,
+        encoder_dim: int = 1024,
+        encoder_precision: str = "float32",
+        decoder_id: str = DEFAULT_DECODER,
+        decoder_revision: str | None = None,
+        decoder_digest: str | None = None,
+        decoder_dim: int = 2048,
+        decoder_dtype: str = "bfloat16",
+        projector_kind: str = "mlp",
+        stack_factor: int = 5,
+        projector_hidden_size: int = 2048,
+        prompt_prefix_ids: list[int] | None = None,
+        prompt_suffix_ids: list[int] | None = None,
+        eos_token_id: int = 128_001,
+        pad_token_id: int = 128_004,
+        store_fingerprint: str | None = None,
+        calibration_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder_id, self.encoder_revision, self.encoder_digest = encoder_id, encoder_revision, encoder_digest
+        self.encoder_dim, self.encoder_precision = encoder_dim, encoder_precision
+        self.decoder_id, self.decoder_revision, self.decoder_digest = decoder_id, decoder_revision, decoder_digest
+        self.decoder_dim, self.decoder_dtype = decoder_dim, decoder_dtype
+        self.projector_kind, self.stack_factor = projector_kind, stack_factor
+        self.projector_hidden_size = projector_hidden_size
+        self.prompt_prefix_ids = list(prompt_prefix_ids or [])
+        self.prompt_suffix_ids = list(prompt_suffix_ids or [])
+        self.store_fingerprint, self.calibration_id = store_fingerprint, calibration_id
+        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)

@@ -1,0 +1,68 @@
+"""Loading, freezing and identifying the two pretrained parts.
+
+They are named by hub id (or local folder) and revision; this module turns what the hub client says when that fails into
+one line, and gives weights a digest so that a store, a run and a checkpoint can tell whether they meant the same ones.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import MissingModelError, ModelError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# facebook/hubert-large-ls960-ft ships only pytorch_model.bin on its main branch; transformers v5 would then start a
+# background thread that asks the network for a converted copy.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+
+def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: Any) -> Any:
+    """Call `auto_class.from_pretrained`, with a clear line when nothing is there.
+
+    Args:
+        auto_class: an Auto class of transformers.
+        model_id: hub id such as "facebook/hubert-large-ls960-ft", or a local folder.
+        revision: hub commit, branch or tag; None for a local folder or the hub's default branch.
+
+    Raises:
+        MissingModelError: no such folder, or the hub cannot be reached and its cache holds no copy.
+        ModelError: files that do not make such a model.
+    """
+    if not Path(model_id).is_dir() and (model_id.startswith((".", "/", "~")) or model_id.count("/") != 1):
+        raise MissingModelError(f"{model_id!r} is not a folder; expected a model folder or a hub id such as 'owner/name'")
+    try:
+        return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
+    except OSError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).split("\n")[0]
+        raise MissingModelError(
+            f"{model_id!r}{at} cannot be loaded ({reason}); check the id and the network, or name a local copy"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{model_id!r} is no {auto_class.__name__}: {str(error).splitlines()[0]}") from error
+
+
+def resolved_revision(model: Any, revision: str | None) -> str | None:
+    """Return the hub commit a model was loaded from; the revision as asked for where there is none (local folders)."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return str(commit) if commit else revision
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Put a module into eval mode and take its parameters out of training for good."""
+    return module.eval().requires_grad_(False)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the SHA-256 (hex) over names, types, shapes and bytes of all weights, in the precision they are held in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # numpy knows no bfloat16; a byte view has the same bytes
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

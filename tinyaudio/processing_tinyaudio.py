@@ -1,0 +1,43 @@
+"""The processor: audio in any form to encoder inputs, token ids to text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+
+from .audio import AudioSource, load_audio
+from .encoder import encoder_inputs
+
+
+class TinyAudioProcessor(ProcessorMixin):
+    """The encoder's feature extractor and the decoder's tokenizer, side by side."""
+
+    def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
+        super().__init__(feature_extractor, tokenizer)
+
+    def __call__(  # type: ignore[override]
+        self,
+        audio: AudioSource | np.ndarray | Sequence[AudioSource | np.ndarray],
+        sampling_rate: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Load, resample, normalise and pad recordings.
+
+        Args:
+            audio: one or several of: path, encoded bytes, binary file object, array of samples.
+            sampling_rate: Hz, of arrays; 16,000 when not given.
+
+        Returns:
+            input_values (B, S) float32 and attention_mask (B, S) int64, torch tensors.
+
+        Raises:
+            AudioError: see `audio.load_audio`.
+        """
+        many = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        values, mask = encoder_inputs(self.feature_extractor, [load_audio(one, sampling_rate) for one in many])
+        return BatchFeature({"input_values": values, "attention_mask": mask})
+
+    def decode_transcripts(self, sequences: Any) -> list[str]:
+        """Turn generated ids (B, L) into transcripts without special tokens or surrounding space."""
+        return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]

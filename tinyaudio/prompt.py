@@ -1,0 +1,83 @@
+"""The one prompt, for training and for inference.
+
+    <start> Speech: [audio, 10 Hz] \nTranscript: the words that were said <end-of-text>
+    '---- prefix --'              '-- suffix --''-------- target -----------------'
+
+Plain words of the frozen decoder's own vocabulary, since a base model has no chat template; no token is added. The
+three texts are tokenised apart and joined as ids, so that a word can never merge across a border and labels are placed
+by position, never found by search. Audio stands in the middle so that what precedes it is a constant of the decoder.
+Shape letters as in `modeling_tinyaudio`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+
+PREFIX = "Speech:"
+SUFFIX = "\nTranscript:"
+
+
+def prompt_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokenise the prompt: ids before the audio (with the tokenizer's own start token, if it has one) and after it."""
+    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    return start + _ids(tokenizer, PREFIX), _ids(tokenizer, SUFFIX)
+
+
+def transcript_ids(tokenizer: Any, transcript: str) -> list[int]:
+    """Tokenise a training target: a space, the transcript, end-of-text. An empty transcript is end-of-text alone."""
+    words = transcript.strip()
+    return (_ids(tokenizer, " " + words) if words else []) + [end_of_text_id(tokenizer)]
+
+
+def end_of_text_id(tokenizer: Any) -> int:
+    """Return the id that ends a transcript.
+
+    Raises:
+        ModelError: a tokenizer without an end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the decoder's tokenizer has no end-of-text token; expected one, since it ends a transcript")
+    return int(tokenizer.eos_token_id)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def assemble(
+    prefix: Tensor, audio: Tensor, num_projected: Tensor, suffix: Tensor, targets: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Join the parts of every prompt, without padding.
+
+    Args:
+        prefix: (a, H) embeddings of the ids before the audio.
+        audio: (B, P, H) projector output.
+        num_projected: (B,) valid projected frames of each row.
+        suffix: (b, H) embeddings of the ids after the audio.
+        targets: B tensors (L_i, H), embedded transcripts; None at inference.
+
+    Returns:
+        B tensors (a + P_i + b [+ L_i], H).
+    """
+    rows = []
+    for i, length in enumerate(num_projected.tolist()):
+        parts = [prefix, audio[i, :length], suffix]
+        rows.append(torch.cat(parts if targets is None else [*parts, targets[i]]))
+    return rows
+
+
+def pad_right(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows for training, (B, longest, H). Padding stands behind everything causal attention looks at."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack rows for generation: (B, longest, H), and the mask (B, longest) with 0 on padding."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
+    positions = torch.arange(padded.shape[1], device=padded.device)
+    return padded, (positions[None, :] >= padded.shape[1] - lengths[:, None]).long()

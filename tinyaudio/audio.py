@@ -102,15 +102,15 @@ def describe(source: object) -> str:
 
 
 def _as_mono(array: NDArray[Any]) -> Samples:
-    """Bring an array of samples to (S,) float32; integers are scaled by their type's range."""
+    """Bring an array of samples to (S,) float32; integers are scaled to [-1, 1) by their type's range."""
     if array.ndim not in (1, 2):
         raise AudioError(f"array of shape {array.shape}; expected (samples,) or (channels, samples)")
+    if array.dtype.kind in "iu":
+        info = np.iinfo(array.dtype)
+        half = (int(info.max) + 1 - int(info.min)) // 2
+        array = (array.astype(np.float64) - (info.max + 1 - half)) / half
     if array.ndim == 2:
         array = array.mean(axis=0 if array.shape[0] <= array.shape[1] else 1)
-    elif array.dtype.kind in "iu":
-        info = np.iinfo(array.dtype)
-        middle = 0 if info.min < 0 else (info.max + 1) // 2
-        array = (array.astype(np.float64) - middle) / (info.max // 2 + 1 if info.min == 0 else info.max + 1)
     return np.ascontiguousarray(array, dtype=np.float32)
 
 

@@ -1,6 +1,8 @@
 """The processor: audio in any form to encoder inputs, token ids to text."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,3 +43,12 @@ class TinyAudioProcessor(ProcessorMixin):
     def decode_transcripts(self, sequences: Any) -> list[str]:
         """Turn generated ids (B, L) into transcripts without special tokens or surrounding space."""
         return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save both parts, and where a process without tinyaudio finds this class."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "processor_config.json"
+        settings = json.loads(path.read_text())
+        settings["auto_map"] = {"AutoProcessor": "modeling_tinyaudio.TinyAudioProcessor"}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        return saved

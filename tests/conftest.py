@@ -1,0 +1,151 @@
+"""Tiny random models of the real classes, tones, and folders that the tests share. No network, no GPU."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two busy-waiting pools on two cores run five times slower
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    PreTrainedTokenizerFast,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Wav2Vec2FeatureExtractor,
+)
+
+from tinyaudio.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.prompt import prompt_ids
+
+ENCODER_DIM, DECODER_DIM = 32, 48
+
+
+def tiny_hubert_config(**changes: object) -> HubertConfig:
+    """A HuBERT of real kernels and strides (so real frame counts) and toy widths."""
+    settings = dict(
+        hidden_size=ENCODER_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(8,) * 7,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.5,
+        hidden_dropout=0.3,
+    )
+    return HubertConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end_of_text|>", "<|finetune_right_pad_id|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["Speech:\nTranscript: the cat sat on the mat", "a dog and a cat"] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end_of_text|>", pad_token="<|finetune_right_pad_id|>", padding_side="right"
+    )
+
+
+@pytest.fixture(scope="session")
+def feature_extractor() -> Wav2Vec2FeatureExtractor:
+    return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory, feature_extractor: Wav2Vec2FeatureExtractor) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    HubertModel(tiny_hubert_config()).save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(1)
+    config = SmolLM3Config(
+        hidden_size=DECODER_DIM,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    SmolLM3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(encoder_folder: Path, decoder_folder: Path, tokenizer: PreTrainedTokenizerFast) -> TinyAudioConfig:
+    prefix, suffix = prompt_ids(tokenizer)
+    return TinyAudioConfig(
+        encoder_id=str(encoder_folder),
+        encoder_dim=ENCODER_DIM,
+        decoder_id=str(decoder_folder),
+        decoder_dim=DECODER_DIM,
+        decoder_dtype="float32",
+        projector_hidden_size=40,
+        prompt_prefix_ids=prefix,
+        prompt_suffix_ids=suffix,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+
+
+@pytest.fixture
+def model(config: TinyAudioConfig) -> TinyAudioForConditionalGeneration:
+    torch.manual_seed(2)
+    built = TinyAudioForConditionalGeneration(config)
+    built.load_frozen_parts()
+    return built.eval()
+
+
+@pytest.fixture
+def processor(feature_extractor: Wav2Vec2FeatureExtractor, tokenizer: PreTrainedTokenizerFast) -> TinyAudioProcessor:
+    return TinyAudioProcessor(feature_extractor, tokenizer)
+
+
+@pytest.fixture
+def checkpoint(model: TinyAudioForConditionalGeneration, processor: TinyAudioProcessor, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def noise() -> "NoiseMaker":
+    return NoiseMaker(seed=0)
+
+
+class NoiseMaker:
+    """Seeded recordings: the n-th call always gives the same samples."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, duration_s: float, sampling_rate: int = 16_000) -> np.ndarray:
+        return (0.1 * self._rng.standard_normal(int(duration_s * sampling_rate))).astype(np.float32)

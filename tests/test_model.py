@@ -1,0 +1,339 @@
+"""The model: invariants 2 to 6 of the design, on tiny random parts of the real classes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSpeechSeq2Seq, HubertConfig, HubertModel, SmolLM3Config, SmolLM3ForCausalLM, pipeline
+
+from tinyaudio.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.encoder import encode, encoder_inputs
+from tinyaudio.errors import MissingModelError, ModelError
+from tinyaudio.frozen import weights_digest
+from tinyaudio.modeling_tinyaudio import TRAVELLING, TinyAudioForConditionalGeneration
+from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.prompt import transcript_ids
+
+TRANSCRIPTS = ["the cat sat", "a dog", "", "the cat and a dog on the mat"]
+
+
+def make_labels(tokenizer, transcripts):
+    rows = [torch.tensor(transcript_ids(tokenizer, text)) for text in transcripts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+@pytest.fixture
+def batch(processor, noise):
+    return processor([noise(s) for s in (1.0, 0.31, 0.01, 2.2)])
+
+
+def test_cached_features_give_the_live_loss(model, batch, tokenizer):
+    labels = make_labels(tokenizer, TRANSCRIPTS)
+    live = model(**batch, labels=labels).loss
+    features, num_frames = model.encode(**batch)
+    cached = model(features=features.half(), num_frames=num_frames, labels=labels).loss
+    assert abs(live - cached) < 1e-3
+    assert torch.equal(live, model(features=features, num_frames=num_frames, labels=labels).loss)
+
+
+def test_batched_loss_is_the_mean_over_single_utterances(model, processor, noise, tokenizer):
+    recordings = [noise(s) for s in (1.0, 0.31, 0.05, 2.2)]
+    together = model(**processor(recordings), labels=make_labels(tokenizer, TRANSCRIPTS), num_items_in_batch=1).loss
+    alone = [
+        model(**processor([samples]), labels=make_labels(tokenizer, [text]), num_items_in_batch=1).loss
+        for samples, text in zip(recordings, TRANSCRIPTS, strict=True)
+    ]
+    assert abs(together - sum(alone)) < 1e-5 * abs(together)
+
+
+def test_loss_equals_full_logits_with_labels_by_position(model, batch, tokenizer):
+    """Reference: the whole sequence through the decoder's own forward, loss on hand-placed positions."""
+    labels = make_labels(tokenizer, TRANSCRIPTS)
+    features, num_frames = model.encode(**batch)
+    projected, lengths = model.project(features, num_frames)
+    embed = model.get_input_embeddings()
+    prefix = embed(torch.tensor(model.config.prompt_prefix_ids))
+    suffix = embed(torch.tensor(model.config.prompt_suffix_ids))
+    total, count = 0.0, 0
+    for i, text in enumerate(TRANSCRIPTS):
+        ids = torch.tensor(transcript_ids(tokenizer, text))
+        row = torch.cat([prefix, projected[i, : lengths[i]], suffix, embed(ids)])[None]
+        logits = model.decoder(inputs_embeds=row).logits[0]
+        begin = row.shape[1] - len(ids)
+        total += torch.nn.functional.cross_entropy(logits[begin - 1 : -1], ids, reduction="sum")
+        count += len(ids)
+    assert abs(model(**batch, labels=labels).loss - total / count) < 1e-5
+
+
+def test_gradient_reaches_the_projector_only(model, batch, tokenizer):
+    before = weights_digest(model.encoder), weights_digest(model.decoder)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"projector.{n}" for n, _ in model.projector.named_parameters()
+    }
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**batch, labels=make_labels(tokenizer, TRANSCRIPTS)).loss
+        loss.backward()
+        optimizer.step()
+    assert (weights_digest(model.encoder), weights_digest(model.decoder)) == before
+    assert all(p.grad is None for part in (model.encoder, model.decoder) for p in part.parameters())
+
+
+def test_encoder_stays_in_eval_mode_when_the_model_trains(model, batch):
+    model.train()
+    assert not any(module.training for module in model.encoder.modules())
+    first, second = model.encode(**batch)[0], model.encode(**batch)[0]
+    assert torch.equal(first, second), "dropout or SpecAugment is on"
+
+
+def test_encoder_in_training_mode_is_refused(model, batch):
+    model.encoder.train()
+    with pytest.raises(AssertionError, match="training mode"):
+        model.encode(**batch)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_features_are_the_same_alone_and_in_any_padded_batch(norm, feature_extractor, noise):
+    from conftest import tiny_hubert_config
+
+    torch.manual_seed(0)
+    encoder = HubertModel(tiny_hubert_config(feat_extract_norm=norm, do_stable_layer_norm=norm == "layer")).eval()
+    recordings = [noise(s) for s in (2.0, 0.5, 0.02, 1.3)]
+    together, frames = encode(encoder, *encoder_inputs(feature_extractor, recordings))
+    for i, samples in enumerate(recordings):
+        alone, (count,) = encode(encoder, *encoder_inputs(feature_extractor, [samples]))
+        assert count == frames[i]
+        assert (together[i, :count] - alone[0]).abs().max() < 1e-4
+        assert not together[i, count:].any(), "frames behind the end must be zero"
+
+
+def test_projector_stays_float32_under_bf16_autocast(model, batch, tokenizer):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch, labels=make_labels(tokenizer, TRANSCRIPTS)).loss
+    loss.backward()
+    assert {p.dtype for p in model.projector.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.projector.parameters()} == {torch.float32}
+
+
+def test_checkpointed_activations_give_the_same_gradient(model, batch, tokenizer):
+    labels = make_labels(tokenizer, TRANSCRIPTS)
+
+    def gradient():
+        model.zero_grad()
+        model.train()
+        model(**batch, labels=labels).loss.backward()
+        return [p.grad.clone() for p in model.projector.parameters()]
+
+    plain = gradient()
+    assert not model.decoder.training
+    model.checkpoint_activations()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradient(), strict=True))
+    assert model.decoder.training, "transformers checkpoints in training mode only"
+
+
+def test_autocast_does_not_reach_a_float32_encoder(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = model.encode(**batch)[0]
+    assert torch.equal(inside, model.encode(**batch)[0])
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_batch_size_changes_no_transcript(model, processor, noise, num_beams):
+    recordings = [noise(s) for s in (1.0, 0.31, 0.01, 2.2, 0.7)]
+    options = {"num_beams": num_beams, "max_new_tokens": 12}
+    together = processor.decode_transcripts(model.generate(**processor(recordings), **options))
+    alone = [processor.decode_transcripts(model.generate(**processor([r]), **options))[0] for r in recordings]
+    assert together == alone
+
+
+def test_generation_from_features_equals_generation_from_audio(model, batch):
+    features, num_frames = model.encode(**batch)
+    live = model.generate(**batch, max_new_tokens=8)
+    assert torch.equal(live, model.generate(features=features, num_frames=num_frames, max_new_tokens=8))
+
+
+def test_generation_sees_the_prompt_that_training_saw(model, batch, tokenizer):
+    """Greedy decoding's first step must follow the training logits at the last prompt position."""
+    first = model.generate(**batch, num_beams=1, max_new_tokens=1)[:, 0]
+    losses = torch.stack(
+        [
+            torch.stack(
+                [
+                    model(
+                        input_values=batch["input_values"][i : i + 1],
+                        attention_mask=batch["attention_mask"][i : i + 1],
+                        labels=torch.tensor([[token]]),
+                    ).loss
+                    for token in range(len(tokenizer))
+                ]
+            )
+            for i in range(2)
+        ]
+    )
+    assert losses.argmin(-1).tolist() == first[:2].tolist()
+
+
+def test_checkpoint_holds_the_projector_and_nothing_frozen(checkpoint):
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        assert all(key.startswith("projector.") for key in weights.keys())
+    assert {p.name for p in checkpoint.glob("*.py")} == set(TRAVELLING)
+
+
+def test_travelling_modules_are_a_closed_set_with_soft_dependencies_only():
+    from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+    import tinyaudio.modeling_tinyaudio as entry
+
+    needed = {Path(f).name for f in get_relative_import_files(entry.__file__)} | {Path(entry.__file__).name}
+    assert needed == set(TRAVELLING)
+
+
+def test_saved_model_loads_back_the_same(model, checkpoint, batch):
+    loaded = TinyAudioForConditionalGeneration.from_pretrained(checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    options = {"max_new_tokens": 8}
+    assert torch.equal(model.generate(**batch, **options), loaded.generate(**batch, **options))
+    assert loaded.generation_config.num_beams == 4
+
+
+def test_checkpoint_without_projector_weights_is_refused(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop("projector.linear_out.weight")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="linear_out"):
+        TinyAudioForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_another_encoder_than_the_one_trained_with_is_refused(model, processor, tmp_path, batch):
+    from conftest import tiny_hubert_config
+
+    model.config.encoder_digest = weights_digest(model.encoder)
+    model.save_pretrained(tmp_path / "model")
+    torch.manual_seed(9)
+    HubertModel(tiny_hubert_config()).save_pretrained(tmp_path / "other")
+    load = TinyAudioForConditionalGeneration.from_pretrained
+    assert load(tmp_path / "model")
+    with pytest.raises(ModelError, match="trained with"):
+        load(tmp_path / "model", encoder_id=str(tmp_path / "other"))
+    assert load(tmp_path / "model", encoder_id=str(tmp_path / "other"), encoder_digest=None)
+
+
+def test_missing_checkpoint_and_missing_parts_are_one_line(checkpoint, tmp_path):
+    load = TinyAudioForConditionalGeneration.from_pretrained
+    with pytest.raises(MissingModelError, match="no tinyaudio model"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(MissingModelError, match="not a folder"):
+        load(checkpoint, encoder_id="./nowhere")
+
+
+def test_encoder_with_other_frames_is_refused(tmp_path, feature_extractor):
+    from conftest import tiny_hubert_config
+
+    from tinyaudio.encoder import load_encoder
+
+    HubertModel(tiny_hubert_config(conv_stride=(5, 2, 2, 2, 2, 2, 1))).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="hop 160"):
+        load_encoder(str(tmp_path))
+
+
+def test_stranger_process_transcribes_with_the_checkpoint_alone(checkpoint, model, processor, noise, tmp_path):
+    """No tinyaudio on the path: code, processor and pipeline come from the folder; no ffmpeg either (empty PATH)."""
+    import soundfile
+
+    samples = noise(0.8)
+    soundfile.write(tmp_path / "noise.wav", samples, 16_000, subtype="FLOAT")
+    script = (
+        "import sys; sys.modules['tinyaudio'] = None\n"
+        "from transformers import pipeline, AutoProcessor, AutoModelForSpeechSeq2Seq\n"
+        f"asr = pipeline('automatic-speech-recognition', model={str(checkpoint)!r}, trust_remote_code=True)\n"
+        f"path = {str(tmp_path / 'noise.wav')!r}\n"
+        "import soundfile\n"
+        "samples, rate = soundfile.read(path, dtype='float32')\n"
+        "texts = [asr(path, max_new_tokens=8), asr(open(path, 'rb').read(), max_new_tokens=8),\n"
+        "         asr({'raw': samples, 'sampling_rate': rate}, generate_kwargs={'max_new_tokens': 8}),\n"
+        "         *asr([path, samples], batch_size=2, max_new_tokens=8)]\n"
+        "assert len({t['text'] for t in texts}) == 1, texts\n"
+        f"processor = AutoProcessor.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)\n"
+        f"asr.model.save_pretrained({str(tmp_path / 'again')!r}); processor.save_pretrained({str(tmp_path / 'again')!r})\n"
+        f"again = AutoModelForSpeechSeq2Seq.from_pretrained({str(tmp_path / 'again')!r}, trust_remote_code=True)\n"
+        "print('TEXT', repr(texts[0]['text']))\n"
+    )
+    env = {"PATH": "/nonexistent", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    expected = processor.decode_transcripts(model.generate(**processor([samples]), max_new_tokens=8))[0]
+    assert f"TEXT {expected!r}" in result.stdout
+
+
+def test_pipeline_in_process_says_what_it_cannot_do(checkpoint, noise):
+    asr = pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True)
+    with pytest.raises(ValueError, match="return_timestamps is not supported"):
+        asr(noise(0.5), return_timestamps=True)
+
+
+def test_auto_class_needs_no_tinyaudio_import(checkpoint):
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint, trust_remote_code=True)
+    assert type(loaded).__name__ == "TinyAudioForConditionalGeneration"
+
+
+def test_default_projector_at_full_size_has_14684160_parameters():
+    full = TinyAudioForConditionalGeneration(TinyAudioConfig())
+    assert sum(p.numel() for p in full.parameters()) == 14_684_160
+    half = TinyAudioForConditionalGeneration(TinyAudioConfig(projector_hidden_size=1024))
+    assert sum(p.numel() for p in half.parameters()) == 7_343_104
+
+
+def hubert_large_config() -> HubertConfig:
+    return HubertConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+    )
+
+
+@pytest.mark.slow
+def test_full_size_parts_fit_together():
+    encoder = HubertModel(hubert_large_config())
+    assert sum(p.numel() for p in encoder.parameters()) == 315_438_720
+    with torch.device("meta"):
+        decoder = SmolLM3ForCausalLM(SmolLM3Config())
+    assert sum(p.numel() for p in decoder.parameters()) == 3_075_098_624
+    model = TinyAudioForConditionalGeneration(TinyAudioConfig(), encoder=encoder, decoder=decoder)
+    values = torch.from_numpy(np.zeros((1, 16_000), np.float32))
+    features, (frames,) = model.encode(values, torch.ones_like(values, dtype=torch.long))
+    assert features.shape == (1, 49, 1024) and frames == 49
+    assert model.projector(features).shape == (1, 10, 2048)
+
+
+def test_another_encoder_family_swaps_in_by_id(config, processor, tmp_path, feature_extractor, noise):
+    from transformers import Wav2Vec2Config, Wav2Vec2Model, WavLMConfig, WavLMModel
+
+    from conftest import tiny_hubert_config
+
+    settings = tiny_hubert_config().to_dict()
+    for make_config, make_model in ((Wav2Vec2Config, Wav2Vec2Model), (WavLMConfig, WavLMModel)):
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim")
+        keys += ("feat_extract_norm", "do_stable_layer_norm", "conv_bias", "num_conv_pos_embeddings")
+        folder = tmp_path / make_model.__name__
+        small = make_config(**{k: settings[k] for k in keys}, num_conv_pos_embedding_groups=2)
+        make_model(small).save_pretrained(folder)
+        feature_extractor.save_pretrained(folder)
+        config.encoder_id = str(folder)
+        model = TinyAudioForConditionalGeneration(config)
+        model.load_frozen_parts()
+        assert model.generate(**processor([noise(0.5)]), max_new_tokens=3).shape[0] == 1

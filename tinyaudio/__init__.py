@@ -1,0 +1,44 @@
+"""tinyaudio: speech recognition out of a frozen encoder, a small trained projector and a frozen language model.
+
+    from tinyaudio import Transcriber
+    print(Transcriber.load("runs/latest").transcribe(["speech.wav"])[0].text)
+
+This package goes from samples to text. It knows no feature store and no data set: it works, and transcribes, with
+`cache`, `pipelines`, zarr and datasets absent. Names load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AudioError": "errors",
+    "MissingModelError": "errors",
+    "ModelError": "errors",
+    "TinyAudioError": "errors",
+    "TinyAudioConfig": "configuration_tinyaudio",
+    "TinyAudioForConditionalGeneration": "modeling_tinyaudio",
+    "TinyAudioPipeline": "pipeline_tinyaudio",
+    "TinyAudioProcessor": "processing_tinyaudio",
+    "Transcriber": "transcribe",
+    "Transcript": "transcribe",
+    "load_audio": "audio",
+    "num_frames": "audio",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from tinyaudio.audio import load_audio, num_frames
+    from tinyaudio.configuration_tinyaudio import TinyAudioConfig
+    from tinyaudio.errors import AudioError, MissingModelError, ModelError, TinyAudioError
+    from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+    from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline
+    from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+    from tinyaudio.transcribe import Transcriber, Transcript
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tinyaudio' has no attribute {name!r}")
+    return getattr(import_module(f"tinyaudio.{_HOME[name]}"), name)

@@ -1,0 +1,386 @@
+"""The model: a frozen encoder, a trained projector, a frozen decoder.
+
+Shape letters, here and everywhere: B batch, S samples, T encoder frames, P projected frames, D encoder width,
+H decoder width, L text tokens, V vocabulary.
+
+Invariants: the frozen parts never train and never reach a checkpoint; the projector is float32, also under bf16
+autocast; training and inference build the same prompt (`prompt.assemble`); loss falls on transcript and end-of-text only,
+and the decoder's head is applied at those positions only, so logits of audio positions are never made.
+
+This file is also the one entry of a checkpoint's own code (`trust_remote_code`): it and the modules it imports travel in
+the checkpoint folder, so they import each other relatively and nothing else of ours.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+from transformers.utils import ModelOutput
+
+from .configuration_tinyaudio import TinyAudioConfig
+from .encoder import encode, load_encoder
+from .errors import MissingModelError, ModelError
+from .frozen import freeze, load_frozen, weights_digest
+from .pipeline_tinyaudio import TinyAudioPipeline
+from .processing_tinyaudio import TinyAudioProcessor
+from .projectors import build_projector, num_projected
+from .prompt import assemble, pad_left, pad_right
+
+__all__ = ["TinyAudioConfig", "TinyAudioForConditionalGeneration", "TinyAudioPipeline", "TinyAudioProcessor"]
+
+# Without this entry transformers takes us for a CTC model and decodes our logits into plausible garbage.
+MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("tinyaudio", "TinyAudioForConditionalGeneration")
+
+# Beam width and length as on the card of the original Tiny Audio; transformers' own defaults would be 5 beams.
+GENERATION_DEFAULTS = {"num_beams": 4, "max_new_tokens": 200, "length_penalty": 1.0, "do_sample": False}
+
+IGNORED_LABEL = -100
+# Files that a checkpoint carries: this module and everything it imports relatively (a test compares the two).
+TRAVELLING = (
+    "audio.py",
+    "configuration_tinyaudio.py",
+    "encoder.py",
+    "errors.py",
+    "frozen.py",
+    "modeling_tinyaudio.py",
+    "pipeline_tinyaudio.py",
+    "processing_tinyaudio.py",
+    "projectors.py",
+    "prompt.py",
+)
+# Every class is named through this one module: transformers copies each entry file of a local folder into a package of
+# its own, and two entries would mean two TinyAudioConfig classes that are not each other.
+_HERE = "modeling_tinyaudio"
+AUTO_MAP = {"AutoConfig": f"{_HERE}.TinyAudioConfig", "AutoModelForSpeechSeq2Seq": f"{_HERE}.TinyAudioForConditionalGeneration"}
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": f"{_HERE}.TinyAudioPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "default": {},
+        "type": "multimodal",
+    }
+}
+
+
+@dataclass
+class TinyAudioOutput(ModelOutput):
+    """What a training step returns.
+
+    Args:
+        loss: scalar, cross-entropy in nats per target token (or summed and divided by `num_items_in_batch`).
+        num_targets: scalar int64, target tokens in the batch.
+        projected_rms: scalar, RMS of the valid projected frames over the RMS of the decoder's embeddings; it predicts
+            trouble earlier than the loss (too quiet saturates attention, too loud drowns the prompt).
+    """
+
+    loss: Tensor | None = None
+    num_targets: Tensor | None = None
+    projected_rms: Tensor | None = None
+
+
+class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Speech in, transcript out.
+
+    Args:
+        config: see `TinyAudioConfig`.
+        encoder, decoder: the frozen parts, or None to attach them later (`attach`). Stage two trains without encoder.
+    """
+
+    config_class = TinyAudioConfig
+    base_model_prefix = ""
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: TinyAudioConfig,
+        encoder: PreTrainedModel | None = None,
+        decoder: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        # The encoder's slot comes first: pipelines cast the waveform to the type of the first parameter they find.
+        self.register_module("encoder", None)
+        self.projector = build_projector(
+            config.projector_kind,
+            config.encoder_dim,
+            config.decoder_dim,
+            config.stack_factor,
+            config.projector_hidden_size,
+        )
+        self.register_module("decoder", None)
+        # Trainer would else count labels[:, 1:], as for a model that shifts them itself.
+        self.loss_type = None
+        self._checkpoints_activations = False
+        self.generation_config = GenerationConfig(
+            **GENERATION_DEFAULTS, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+        self.post_init()
+        self.attach(encoder, decoder)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Keep PyTorch's own initialisation: the frozen parts bring their weights, the projector made its own."""
+
+    def attach(self, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None) -> None:
+        """Put frozen parts into their slots and freeze them.
+
+        Raises:
+            ModelError: a part whose width is not the configured one.
+        """
+        if encoder is not None:
+            _check_width("encoder", encoder.config.hidden_size, self.config.encoder_dim)
+            self.encoder = freeze(encoder)
+        if decoder is not None:
+            _check_width("decoder", decoder.get_input_embeddings().embedding_dim, self.config.decoder_dim)
+            self.decoder = freeze(decoder)
+            decoder.generation_config = self.generation_config
+        # Exact names, as transformers compares them literally: left out when saving, expected missing when resuming.
+        self._keys_to_ignore_on_save = {key for key in self.state_dict() if not key.startswith("projector.")}
+
+    def train(self, mode: bool = True) -> "TinyAudioForConditionalGeneration":
+        """Switch the projector; the encoder always stays in eval mode, or SpecAugment and dropout would change features.
+
+        The decoder follows only while it checkpoints activations, which transformers does in training mode alone.
+        """
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        if self.decoder is not None:
+            self.decoder.train(mode and self._checkpoints_activations)
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Trade decoder compute for memory: recompute activations in the backward pass instead of keeping them."""
+        decoder = self._decoder()
+        enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+        enable()
+        self._checkpoints_activations = True
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self._decoder().get_input_embeddings()
+
+    def _decoder(self) -> PreTrainedModel:
+        if self.decoder is None:
+            raise ModelError("this model has no decoder attached; load it with from_pretrained or call attach(decoder=...)")
+        return self.decoder
+
+    def encode(self, input_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the encoder in the precision this model was trained for; shapes as `encoder.encode`.
+
+        Raises:
+            ModelError: no encoder attached.
+        """
+        if self.encoder is None:
+            raise ModelError("this model has no encoder attached; pass features=, or attach(encoder=...)")
+        precision = self.config.encoder_precision if input_values.is_cuda else "float32"
+        return encode(self.encoder, input_values, attention_mask, precision)
+
+    def _features(
+        self, input_values: Tensor | None, attention_mask: Tensor | None, features: Tensor | None, num_frames: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if features is not None and num_frames is not None:
+            return features, num_frames
+        if input_values is None:
+            raise ModelError("expected input_values (with attention_mask), or features with num_frames")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_values, dtype=torch.long)
+        return self.encode(input_values, attention_mask)
+
+    def project(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the projector.
+
+        Args:
+            features: (B, T, D), any float type, zero behind each end.
+            num_frames: (B,).
+
+        Returns:
+            (B, P, H) in the decoder's precision, and the valid projected frames (B,).
+        """
+        projected = self.projector(features.to(self.projector_dtype))
+        embeddings = self.get_input_embeddings().weight
+        return projected.to(embeddings.dtype), num_projected(num_frames, self.config.stack_factor)
+
+    @property
+    def projector_dtype(self) -> torch.dtype:
+        return next(self.projector.parameters()).dtype
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> TinyAudioOutput:
+        """Compute the loss of transcripts, from stored features or from audio.
+
+        Args:
+            input_values, attention_mask: (B, S), as the processor makes them; used when `features` is None.
+            features: (B, T, D) encoder output, zero behind each end. num_frames: (B,) valid frames.
+            labels: (B, L) ids of `prompt.transcript_ids`, -100 behind each end.
+            num_items_in_batch: target tokens over all accumulated batches; the summed loss is divided by it.
+
+        Raises:
+            ModelError: neither audio nor features, no labels, or a part that is not attached.
+        """
+        if labels is None:
+            raise ModelError("forward computes a loss and needs labels; use generate() for transcripts")
+        features, num_frames = self._features(input_values, attention_mask, features, num_frames)
+        projected, lengths = self.project(features, num_frames)
+        hidden, targets = self._hidden_at_targets(projected, lengths, labels)
+        logits = self._decoder().get_output_embeddings()(hidden).float()
+        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return TinyAudioOutput(
+            loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
+            num_targets=torch.tensor(len(targets), device=total.device),
+            projected_rms=self._relative_rms(projected.detach(), lengths),
+        )
+
+    def _hidden_at_targets(self, projected: Tensor, lengths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the decoder and pick the hidden states that predict a target: (N, H), and the targets (N,)."""
+        prefix, suffix = self._prompt_embeddings()
+        num_targets = (labels != IGNORED_LABEL).sum(-1)
+        target_ids = [row[:n] for row, n in zip(labels, num_targets.tolist(), strict=True)]
+        embed = self.get_input_embeddings()
+        rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in target_ids])
+        # Right padding needs no mask: causal attention of real positions never looks behind their row's end, and
+        # without a mask attention takes its fast causal path.
+        states = self._decoder().get_decoder()(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
+        first = len(prefix) + lengths + len(suffix) - 1  # the last prompt position predicts the first target
+        row = torch.repeat_interleave(torch.arange(len(rows), device=labels.device), num_targets)
+        offset = torch.cat([torch.arange(n, device=labels.device) for n in num_targets.tolist()])
+        return states[row, first[row] + offset], torch.cat(target_ids)
+
+    def _prompt_embeddings(self) -> tuple[Tensor, Tensor]:
+        embed = self.get_input_embeddings()
+        ids = (self.config.prompt_prefix_ids, self.config.prompt_suffix_ids)
+        prefix, suffix = (embed(torch.tensor(part, dtype=torch.long, device=embed.weight.device)) for part in ids)
+        return prefix, suffix
+
+    def _relative_rms(self, projected: Tensor, lengths: Tensor) -> Tensor:
+        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
+        return projected[valid].float().square().mean().sqrt() / self._embedding_rms()
+
+    def _embedding_rms(self) -> Tensor:
+        if not hasattr(self, "_cached_embedding_rms"):
+            self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
+        return self._cached_embedding_rms
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Write transcripts.
+
+        Args:
+            input_values, attention_mask, features, num_frames: as in `forward`; audio is encoded once, whatever the beams.
+            generation_config, kwargs: as in `transformers.GenerationMixin.generate`: num_beams, max_new_tokens, ...
+
+        Returns:
+            (B, L) token ids of the transcripts alone, padded with `pad_token_id`.
+        """
+        features, num_frames = self._features(input_values, attention_mask, features, num_frames)
+        projected, lengths = self.project(features, num_frames)
+        prefix, suffix = self._prompt_embeddings()
+        embeds, mask = pad_left(assemble(prefix, projected, lengths, suffix))
+        config = generation_config or self.generation_config
+        return self._decoder().generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint: the projector from its folder, the frozen parts from where its configuration says.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            dtype: precision of the decoder; "auto" or None is the one it was trained with. Encoder and projector are
+                float32 always.
+            kwargs: as in transformers; any field of `TinyAudioConfig` too, such as encoder_id="/a/local/copy".
+
+        Raises:
+            MissingModelError: no checkpoint there, or a frozen part cannot be found.
+            ModelError: a checkpoint without projector weights, or an encoder other than the one it was trained with.
+        """
+        overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
+        kwargs["output_loading_info"] = True
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
+        except OSError as error:
+            reason = str(error).split("\n")[0]
+            raise MissingModelError(f"no tinyaudio model at {str(pretrained_model_name_or_path)!r}: {reason}") from error
+        lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+        if lost:
+            raise ModelError(f"{str(pretrained_model_name_or_path)!r} lacks projector weights {lost}; train it again")
+        for key, value in overrides.items():
+            setattr(model.config, key, value)
+        model.load_frozen_parts(torch_dtype if dtype is None else dtype)
+        return model.eval()
+
+    def load_frozen_parts(self, dtype: Any = None) -> None:
+        """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
+        config = self.config
+        encoder = load_encoder(config.encoder_id, config.encoder_revision)
+        _check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
+        self.attach(encoder=encoder)
+        wanted = config.decoder_dtype if dtype in (None, "auto") else dtype
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        decoder = load_decoder(config.decoder_id, config.decoder_revision, wanted)
+        # A hub revision pins the decoder; only a local folder can change behind our back (6 GB take 4 s to digest).
+        if Path(config.decoder_id).is_dir() and wanted == getattr(torch, config.decoder_dtype):
+            _check_digest("decoder", config.decoder_id, config.decoder_digest, decoder)
+        self.attach(decoder=decoder)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the projector, the configuration and the code to load them; the frozen parts stay where they are."""
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name in TRAVELLING:
+            source, target = Path(__file__).with_name(name), Path(save_directory) / name
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+
+
+_OVERRIDABLE = {
+    f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")
+}
+
+
+def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a frozen decoder, on the CPU, in eval mode; errors as `frozen.load_frozen`."""
+    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, dtype=dtype))
+
+
+def _check_width(part: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ModelError(f"{part} of width {found}; expected {expected}, the width this projector was made for")
+
+
+def _check_digest(part: str, model_id: str, expected: str | None, module: torch.nn.Module) -> None:
+    if expected is None:
+        return
+    found = weights_digest(module)
+    if found != expected:
+        raise ModelError(
+            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was trained "
+            f"with (pass {part}_digest=None to use it all the same)"
+        )

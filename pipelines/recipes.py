@@ -1,0 +1,255 @@
+"""Recipes: everything a stage may be told, in one TOML file, checked strictly.
+
+A recipe is found by name in `pipelines/recipes/` or by path; `section.key=value` overrides it; the resolved recipe is
+saved with everything it made and is itself a recipe. Unknown keys are errors with a suggestion. Local folders named with
+a leading `./` or `../` are relative to the recipe file.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines.errors import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Section):
+    """What the corpus calls its columns; the defaults are LoquaciousSet's."""
+
+    id: str = "ID"
+    audio: str = "wav"
+    text: str = "text"
+    duration: str | None = "duration"
+    speaker: str | None = "spk_id"
+    sex: str | None = "sex"
+    source: str | None = None
+
+
+class CorpusSection(Section):
+    """Where speech and transcripts come from: `path` (a local folder) or `name` (a hub data set), not both."""
+
+    path: str | None = None
+    name: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    dev_split: str | None = "dev"
+    test_split: str = "test"
+    columns: Columns = Columns()
+    min_duration_s: Annotated[float, Field(ge=0)] = 0.1
+    max_duration_s: PositiveFloat = 30.0
+    text_case: Literal["keep", "lower"] = "keep"
+    text_punctuation: Literal["keep", "remove"] = "keep"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "CorpusSection":
+        if (self.path is None) == (self.name is None):
+            raise ValueError(f"needs exactly one of path and name; found path={self.path!r}, name={self.name!r}")
+        return self
+
+
+class EncoderSection(Section):
+    """The frozen encoder of stage one and of inference."""
+
+    id: str
+    revision: str | None = None
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # on a GPU; a CPU always computes float32
+
+
+class DecoderSection(Section):
+    """The frozen language model."""
+
+    id: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class StoreSection(Section):
+    """How features are stored."""
+
+    encoding: Literal["float16", "int8"] = "float16"
+    rows_per_shard: PositiveInt = 131_072
+
+
+class ExtractSection(Section):
+    """How stage one works; none of it may change what is stored."""
+
+    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of utterances that may fail
+    disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # stop before less than this is free
+
+
+class ProjectorSection(Section):
+    """The trained part."""
+
+    kind: str = "mlp"
+    stack_factor: PositiveInt = 5
+    hidden_size: PositiveInt = 2048
+    whiten: bool = False  # start from an input layer that whitens the store's own mean and standard deviation
+
+
+class TrainSection(Section):
+    """Stage two."""
+
+    steps: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: Annotated[int, Field(ge=0)]
+    batch_tokens: PositiveInt  # decoder positions in one batch, padding included
+    accumulate: PositiveInt = 1  # batches in one optimizer step
+    seed: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    bf16: bool = True  # autocast on a GPU; the projector's weights stay float32
+    gradient_checkpointing: bool = False
+    log_every: PositiveInt = 10  # steps
+    eval_every: PositiveInt = 1000  # steps
+    eval_utterances: PositiveInt = 200
+    save_every: PositiveInt = 1000  # steps
+    keep_checkpoints: PositiveInt = 3
+    report_to: list[str] = ["tensorboard"]
+
+
+class Recipe(Section):
+    """One complete way to get from a corpus to a model."""
+
+    name: str
+    corpus: CorpusSection
+    encoder: EncoderSection
+    decoder: DecoderSection
+    store: StoreSection = StoreSection()
+    extract: ExtractSection = ExtractSection()
+    projector: ProjectorSection = ProjectorSection()
+    train: TrainSection
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as TOML; what is None is left out."""
+        path.write_text(tomli_w.dumps(self.model_dump(exclude_none=True)))
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that ship."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        name_or_path: "demo", "loquacious-small", ... or the path of a TOML file.
+        overrides: "section.key=value"; the value is TOML, or else taken as a string.
+
+    Raises:
+        RecipeError: not found, not TOML, an unknown key, or a value out of range.
+    """
+    path = _find(name_or_path)
+    try:
+        settings = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{str(path)!r} is not TOML: {error}") from error
+    settings = {"name": path.stem, **settings}
+    _anchor(settings, path.parent)
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name_or_path!r}: {_explain(error)}") from error
+
+
+def _find(name_or_path: str) -> Path:
+    shipped = RECIPES / f"{name_or_path}.toml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path.resolve()
+    close = difflib.get_close_matches(name_or_path, recipe_names(), 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise RecipeError(f"no recipe {name_or_path!r}; {hint}expected a TOML file or one of {', '.join(recipe_names())}")
+
+
+def _anchor(settings: dict[str, Any], folder: Path) -> None:
+    for section, key in (("corpus", "path"), ("encoder", "id"), ("decoder", "id")):
+        table = settings.get(section)
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            table[key] = str((folder / value).resolve())
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not sections:
+        raise RecipeError(f"override {override!r}; expected section.key=value, such as train.steps=200")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = settings
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"override {override!r}: {section!r} is a value, not a section")
+    table[key] = value
+    if sections == ["corpus"] and key in ("path", "name"):  # one place; the override wins over the recipe's other one
+        table.pop("name" if key == "path" else "path", None)
+
+
+def _explain(error: ValidationError) -> str:
+    """Say the first few faults, each with the key, and for an unknown key the nearest known one."""
+    return "; ".join(_explain_one(fault) for fault in error.errors()[:3])
+
+
+def _explain_one(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {where!r}; {hint}known: {', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"key {where!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where or 'recipe'}: {message}; found {fault['input']!r}" if where.count(".") else f"{where}: {message}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def differing_keys(one: Recipe, other: Recipe, sections: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Compare two recipes: {"train.seed": (0, 1)} for every key of these sections that differs."""
+    flat_one, flat_other = ({k: v for k, v in _flatten(r.model_dump())} for r in (one, other))
+    return {
+        key: (flat_one.get(key), flat_other.get(key))
+        for key in sorted(flat_one | flat_other)
+        if key.split(".")[0] in sections and flat_one.get(key) != flat_other.get(key)
+    }
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs

@@ -1,0 +1,33 @@
+"""What is done to a transcript before it becomes a training target; recorded in the store's fingerprint."""
+
+import re
+import unicodedata
+
+from pipelines.recipes import CorpusSection
+
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:](?=\d)")
+_IN_WORD = re.compile(r"(?<=\w)['\u2019](?=\w)")
+
+
+def prepare_transcript(text: str | None, corpus: CorpusSection) -> str:
+    """Apply a recipe's text policy and fold white space.
+
+    Args:
+        text: as the corpus has it; None counts as empty.
+        corpus: `text_case` "lower" lower-cases; `text_punctuation` "remove" drops punctuation and symbols, except
+            apostrophes inside words (it's) and separators inside numbers (3.5, 10:30).
+    """
+    text = text or ""
+    if corpus.text_punctuation == "remove":
+        text = "".join(_keep(text, i) for i in range(len(text)))
+    if corpus.text_case == "lower":
+        text = text.lower()
+    return " ".join(text.split())
+
+
+def _keep(text: str, i: int) -> str:
+    if unicodedata.category(text[i])[0] not in "PS":
+        return text[i]
+    if _IN_WORD.match(text, i):
+        return "'"
+    return text[i] if _BETWEEN_DIGITS.match(text, i) else " "

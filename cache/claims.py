@@ -1,0 +1,113 @@
+"""Who is working on which shard, so that several writers share a store without doing anything twice.
+
+A claim is one small file, made exclusively, that names its owner and is touched now and then. A claim whose owner is
+dead (same machine: no such process; another machine: silent for a lease) may be taken over. Claims only save work: what
+keeps a store right is that nothing is ever placed twice (`durable.place`). Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import Self
+
+from cache.durable import LEASE_S, Owner, clock_of, exclusive, silence_s, temporaries
+from cache.layout import Header, Layout
+
+
+class Claim:
+    """The right to write one shard, held until released or until its process dies."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        self.path, self.owner = path, owner
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"claim-{path.name}", daemon=True)
+        self._heart.start()
+
+    @classmethod
+    def take(cls, layout: Layout, shard: int) -> Self | None:
+        """Claim a shard; None if a living writer holds it."""
+        path, owner = layout.claim(shard), Owner.me()
+        with exclusive(layout.lock):
+            if not is_free(path):
+                return None
+            path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                os.write(fd, str(owner).encode())
+            finally:
+                os.close(fd)
+        return cls(path, owner)
+
+    def is_mine(self) -> bool:
+        """Say whether nobody took this claim over while its owner seemed dead."""
+        return read_owner(self.path) == self.owner
+
+    def release(self) -> None:
+        """Let others claim the shard."""
+        self._released.set()
+        self._heart.join()
+        if self.is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._released.wait(LEASE_S / 5):
+            with contextlib.suppress(OSError):
+                if self.is_mine():
+                    os.utime(self.path)
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Read who holds a claim; None if nobody does, or if it was made but not yet signed."""
+    try:
+        return Owner.parse(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def is_free(path: Path) -> bool:
+    """Say whether a claim is absent or its owner dead."""
+    if not path.exists():
+        return True
+    silent_s = silence_s(path, clock_of(path.parent))
+    owner = read_owner(path)
+    return silent_s > LEASE_S if owner is None else owner.is_dead(silent_s)
+
+
+def sweep(layout: Layout, header: Header) -> list[Path]:
+    """Remove what is provably nobody's: dead writers' temporary files, claims, and shard files without a commit.
+
+    Returns:
+        The files removed.
+    """
+    removed: list[Path] = []
+    directories = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
+    now = clock_of(layout.lock.parent)
+    for directory in directories:
+        for path, owner in temporaries(directory):
+            silent_s = silence_s(path, now)
+            if silent_s > LEASE_S if owner is None else owner.is_dead(silent_s):
+                removed.append(path)
+    with exclusive(layout.lock):
+        removed += [path for path in sorted(layout.lock.parent.glob("[0-9]*")) if is_free(path)]
+        removed += _orphans(layout, header)
+        for path in removed:
+            path.unlink(missing_ok=True)
+    return removed
+
+
+def _orphans(layout: Layout, header: Header) -> list[Path]:
+    """List shard files of shards that have neither a commit nor a living claim."""
+    orphans = []
+    names = {path.name for path in layout.commit(0).parent.iterdir()}
+    for directory in {path.parent for path in layout.files_of(0, header).values()}:
+        for path in directory.iterdir():
+            number = path.name.removeprefix("c.").partition(".")[0]
+            if path.name.startswith(".") or not number.isdigit():
+                continue
+            shard = int(number)
+            if layout.commit(shard).name not in names and is_free(layout.claim(shard)):
+                orphans.append(path)
+    return orphans

@@ -1,0 +1,252 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then linked in.
+
+Invariants: a file under its final name is complete and on the disk, and `place` never replaces one. A temporary file
+carries its owner in its name, so that a janitor can tell the living from the dead. Knows nothing of features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from cache.errors import DiskFullError
+
+LEASE_S = 300.0  # a writer on another machine that has not shown itself for so long is taken for dead
+IOV_MAX = 1024  # buffers per system call, POSIX's usual limit
+WRITE_MAX = 1 << 30  # bytes per system call; Linux stops just short of 2 GiB
+
+Buffers = Sequence[np.ndarray | bytes | memoryview]
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)~(?P<owner>[^~]+)\.tmp$")
+
+
+# ---------------------------------------------------------------------------------------------------- who writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """One writing process (or one of its claims), recognisable after its death."""
+
+    host: str
+    boot: str  # first eight hex digits of the boot id: a reboot ends every process
+    pid: int
+    token: str  # unique per owner
+
+    @classmethod
+    def me(cls) -> Self:
+        """Make a new owner in this process."""
+        return cls(host=_host(), boot=_boot_id(), pid=os.getpid(), token=secrets.token_hex(8))
+
+    def __str__(self) -> str:
+        return f"{self.host}+{self.boot}+{self.pid}+{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read back `str(owner)`; None for anything else."""
+        match text.strip().split("+"):
+            case [host, boot, pid, token] if pid.isdigit():
+                return cls(host=host, boot=boot, pid=int(pid), token=token)
+        return None
+
+    def is_dead(self, silent_s: float) -> bool:
+        """Say whether this owner can never write again.
+
+        Args:
+            silent_s: seconds since it last touched its file; decides only for an owner on another machine.
+        """
+        mine = Owner.me()
+        if self.host != mine.host:
+            return silent_s > LEASE_S
+        return self.boot != mine.boot or not _is_running(self.pid)
+
+
+def _host() -> str:
+    name = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+    try:  # containers may share a name but not process ids: the namespace tells them apart
+        return f"{name}.{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return name
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:  # not Linux: a reboot is then seen as a dead process
+        return "unknown"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------- how it writes
+
+
+def canonical_json(value: Any) -> bytes:
+    """Give the one spelling of a JSON value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def write_buffers(fd: int, buffers: Buffers) -> None:
+    """Write all buffers, in order, with as few system calls as the kernel allows."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
+    while views:
+        batch, total = [], 0
+        for view in views[:IOV_MAX]:
+            if batch and total + view.nbytes > WRITE_MAX:
+                break
+            batch.append(view)
+            total += view.nbytes
+        written = os.writev(fd, batch)
+        while written:
+            if written < views[0].nbytes:
+                views[0] = views[0][written:]
+                break
+            written -= views.pop(0).nbytes
+
+
+def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
+    """Write a neighbour of `path` and flush it to the disk.
+
+    Returns:
+        The neighbour, `.<name>~<owner>.tmp`.
+
+    Raises:
+        DiskFullError: no space, quota or file size left; the neighbour is removed.
+    """
+    temporary = path.with_name(f".{path.name}~{owner}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            write_buffers(fd, buffers)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise DiskFullError(path, sum(memoryview(buffer).nbytes for buffer in buffers)) from error
+        raise
+    return temporary
+
+
+def link_into_place(temporary: Path, path: Path) -> None:
+    """Give a finished temporary file its final name and remove the temporary one.
+
+    Raises:
+        FileExistsError: the final name is taken; nothing is replaced.
+        DiskFullError: the directory cannot grow.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise DiskFullError(path) from error
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.rename(path)  # a file system without hard links: the shard lock keeps others out
+        return
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def place(path: Path, buffers: Buffers, owner: Owner | None = None) -> None:
+    """Write a whole new file durably under its final name.
+
+    Raises:
+        FileExistsError: the name is taken; nothing is replaced.
+        DiskFullError: nothing is left behind.
+    """
+    link_into_place(write_temporary(path, buffers, owner or Owner.me()), path)
+    sync_directory(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, durably; absent is fine."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        sync_directory(path.parent)
+
+
+# ---------------------------------------------------------------------------------------------------- side by side
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a kernel lock on a file while names are being put in place: milliseconds.
+
+    Dies with its process. Where the file system knows no locks, claims and `link` still keep writers apart.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def silence_s(path: Path, now: float) -> float:
+    """Give the seconds since a file was last touched; 0 if it is gone."""
+    try:
+        return max(0.0, now - path.stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+
+
+def clock_of(directory: Path) -> float:
+    """Read the clock of the file system itself, so that leases survive machines whose clocks disagree."""
+    probe = directory / f".clock~{Owner.me()}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # read-only or full: the local clock has to do
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def temporaries(directory: Path) -> Iterator[tuple[Path, Owner | None]]:
+    """List the temporary files of a directory with their owners."""
+    for path in sorted(directory.glob(".*~*.tmp")):
+        if found := _TEMPORARY.match(path.name):
+            yield path, Owner.parse(found["owner"])

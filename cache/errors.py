@@ -1,0 +1,94 @@
+"""Everything the feature store refuses, as one tree.
+
+    CacheError
+      StoreNotFoundError      (FileNotFoundError)  no store there, or something else is
+      StoreMismatchError      (ValueError)         a store of another fingerprint, plan or shape
+      PlanError               (ValueError)         a plan that cannot be stored
+      UnplannedUtteranceError (KeyError)           an utterance that the shard's plan does not name
+      IncompleteShardError    (RuntimeError)       a shard closed with utterances neither stored nor quarantined
+      LostClaimError          (RuntimeError)       another writer finished the shard in the meantime
+      UnsealableStoreError    (RuntimeError)       sealing before the last shard is committed
+      CorruptShardError       (OSError)            bytes that are not the ones that were committed
+      DiskFullError           (OSError)            no space left in the middle of a write
+
+Every message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class CacheError(Exception):
+    """The base of every error that the feature store raises on purpose."""
+
+    def __str__(self) -> str:  # KeyError would print its repr
+        return str(self.args[0]) if self.args else ""
+
+
+class StoreNotFoundError(CacheError, FileNotFoundError):
+    """There is no feature store at this path."""
+
+
+class StoreMismatchError(CacheError, ValueError):
+    """The store at this path holds something else than what was asked for.
+
+    Attributes:
+        differences: field name -> (value in the store, value asked for).
+    """
+
+    def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        self.path = path
+        self.differences = dict(differences)
+        lines = [f"  {name}: the store has {found!r}, asked for {asked!r}"
+                 for name, (found, asked) in sorted(self.differences.items())]
+        super().__init__("\n".join([
+            f"feature store {str(path)!r} does not hold what was asked for; these fields differ:", *lines,
+            "Ask for what the store holds, or extract into a new store with --store."]))
+
+
+class PlanError(CacheError, ValueError):
+    """The plan cannot be stored as it is."""
+
+
+class UnplannedUtteranceError(CacheError, KeyError):
+    """The shard's plan does not name this utterance."""
+
+
+class IncompleteShardError(CacheError, RuntimeError):
+    """Some planned utterances were neither stored nor quarantined."""
+
+
+class LostClaimError(CacheError, RuntimeError):
+    """Another writer took the shard over; its work stands."""
+
+
+class UnsealableStoreError(CacheError, RuntimeError):
+    """Some shards are not committed yet."""
+
+
+class CorruptShardError(CacheError, OSError):
+    """The bytes on disk are not the bytes that were committed.
+
+    Attributes:
+        shard: the damaged shard, or None where the damage is not one shard's.
+    """
+
+    def __init__(self, store: Path, shard: int | None, found: str) -> None:
+        self.shard = shard
+        what = "feature store" if shard is None else f"shard {shard} of feature store"
+        super().__init__(
+            f"{what} {str(store)!r} is damaged: {found}. Type `tinyaudio store verify {store}` to list every fault, "
+            "then the `tinyaudio extract` command that made it: it repairs exactly what is damaged.")
+
+
+class DiskFullError(CacheError, OSError):
+    """There was no space left for a file; nothing of it was kept."""
+
+    def __init__(self, path: Path, size_bytes: int | None = None) -> None:
+        needed = "" if size_bytes is None else f" of {size_bytes:,} bytes"
+        super().__init__(
+            f"no space left while writing {str(path)!r}{needed}; the unfinished file was removed and nothing of it was "
+            "committed. Free some space and type the same command again: it continues where it stopped.")

@@ -1,0 +1,193 @@
+"""Read features by utterance, fast enough to train from, and never wrong.
+
+Invariants: a shard without a commit record does not exist; every byte handed out was checked against that record.
+Frames come as views of the blocks they were read with, read-only, without a copy. Opens files lazily, in whichever process it
+finds itself; no fork is needed. Knows nothing of batches or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cache.blocks import BlockCache, Rows, read_rows
+from cache.commits import Commit, check_commit, check_sizes
+from cache.errors import CorruptShardError
+from cache.index import INDEX_SCHEMA, decode_index, read_committed
+from cache.quantize import Calibration, Quantized
+from cache.store import FeatureStore
+
+CACHE_BYTES = 2 << 30
+
+
+class FeatureReader:
+    """The stored utterances of a store, or of one split of it, by position in `index`."""
+
+    def __init__(
+        self,
+        store: FeatureStore | str | os.PathLike[str],
+        *,
+        split: str | None = None,
+        num_threads: int = 2,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Open a store for reading, finished or not.
+
+        Args:
+            store: the store or its path.
+            split: only its utterances; None for all.
+            num_threads: threads that read blocks.
+            cache_bytes: bound on the blocks kept in memory; views still in use keep theirs alive beyond it.
+
+        Raises:
+            StoreNotFoundError: there is no store.
+            CorruptShardError: a committed file is missing or has another size.
+            ValueError: the store has no such split.
+        """
+        self.store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+        self.split, self.num_threads, self.cache_bytes = split, num_threads, cache_bytes
+        for commit in self.commits.values():
+            check_sizes(self.store.path, commit)
+        splits = {commit.split for commit in self.commits.values()}
+        if split is not None and split not in splits:
+            raise ValueError(f"split {split!r} has no finished shard in {str(self.store.path)!r}; it holds "
+                             f"{', '.join(map(repr, sorted(splits))) or 'nothing yet'}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.store.path), self.split, self.num_threads, self.cache_bytes)
+
+    @cached_property
+    def commits(self) -> dict[int, Commit]:
+        """The commit records by shard."""
+        layout, header = self.store.layout, self.store.header
+        if not self.store.is_sealed:
+            return {shard: self.store.commit(shard) for shard in self.store.committed_shards()}
+        lines = layout.sealed_commits.read_bytes().splitlines(keepends=True)
+        return {shard: check_commit(layout, header, shard, line) for shard, line in enumerate(lines)}
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """One row per utterance, in order of rows; see `cache.index.INDEX_SCHEMA`.
+
+        Raises:
+            CorruptShardError: an index file is not the one that was committed.
+        """
+        if self.store.is_sealed:
+            table = decode_index(self._sealed_index())
+        else:
+            parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in self.commits.values()]
+            table = pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
+        return table if self.split is None else table.filter(pc.equal(table["split"], self.split))
+
+    def _sealed_index(self) -> bytes:
+        layout = self.store.layout
+        content = layout.sealed_index.read_bytes()
+        if hashlib.sha256(content).hexdigest() != json.loads(layout.sealed.read_text())["index_sha256"]:
+            raise CorruptShardError(self.store.path, None, "index.parquet is not the one that was sealed")
+        return content
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each utterance: (N,) int64."""
+        return np.asarray(self.index["start"], dtype=np.int64)
+
+    @cached_property
+    def num_frames(self) -> NDArray[np.int32]:
+        """Frames of each utterance: (N,) int32."""
+        return np.asarray(self.index["num_frames"], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Mean and std of an int8 store; None for float16."""
+        return self.store.calibration
+
+    @cached_property
+    def _blocks(self) -> BlockCache:
+        return BlockCache(self.store.layout, self.store.header, self.commits, self.num_threads, self.cache_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Feature bytes read by the block so far, for the read amplification."""
+        return self._blocks.bytes_read
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def read_rows(self, positions: Sequence[int] | NDArray[np.integer]) -> list[Rows]:
+        """Read utterances as stored, through whole blocks.
+
+        Args:
+            positions: rows of `index`. Neighbours in the store share blocks, so read in an order that keeps them close
+                (see `cache.order`); for one utterance alone, `get` reads less.
+
+        Raises:
+            CorruptShardError: the bytes are not those that were committed.
+        """
+        spans = [self._span(int(position)) for position in positions]
+        futures = self._blocks.fetch(dict.fromkeys(block for _, _, blocks in spans for block in blocks))
+        block_rows = self.store.header.block_rows
+        utterances = []
+        for start, stop, blocks in spans:
+            parts = []
+            for block in blocks:
+                offset = block * block_rows
+                rows = futures[block].result()
+                parts.append(rows.slice(max(start - offset, 0), min(stop - offset, block_rows)))
+            utterances.append(Rows.join(parts))
+        return utterances
+
+    def read(self, positions: Sequence[int] | NDArray[np.integer]) -> list[NDArray[Any] | Quantized]:
+        """Read utterances: (T, dim) float16 each, or `Quantized` from an int8 store. See `read_rows`."""
+        return [self._present(rows) for rows in self.read_rows(positions)]
+
+    def get(self, utterance_id: str) -> NDArray[Any] | Quantized:
+        """Read one utterance, and no more than the chunks it lies in.
+
+        Raises:
+            KeyError: it is not stored here.
+            CorruptShardError: the bytes are not those that were committed.
+        """
+        position = pc.index(self.index["utterance_id"], utterance_id).as_py()
+        if position < 0:
+            raise KeyError(f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
+                           "its quarantine may say why (`tinyaudio store info`).")
+        shard, start = divmod(int(self.starts[position]), self.store.rows_per_shard)
+        stop = start + int(self.num_frames[position])
+        return self._present(read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop))
+
+    def prefetch(self, positions: Iterable[int]) -> None:
+        """Begin to read the blocks of utterances that are wanted next, as far as the cache holds them."""
+        blocks = dict.fromkeys(block for position in positions for block in self._span(int(position))[2])
+        self._blocks.fetch(islice(blocks, self._blocks.capacity))
+
+    def _span(self, position: int) -> tuple[int, int, range]:
+        start = int(self.starts[position])
+        stop = start + int(self.num_frames[position])
+        block_rows = self.store.header.block_rows
+        return start, stop, range(start // block_rows, -(-stop // block_rows))
+
+    def _present(self, rows: Rows) -> NDArray[Any] | Quantized:
+        if rows.scales is None:
+            return rows.features
+        assert self.store.calibration is not None
+        return Quantized(rows.features, rows.scales, self.store.calibration)
+
+
+def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:
+    """Unpickle a reader: the same arguments, nothing read until it is used."""
+    reader = FeatureReader.__new__(FeatureReader)
+    reader.store = FeatureStore.open(path)
+    reader.split, reader.num_threads, reader.cache_bytes = split, num_threads, cache_bytes
+    return reader

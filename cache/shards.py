@@ -1,0 +1,124 @@
+"""The bytes of one Zarr v3 shard file: chunks with their checksums, then the index with its own.
+
+    chunk 0 | crc32c | chunk 1 | crc32c | ... | (offset u64, nbytes u64) per chunk | crc32c        all little-endian
+
+Invariants: byte for byte what zarr writes for codecs `bytes` + `crc32c`, index at the end. Chunks after the last used
+row are absent from the file; the index marks them with 2**64 - 1 and Zarr reads them as fill. Knows nothing of
+utterances.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+CRC_BYTES = 4
+ABSENT = 2**64 - 1  # Zarr's mark, as offset and as size, for a chunk that is not in the file
+
+
+def crc32c(buffer: NDArray[np.generic] | bytes) -> int:
+    """Compute the Castagnoli checksum (RFC 3720, appendix B.4) of contiguous bytes; releases the GIL."""
+    checksum: int = google_crc32c.value(buffer)  # a numpy array passes as it is, without a copy
+    return checksum
+
+
+def num_chunks_used(num_rows: int, chunk_rows: int) -> int:
+    """Count the chunks that hold `num_rows` rows."""
+    return -(-num_rows // chunk_rows)
+
+
+def shard_size(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> int:
+    """Compute the bytes of a shard file with `num_chunks` chunks present."""
+    return num_chunks * (chunk_bytes + CRC_BYTES) + chunks_per_shard * 16 + CRC_BYTES
+
+
+def encode_shard(
+    rows: NDArray[np.generic], chunk_rows: int, chunks_per_shard: int
+) -> tuple[list[NDArray[np.generic] | bytes], NDArray[np.uint32]]:
+    """Lay out a shard file as buffers to be written in order; the rows are not copied.
+
+    Args:
+        rows: (n * chunk_rows, ...) contiguous, n <= chunks_per_shard.
+
+    Returns:
+        The buffers, and the checksum of each chunk present: (n,) uint32.
+    """
+    chunks = rows.reshape(-1, chunk_rows, *rows.shape[1:])
+    checksums = np.array([crc32c(chunk) for chunk in chunks], dtype="<u4")
+    stride = chunk_rows * rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64)) + CRC_BYTES
+    index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
+    index[:len(chunks), 0] = np.arange(len(chunks), dtype=np.uint64) * stride
+    index[:len(chunks), 1] = stride
+    buffers: list[NDArray[np.generic] | bytes] = []
+    for chunk, checksum in zip(chunks, checksums, strict=True):
+        buffers += [chunk, checksum.tobytes()]
+    encoded = index.tobytes()
+    return [*buffers, encoded, crc32c(encoded).to_bytes(CRC_BYTES, "little")], checksums
+
+
+def read_chunks(
+    fd: int, first: int, count: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]
+) -> tuple[NDArray[np.generic], NDArray[np.uint32]]:
+    """Read a run of chunks in one pass, payload and checksums parted by the kernel.
+
+    Args:
+        first, count: the run; the caller knows that these chunks are present.
+        shape: of one chunk, (chunk_rows, ...).
+
+    Returns:
+        The rows, (count * chunk_rows, ...) contiguous, and the checksums found in the file, (count,) uint32, unchecked.
+
+    Raises:
+        EOFError: the file ends inside the run.
+    """
+    payload = np.empty((count, *shape), dtype=dtype)
+    found = np.empty(count, dtype="<u4")
+    stride = payload.nbytes // max(count, 1) + CRC_BYTES
+    views = [view for pair in zip(_parts(payload), _parts(found), strict=True) for view in pair]
+    _read_into(fd, views, first * stride)
+    return payload.reshape(count * shape[0], *shape[1:]), found
+
+
+def _parts(array: NDArray[np.generic]) -> list[memoryview]:
+    flat = memoryview(array.reshape(-1).view(np.uint8))
+    size = len(flat) // max(len(array), 1)
+    return [flat[i * size:(i + 1) * size] for i in range(len(array))]
+
+
+def _read_into(fd: int, views: list[memoryview], offset: int) -> None:
+    while views:
+        batch = views[:1024]  # IOV_MAX
+        read = os.preadv(fd, batch, offset)
+        if read == 0:
+            raise EOFError(f"the file ends at byte {offset:,}")
+        offset += read
+        while read:
+            if read < len(views[0]):
+                views[0] = views[0][read:]
+                break
+            read -= len(views.pop(0))
+
+
+def read_index(path: Path, chunks_per_shard: int) -> NDArray[np.uint64]:
+    """Read the index of a shard file.
+
+    Returns:
+        (chunks_per_shard, 2) uint64: offset and size of each chunk, `ABSENT` twice for one that is not there.
+
+    Raises:
+        ValueError: the index is not whole.
+    """
+    size = chunks_per_shard * 16 + CRC_BYTES
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() < size:
+            raise ValueError(f"{file.tell():,} bytes, fewer than the index alone")
+        file.seek(-size, os.SEEK_END)
+        encoded = file.read(size)
+    if crc32c(encoded[:-CRC_BYTES]) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
+        raise ValueError("the checksum of the shard index does not match")
+    return np.frombuffer(encoded[:-CRC_BYTES], dtype="<u8").reshape(chunks_per_shard, 2)

@@ -1,0 +1,343 @@
+"""The feature store: ragged frames under string ids, in one tall Zarr array, shard by shard.
+
+    store = FeatureStore.create(path, plan=make_plan(table), dim=1024, encoding="float16", fingerprint={...})
+    for shard in store.pending_shards():
+        with store.write_shard(shard) as writer: ...
+    store.seal()
+
+Invariants: a store holds one extraction; what it is never changes after creation; typing the same again continues.
+Knows nothing of speech, models or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import numpy as np
+import pyarrow as pa
+import zarr
+
+from cache.claims import Claim, sweep
+from cache.commits import Commit, committed_shards, read_commit, root_digest
+from cache.durable import Owner, canonical_json, exclusive, place, sync_directory
+from cache.errors import CorruptShardError, PlanError, StoreMismatchError, UnsealableStoreError
+from cache.index import INDEX_SCHEMA, Quarantined, decode_index, encode_quarantine, encode_table, read_committed
+from cache.layout import (
+    FORMAT_VERSION,
+    ROWS_PER_SHARD,
+    Encoding,
+    Header,
+    Layout,
+    create_arrays,
+    divide_shard,
+    read_header,
+)
+from cache.plan import plan_digest, read_plan, write_plan
+from cache.quantize import Calibration
+from cache.writer import ShardWriter
+
+FOLDERS = ("index", "quarantine", "commits", "claims")
+
+
+class FeatureStore:
+    """One extraction on disk, finished or on its way."""
+
+    def __init__(self, layout: Layout, header: Header) -> None:
+        self.layout, self.header = layout, header
+
+    # ------------------------------------------------------------------------------------------- making and opening
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        plan: pa.Table,
+        dim: int,
+        fingerprint: Mapping[str, Any],
+        encoding: Encoding = "float16",
+        rows_per_shard: int = ROWS_PER_SHARD,
+        calibration: Calibration | None = None,
+    ) -> Self:
+        """Make a store, or open the identical one that is there.
+
+        Several processes may do this at once: one makes it, the others open it. What dead writers left is swept away.
+
+        Args:
+            plan: what `make_plan` gave, with the same `rows_per_shard`.
+            dim: features per frame.
+            fingerprint: JSON values, everything needed to recompute a row; format, encoding and calibration are added
+                under the key "store".
+            calibration: for int8, and only then.
+
+        Raises:
+            StoreMismatchError: the store there differs; the fields are named.
+            StoreNotFoundError: something else than a store is there.
+            PlanError: the plan was not made for this shard size.
+        """
+        root = Path(path)
+        header = _header(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
+        if not root.exists() or not any(root.iterdir()):
+            _build(root, header, plan, calibration)
+        store = cls.open(root)
+        store._require(header)
+        sweep(store.layout, store.header)
+        return store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a store that exists.
+
+        Raises:
+            StoreNotFoundError: there is none.
+            CorruptShardError: its header is damaged.
+        """
+        root = Path(path)
+        return cls(Layout(root), read_header(root))
+
+    def require_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a store of another extraction.
+
+        Args:
+            fingerprint: a whole fingerprint, as `store.fingerprint` gives it.
+
+        Raises:
+            StoreMismatchError: naming the fields that differ.
+        """
+        if differences := compare_fields(self.fingerprint, fingerprint):
+            raise StoreMismatchError(self.path, differences)
+
+    def _require(self, header: Header) -> None:
+        ours, asked = (
+            {"fingerprint": each.fingerprint} | {name: getattr(each, name) for name in (
+                "format", "dim", "encoding", "rows_per_shard", "num_planned", "plan_id", "calibration_id")}
+            for each in (self.header, header))
+        if differences := compare_fields(ours, asked):
+            raise StoreMismatchError(self.path, differences)
+
+    # ------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def path(self) -> Path:
+        return self.layout.root
+
+    @property
+    def dim(self) -> int:
+        return self.header.dim
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.header.encoding
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.header.rows_per_shard
+
+    @property
+    def num_shards(self) -> int:
+        return self.header.num_shards
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.header.fingerprint
+
+    @property
+    def fingerprint_id(self) -> str:
+        return self.header.fingerprint_id
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Mean and std of an int8 store; None for float16.
+
+        Raises:
+            CorruptShardError: it is not the calibration that the header names.
+        """
+        if self.header.calibration_id is None:
+            return None
+        try:
+            calibration = Calibration.from_array(np.asarray(zarr.open_array(self.path / "calibration", mode="r")[...]))
+        except (OSError, ValueError) as error:
+            raise CorruptShardError(self.path, None, f"its calibration is unreadable ({error})") from error
+        if calibration.id != self.header.calibration_id:
+            raise CorruptShardError(self.path, None, "its calibration is not the one its header names")
+        return calibration
+
+    def plan(self, shard: int | None = None) -> pa.Table:
+        """Read the plan: one shard's rows in the order of their sources, or all."""
+        return read_plan(self.layout.plan, shard)
+
+    # ------------------------------------------------------------------------------------------- how far it is
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.layout.sealed.exists()
+
+    def committed_shards(self) -> list[int]:
+        """List the shards that are finished."""
+        return committed_shards(self.layout)
+
+    def pending_shards(self, part: tuple[int, int] = (0, 1)) -> list[int]:
+        """List the shards still to be written.
+
+        Args:
+            part: (i, N): only the shards that are i modulo N, for the i-th of N machines.
+        """
+        index, parts = part
+        if not 0 <= index < parts:
+            raise ValueError(f"part {index}/{parts} does not exist; number the {parts} parts from 0 to {parts - 1}.")
+        done = set(self.committed_shards())
+        return [shard for shard in range(index, self.num_shards, parts) if shard not in done]
+
+    def commit(self, shard: int) -> Commit:
+        """Read a shard's commit record.
+
+        Raises:
+            FileNotFoundError: the shard is not committed.
+            CorruptShardError: the record is damaged, or another store's.
+        """
+        return read_commit(self.layout, self.header, shard)
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def write_shard(self, shard: int) -> ShardWriter | None:
+        """Begin a shard.
+
+        Returns:
+            A context manager that commits when left without an exception; None if the shard is committed or a living
+            writer is at it.
+        """
+        if self.layout.commit(shard).exists():
+            return None
+        claim = Claim.take(self.layout, shard)
+        if claim is None:
+            return None
+        try:
+            if not self.layout.commit(shard).exists():
+                return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim)
+        except BaseException:
+            claim.release()
+            raise
+        claim.release()
+        return None
+
+    def seal(self) -> str:
+        """Close a finished store: one index, one file of commit records, and a digest over everything.
+
+        Returns:
+            The root digest. Sealing again changes nothing.
+
+        Raises:
+            UnsealableStoreError: some shards are not committed.
+            CorruptShardError: a shard's record or index is damaged.
+        """
+        if pending := self.pending_shards():
+            raise UnsealableStoreError(
+                f"{len(pending)} of {self.num_shards} shards of {str(self.path)!r} are not committed yet, the first "
+                f"being {pending[0]}. Finish them with the `tinyaudio extract` command that made the store.")
+        commits = [self.commit(shard) for shard in range(self.num_shards)]
+        root = root_digest(commits)
+        tables = [decode_index(read_committed(self.path, commit, "index")) for commit in commits]
+        index = encode_table(pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table())
+        seal = {"format": self.header.format, "root": root, "num_shards": self.num_shards,
+                "fingerprint_id": self.fingerprint_id, "plan_id": self.header.plan_id,
+                "num_utterances": sum(commit.num_utterances for commit in commits),
+                "num_frames": sum(commit.num_frames for commit in commits),
+                "index_sha256": hashlib.sha256(index).hexdigest()}
+        with exclusive(self.layout.lock):
+            if not self.is_sealed:
+                for path, content in ((self.layout.sealed_index, index),
+                                      (self.layout.sealed_commits, b"".join(commit.encode() for commit in commits)),
+                                      (self.layout.sealed, canonical_json(seal) + b"\n")):
+                    path.unlink(missing_ok=True)
+                    place(path, [content])
+        return root
+
+
+def compare_fields(found: Any, asked: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Compare two JSON values field by field.
+
+    Returns:
+        Dotted field name -> (found, asked), for the fields that differ; None stands for an absent one.
+    """
+    if isinstance(found, Mapping) and isinstance(asked, Mapping):
+        differences: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(found.keys() | asked.keys()):
+            differences |= compare_fields(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
+        return differences
+    return {} if found == asked else {name: (found, asked)}
+
+
+def _header(
+    plan: pa.Table, dim: int, fingerprint: Mapping[str, Any], encoding: Encoding, rows_per_shard: int,
+    calibration: Calibration | None,
+) -> Header:
+    if encoding not in get_args(Encoding):
+        raise ValueError(f"encoding {encoding!r} is unknown; choose one of {', '.join(get_args(Encoding))}.")
+    if (calibration is not None) != (encoding == "int8"):
+        raise ValueError(f"encoding {encoding!r} {'needs a' if encoding == 'int8' else 'takes no'} calibration.")
+    if calibration is not None and calibration.mean.shape != (dim,):
+        raise ValueError(f"the calibration has {calibration.mean.shape[0]} dimensions, the features {dim}.")
+    chunk_rows, block_rows = divide_shard(rows_per_shard)
+    calibration_id = None if calibration is None else calibration.id
+    store = {"format": FORMAT_VERSION, "encoding": encoding, "calibration_id": calibration_id, "dim": dim}
+    return Header(
+        format=FORMAT_VERSION, dim=dim, encoding=encoding, rows_per_shard=rows_per_shard, chunk_rows=chunk_rows,
+        block_rows=block_rows, num_shards=_num_shards(plan, rows_per_shard), num_planned=len(plan),
+        plan_id=plan_digest(plan), calibration_id=calibration_id, fingerprint={**fingerprint, "store": store})
+
+
+def _num_shards(plan: pa.Table, rows_per_shard: int) -> int:
+    missing = {"utterance_id", "split", "source_id", "num_frames", "shard", "row", "reason"} - set(plan.column_names)
+    if missing:
+        raise PlanError(f"the plan has no column {', '.join(sorted(missing))}; make it with make_plan.")
+    shards, rows = plan["shard"].to_numpy(), plan["row"].to_numpy()
+    ends = rows.astype(np.int64) + plan["num_frames"].to_numpy()
+    if len(plan) and int(np.where(shards >= 0, ends, 0).max()) > rows_per_shard:
+        raise PlanError(f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
+                        f"make_plan(..., rows_per_shard={rows_per_shard}).")
+    return int(shards.max(initial=-1)) + 1
+
+
+def _build(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> None:
+    """Make a whole empty store beside its place, then give it its name; if another process was faster, leave it."""
+    temporary = root.parent / f".{root.name}~{Owner.me()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        create_arrays(temporary, header, None if calibration is None else calibration.array)
+        layout = Layout(temporary)
+        for folder in FOLDERS:
+            (temporary / folder).mkdir()
+        write_plan(plan, layout.plan)
+        layout.rejected.write_bytes(encode_quarantine(_rejected(plan)))
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _sync(path)
+        sync_directory(temporary)
+        try:
+            temporary.rename(root)
+        except OSError:
+            if not (root / "zarr.json").exists():
+                raise
+        sync_directory(root.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _rejected(plan: pa.Table) -> list[Quarantined]:
+    rows = plan.filter(pa.array(plan["shard"].to_numpy() < 0)).select(
+        ["utterance_id", "split", "shard", "reason", "num_frames"]).to_pylist()
+    return [Quarantined(utterance_id=row["utterance_id"], split=row["split"], shard=-1, reason=row["reason"],
+                        detail=f"planned at {row['num_frames']} frames") for row in rows]

@@ -1,0 +1,264 @@
+"""Write one shard: collect its frames, then place everything at once and commit.
+
+Invariants: nothing of a shard is visible before its commit record; the record is placed last; an utterance is stored or
+quarantined, never dropped. Where an utterance goes is the plan's business, so a shard's bytes do not depend on the
+order in which its utterances come. Knows nothing of where the frames come from.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cache.claims import Claim
+from cache.commits import ArrayFile, Commit, PlainFile
+from cache.durable import Buffers, exclusive, link_into_place, place, sync_directory, write_temporary
+from cache.errors import IncompleteShardError, LostClaimError, UnplannedUtteranceError
+from cache.index import Quarantined, encode_index, encode_quarantine
+from cache.layout import FILL, Header, Layout
+from cache.quantize import Calibration, quantize
+from cache.shards import encode_shard, num_chunks_used
+
+FLOAT16_MAX = 65_504.0
+
+_Encoded = tuple[Buffers, ArrayFile | PlainFile]
+
+
+class ShardWriter:
+    """One shard on its way into the store; a context manager that commits on leaving without an exception."""
+
+    def __init__(
+        self, layout: Layout, header: Header, shard: int, plan: pa.Table, calibration: Calibration | None, claim: Claim
+    ) -> None:
+        self.shard, self.plan = shard, plan
+        self._layout, self._header, self._calibration, self._claim = layout, header, calibration, claim
+        self.split: str = plan["split"][0].as_py()
+        starts = plan["row"].to_pylist()
+        self._planned: dict[str, int] = dict(zip(plan["utterance_id"].to_pylist(), starts, strict=True))
+        self._lengths: dict[int, int] = dict(zip(starts, plan["num_frames"].to_pylist(), strict=True))
+        self._limits = _limits(self._lengths, header.block_rows)
+        rows = header.rows_per_shard
+        self._features = np.empty((rows, header.dim), dtype=header.dtype)
+        self._scales = np.empty(rows, dtype="<f2") if header.encoding == "int8" else None
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._quarantined: list[Quarantined] = []
+        self._num_clamped = 0
+
+    @property
+    def num_stored(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_quarantined(self) -> int:
+        return len(self._quarantined)
+
+    def append(
+        self,
+        utterance_id: str,
+        features: NDArray[np.floating],
+        *,
+        num_samples: int,
+        duration_s: float,
+        transcript: str,
+        speaker: str | None = None,
+        source: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Store one utterance, or quarantine it if that cannot be done. The frames are copied.
+
+        Args:
+            features: (T, dim) float16 or float32, T >= 1; values beyond float16 are clamped and counted.
+            num_samples, duration_s: of the recording that the frames were computed from.
+            extra: anything else worth keeping; stored as JSON.
+
+        Returns:
+            Whether it was stored. If not, it is quarantined as "no_frames", "non_finite", "longer_than_planned" or
+            "duplicate_id".
+
+        Raises:
+            UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
+        """
+        assert features.shape[1:] == (self._header.dim,), (features.shape, self._header.dim)
+        self._check_planned(utterance_id)
+        if utterance_id in self._rows:
+            return self.quarantine(utterance_id, "duplicate_id", "stored once already; the later copy was left out")
+        if not len(features):
+            return self.quarantine(utterance_id, "no_frames", "the encoder gave no frames")
+        row = self._place(utterance_id, len(features))
+        if row is None:
+            return self.quarantine(utterance_id, "longer_than_planned", f"{len(features)} frames do not fit")
+        if not self._put(row, features):
+            return self.quarantine(utterance_id, "non_finite", "the features hold NaN or infinity")
+        self._rows[utterance_id] = {
+            "utterance_id": utterance_id, "split": self.split, "shard": self.shard,
+            "start": self.shard * self._header.rows_per_shard + row, "num_frames": len(features),
+            "num_samples": num_samples, "duration_s": duration_s, "transcript": transcript, "speaker": speaker,
+            "source": source, "extra": None if extra is None else json.dumps(extra, sort_keys=True)}
+        return True
+
+    def quarantine(self, utterance_id: str, reason: str, detail: str = "") -> bool:
+        """Record that an utterance is not stored, and why.
+
+        Args:
+            reason: a short name that can be counted, such as "undecodable".
+
+        Returns:
+            False, so that a caller can return what `append` would.
+
+        Raises:
+            UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
+        """
+        self._check_planned(utterance_id)
+        self._quarantined.append(Quarantined(
+            utterance_id=utterance_id, split=self.split, shard=self.shard, reason=reason, detail=detail))
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._claim.release()
+
+    def _check_planned(self, utterance_id: str) -> None:
+        if utterance_id not in self._planned:
+            raise UnplannedUtteranceError(
+                f"utterance {utterance_id!r} is not planned for shard {self.shard} of {str(self._layout.root)!r}. "
+                "Append only what the plan of this shard names.")
+
+    def _place(self, utterance_id: str, length: int) -> int | None:
+        """Find rows: those planned, or, if the plan was too short, the end of a room that has enough left."""
+        planned = self._planned[utterance_id]
+        if planned + length <= self._limits[planned]:
+            self._lengths[planned] = length
+            return planned
+        for row, limit in self._limits.items():
+            if limit - length >= row + self._lengths[row]:
+                self._limits[row] = limit - length
+                return limit - length
+        return None
+
+    def _put(self, row: int, features: NDArray[np.floating]) -> bool:
+        """Encode frames into their rows; False if a value is not finite."""
+        rows = slice(row, row + len(features))
+        if self._scales is not None:
+            assert self._calibration is not None
+            if not np.isfinite(features).all():
+                return False
+            self._features[rows], self._scales[rows] = quantize(features, self._calibration)
+            return True
+        stored = self._features[rows]
+        with np.errstate(over="ignore"):
+            stored[...] = features
+        if _is_finite(stored):
+            return True
+        if not np.isfinite(features).all():
+            return False
+        self._num_clamped += int(np.count_nonzero(~np.isfinite(stored)))
+        stored[...] = np.clip(features, -FLOAT16_MAX, FLOAT16_MAX)
+        return True
+
+    def _commit(self) -> None:
+        """Place the files of the shard, then its record."""
+        self._check_complete()
+        layout = self._layout
+        encoded = self._encode_arrays() | self._encode_files()
+        commit = self._record(encoded)
+        temporaries = {}
+        try:
+            for path, (buffers, _) in encoded.items():
+                temporaries[path] = write_temporary(path, buffers, self._claim.owner)
+            with exclusive(layout.lock):
+                self._check_uncontested()
+                for path, temporary in temporaries.items():
+                    path.unlink(missing_ok=True)  # left by a writer that died before its commit
+                    link_into_place(temporary, path)
+                for directory in {path.parent for path in temporaries}:
+                    sync_directory(directory)
+                place(layout.commit(self.shard), [commit.encode()], self._claim.owner)
+        finally:
+            for temporary in temporaries.values():
+                temporary.unlink(missing_ok=True)
+
+    def _check_complete(self) -> None:
+        done = self._rows.keys() | {line["utterance_id"] for line in self._quarantined}
+        missing = [utterance_id for utterance_id in self._planned if utterance_id not in done]
+        if missing:
+            raise IncompleteShardError(
+                f"shard {self.shard} of {str(self._layout.root)!r} was closed with {len(missing)} of "
+                f"{len(self._planned)} planned utterances neither stored nor quarantined, the first being {missing[0]!r}. Append or "
+                "quarantine every one; nothing was committed.")
+
+    def _check_uncontested(self) -> None:
+        if not self._claim.is_mine() or self._layout.commit(self.shard).exists():
+            raise LostClaimError(
+                f"another writer took over shard {self.shard} of {str(self._layout.root)!r} while this one seemed "
+                "dead; its work stands and this copy was dropped. Continue with the next shard.")
+
+    def _encode_arrays(self) -> dict[Path, _Encoded]:
+        header = self._header
+        rows = sorted((row["start"] % header.rows_per_shard, row["num_frames"]) for row in self._rows.values())
+        used = max((start + length for start, length in rows), default=0)
+        used = num_chunks_used(used, header.chunk_rows) * header.chunk_rows
+        encoded: dict[Path, _Encoded] = {}
+        arrays = ("features", self._features, FILL[header.encoding]), ("scales", self._scales, np.nan)
+        for name, array, fill in arrays:
+            if array is not None:
+                _fill_gaps(array[:used], rows, fill)
+                buffers, checksums = encode_shard(
+                    array[:used], header.chunk_rows, header.rows_per_shard // header.chunk_rows)
+                size = sum(memoryview(buffer).nbytes for buffer in buffers)
+                encoded[self._layout.array(name, self.shard)] = (buffers, ArrayFile.of(size, checksums))
+        return encoded
+
+    def _encode_files(self) -> dict[Path, _Encoded]:
+        index = encode_index(list(self._rows.values()))
+        quarantine = encode_quarantine(self._quarantined)
+        return {self._layout.index(self.shard): ([index], PlainFile.of(index)),
+                self._layout.quarantine(self.shard): ([quarantine], PlainFile.of(quarantine))}
+
+    def _record(self, encoded: Mapping[Path, _Encoded]) -> Commit:
+        rows, header = self._rows.values(), self._header
+        named = {path.relative_to(self._layout.root).as_posix(): file for path, (_, file) in encoded.items()}
+        return Commit(
+            format=header.format, shard=self.shard, split=self.split, fingerprint_id=header.fingerprint_id,
+            plan_id=header.plan_id, num_utterances=len(rows), num_frames=sum(row["num_frames"] for row in rows),
+            num_quarantined=len(self._quarantined), num_clamped=self._num_clamped,
+            duration_s=sum(row["duration_s"] for row in rows),
+            arrays={name: file for name, file in named.items() if isinstance(file, ArrayFile)},
+            files={name: file for name, file in named.items() if isinstance(file, PlainFile)},
+            writer=str(self._claim.owner),
+            finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+
+def _limits(lengths: Mapping[int, int], block_rows: int) -> dict[int, int]:
+    """Give the row at which each planned row's room ends: the next planned row, or the end of its last block."""
+    ordered = sorted(lengths)
+    ends = [-(-(row + lengths[row]) // block_rows) * block_rows for row in ordered]
+    return dict(zip(ordered, map(min, ends, [*ordered[1:], ends[-1]]), strict=True))
+
+
+def _fill_gaps(array: NDArray[Any], rows: list[tuple[int, int]], fill: float) -> None:
+    end = 0
+    for start, length in rows:
+        array[end:start] = fill
+        end = start + length
+    array[end:] = fill
+
+
+def _is_finite(values: NDArray[np.float16]) -> bool:
+    """Test the exponents themselves: several times faster than `isfinite` on half precision."""
+    return not len(values) or int((values.view(np.uint16) << 1).max()) < 0xF800

@@ -47,6 +47,13 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
         raise ModelError(f"{model_id!r} is no {auto_class.__name__}: {str(error).splitlines()[0]}") from error
 
 
+def load_config(model_id: str, revision: str | None = None) -> Any:
+    """Load a part's configuration without its weights; errors as `load_frozen`."""
+    from transformers import AutoConfig
+
+    return load_frozen(AutoConfig, model_id, revision)
+
+
 def resolved_revision(model: Any, revision: str | None) -> str | None:
     """Return the hub commit a model was loaded from; the revision as asked for where there is none (local folders)."""
     commit = getattr(model.config, "_commit_hash", None)

@@ -1,0 +1,77 @@
+"""From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector, no encoder."""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from cache import FeatureStore
+from pipelines.errors import RunError
+from pipelines.identity import is_local
+from pipelines.recipes import Recipe
+from tinyaudio.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.encoder import load_feature_extractor
+from tinyaudio.frozen import load_frozen, resolved_revision, weights_digest
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration, load_decoder
+from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.prompt import end_of_text_id, prompt_ids
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Load the decoder's tokenizer.
+
+    Raises:
+        RunError: no padding token beside the end-of-text token to fill finished beams with.
+    """
+    tokenizer = load_frozen(AutoTokenizer, recipe.decoder.id, recipe.decoder.revision)
+    if tokenizer.pad_token_id is None:
+        # SmolLM3-3B-Base names none; its vocabulary has this one for the purpose (id 128004).
+        pad = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
+        if pad is None or pad == tokenizer.unk_token_id:
+            pad = end_of_text_id(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.padding_side = "right"  # pipelines want the same side as the feature extractor's
+    return tokenizer
+
+
+def build_model(
+    recipe: Recipe, store: FeatureStore, device: torch.device
+) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
+    """Make the model that stage two trains; the seed decides the projector.
+
+    Raises:
+        MissingModelError, ModelError: a part cannot be loaded.
+        RunError: a decoder in a precision that is not known.
+    """
+    tokenizer = load_tokenizer(recipe)
+    dtype = getattr(torch, recipe.decoder.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RunError(f"decoder.dtype {recipe.decoder.dtype!r}; expected float32 or bfloat16")
+    decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, dtype)
+    prefix, suffix = prompt_ids(tokenizer)
+    made_by = store.fingerprint["encoder"]
+    config = TinyAudioConfig(
+        encoder_id=recipe.encoder.id,
+        encoder_revision=made_by["revision"],
+        encoder_digest=made_by["weights"],
+        encoder_dim=store.dim,
+        encoder_precision=made_by["precision"],
+        decoder_id=recipe.decoder.id,
+        decoder_revision=None if is_local(recipe.decoder.id) else resolved_revision(decoder, recipe.decoder.revision),
+        decoder_digest=weights_digest(decoder),
+        decoder_dim=decoder.get_input_embeddings().embedding_dim,
+        decoder_dtype=recipe.decoder.dtype,
+        projector_kind=recipe.projector.kind,
+        stack_factor=recipe.projector.stack_factor,
+        projector_hidden_size=recipe.projector.hidden_size,
+        prompt_prefix_ids=prefix,
+        prompt_suffix_ids=suffix,
+        eos_token_id=end_of_text_id(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        store_fingerprint=store.fingerprint_id,
+        calibration_id=None if store.calibration is None else store.calibration.id,
+    )
+    torch.manual_seed(recipe.train.seed)
+    model = TinyAudioForConditionalGeneration(config, decoder=decoder)
+    processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, recipe.encoder.revision), tokenizer)
+    return model.to(device), processor

@@ -1,0 +1,125 @@
+"""Runs: one execution of stage two is one folder, and that folder is a loadable model.
+
+    runs/<name>/recipe.toml        the resolved recipe; itself a recipe
+    runs/<name>/run.json           store, its fingerprint, versions, whether it is finished
+    runs/<name>/metrics.jsonl      one JSON object per logged step
+    runs/<name>/tensorboard/       the same for TensorBoard
+    runs/<name>/checkpoints/       what --resume goes on from
+    runs/<name>/eval/              evaluations
+    runs/<name>/config.json, model.safetensors, ...    the newest model
+    runs/latest                    link to the newest run
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import RunError
+from pipelines.recipes import Recipe, differing_keys, load_recipe
+
+RUNS = Path("runs")
+LATEST = "latest"
+# What may differ when a run goes on: where things lie and how often we look, never what is computed.
+_FREE_TO_CHANGE = {
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_utterances",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.report_to",
+}
+_MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model")
+
+
+def run_folder(name: str | None, recipe_name: str) -> Path:
+    """Resolve --run: a path if it has a slash, else a name under runs/; a new name from recipe and time if absent."""
+    if name is None:
+        return RUNS / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(name) if "/" in name else RUNS / name
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The content of run.json; empty for a folder that is no run."""
+        path = self.folder / "run.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.state.get("is_finished"))
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(str(self.folder / "recipe.toml"))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def begin(self, recipe: Recipe, state: dict[str, Any]) -> None:
+        """Make the folder and say what will be done in it.
+
+        Raises:
+            RunError: the folder holds a run already, or something else.
+        """
+        if self.folder.exists() and any(self.folder.iterdir()):
+            what = "holds an unfinished run; add --resume to go on" if self.state else "is not empty and is no run"
+            raise RunError(f"{str(self.folder)!r} {what}, or name another --run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(self.folder / "recipe.toml")
+        self.update(state)
+        self.point_latest_here()
+
+    def check_resumable(self, recipe: Recipe, fingerprint_id: str) -> None:
+        """Refuse to go on with anything else than what was begun.
+
+        Raises:
+            RunError: no run here, or keys that differ, named with both values.
+        """
+        if not self.state:
+            raise RunError(f"{str(self.folder)!r} holds no run to resume; expected a folder with run.json")
+        sections = ("encoder", "decoder", "store", "projector", "train")
+        drift = {k: v for k, v in differing_keys(self.recipe, recipe, sections).items() if k not in _FREE_TO_CHANGE}
+        if self.state["store_fingerprint"] != fingerprint_id:
+            drift["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
+        if drift:
+            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in drift.items())
+            raise RunError(f"{str(self.folder)!r} was begun with another recipe: {listed}; restore it or start a new --run")
+
+    def update(self, state: dict[str, Any]) -> None:
+        """Merge into run.json, replacing the file as a whole."""
+        write_atomically(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
+
+    def point_latest_here(self) -> None:
+        """Make runs/latest a link to this run, if it lies under runs/."""
+        link = self.folder.parent / LATEST
+        if link.exists() and not link.is_symlink():
+            return
+        temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+        temporary.symlink_to(self.folder.name)
+        temporary.replace(link)
+
+    def adopt_model(self, checkpoint: Path) -> None:
+        """Copy a checkpoint's model files into the run folder, weights last, each one replaced as a whole."""
+        files = [path for pattern in _MODEL_FILES for path in checkpoint.glob(pattern)]
+        files = [path for path in files if not path.name.startswith(("trainer_", "training_"))]
+        for path in sorted(files, key=lambda p: p.suffix == ".safetensors"):
+            temporary = self.folder / f".{path.name}.tmp"
+            shutil.copyfile(path, temporary)
+            temporary.replace(self.folder / path.name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

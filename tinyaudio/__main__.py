@@ -1,0 +1,5 @@
+"""`python -m tinyaudio` is `tinyaudio`."""
+
+from tinyaudio.cli import main
+
+main()

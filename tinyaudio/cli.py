@@ -1,0 +1,67 @@
+"""The roof: the `tinyaudio` command. Parse, call, print; nobody imports it.
+
+One verb per stage, in `cli_<verb>.py` where it needs more than a page. Heavy imports happen inside commands, so that
+`--help` answers at once. stdout carries results, stderr progress and messages. Errors of ours are one line and exit 1;
+usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tinyaudio import __version__
+
+app = typer.Typer(
+    name="tinyaudio",
+    help="Speech recognition out of a frozen encoder, a small trained projector and a frozen language model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tinyaudio {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Set up nothing; commands bring what they need."""
+
+
+def _add_commands() -> None:
+    from tinyaudio import cli_eval, cli_stages
+
+    cli_stages.add_to(app)
+    cli_eval.add_to(app)
+
+
+_add_commands()
+
+
+def main() -> None:
+    """Run the command line and turn errors of ours into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        print("tinyaudio: interrupted; the same command again goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        print(f"tinyaudio: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Tell our error trees apart from bugs, without importing what did not run."""
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return bool(names & {"tinyaudio.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"})

@@ -19,3 +19,7 @@ class RunError(PipelineError, ValueError):
 
 class TooManyBadError(PipelineError, ValueError):
     """More utterances could not be stored than `extract.max_bad` allows."""
+
+
+class EvaluationError(PipelineError, ValueError):
+    """An evaluation that cannot start, go on, or be read."""

@@ -1,0 +1,155 @@
+"""Evaluation sets: which utterances of a split are scored, and their audio at 16 kHz.
+
+A sample of N is random and not the head, and stays the same whatever the order of files: utterances are ranked by a
+hash of seed and id. A smaller sample is part of a larger one.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.corpora import Corpus, open_corpus
+from pipelines.errors import EvaluationError
+from pipelines.recipes import CorpusSection
+from tinyaudio.audio import Samples, load_audio
+from tinyaudio.errors import AudioError
+
+WINDOW_S = 1_200.0  # seconds of audio held in memory at once: 77 MB of float32 samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """One utterance to be scored, without its audio; `duration_s` is None if the corpus could not tell it."""
+
+    utterance_id: str
+    source_id: str
+    duration_s: float | None
+    transcript: str | None
+    speaker: str | None
+    sex: str | None
+    source: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A split, or a random part of it."""
+
+    section: CorpusSection
+    split: str
+    max_samples: int | None
+    seed: int
+    source: str | None
+    corpus: Corpus
+    utterances: tuple[Utterance, ...]
+    split_size: int  # utterances in the whole split
+
+    @property
+    def corpus_name(self) -> str:
+        """Hub id, or a local folder's own name: where it lies changes nothing."""
+        return self.section.name or Path(str(self.section.path)).expanduser().resolve().name
+
+    @property
+    def name(self) -> str:
+        """Name the set as folders do: "corpus-test", with the sample's size and seed if it is one."""
+        parts = [self.corpus_name.split("/")[-1], self.section.config, self.split, self.source]
+        if self.max_samples is not None:
+            parts.append(f"{self.max_samples}-seed{self.seed}")
+        return "-".join(_file_name(part) for part in parts if part)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what was scored: the corpus, the split and how it was sampled."""
+        return {
+            "corpus": self.corpus_name,
+            "provenance": self.corpus.provenance(self.split),
+            "split": self.split,
+            "source": self.source,
+            "max_samples": self.max_samples,
+            "seed": self.seed if self.max_samples is not None else None,
+        }
+
+    def load(self, wanted: Iterable[str]) -> Iterator[list[tuple[Utterance, Samples | AudioError]]]:
+        """Decode utterances, in windows of about `WINDOW_S` seconds; what cannot be decoded comes as its error."""
+        chosen = set(wanted)
+        for window in _windows([one for one in self.utterances if one.utterance_id in chosen]):
+            by_place: dict[str, list[Utterance]] = {}
+            for one in window:
+                by_place.setdefault(one.source_id, []).append(one)
+            read = self.corpus.read_audio(by_place)
+            yield [(one, _decode(encoded)) for place, encoded in read for one in by_place[place]]
+
+
+def open_eval_set(
+    section: CorpusSection, *, split: str, max_samples: int | None = None, seed: int = 0, source: str | None = None
+) -> EvalSet:
+    """List what is to be scored.
+
+    Args:
+        section: the corpus.
+        split: its split.
+        max_samples: score a random sample of this many; None scores all.
+        seed: of the sample.
+        source: score only utterances of this source, such as "voxpopuli".
+
+    Raises:
+        CorpusError: no such corpus or split.
+        EvaluationError: nothing to score, or two utterances of one id.
+    """
+    corpus = open_corpus(section)
+    everything = [Utterance(**row) for row in corpus.scan(split).to_pylist()]
+    _check_ids(everything, split)
+    chosen = [one for one in everything if source is None or one.source == source]
+    if not chosen:
+        sources = sorted({one.source for one in everything if one.source})
+        hint = f"; sources there: {', '.join(sources) or 'none stated'}" if source else ""
+        raise EvaluationError(f"split {split!r} holds no utterance{f' of source {source!r}' if source else ''}{hint}")
+    if max_samples is not None:
+        kept = set(sorted((one.utterance_id for one in chosen), key=lambda name: _rank(name, seed))[:max_samples])
+        chosen = [one for one in chosen if one.utterance_id in kept]
+    return EvalSet(
+        section=section,
+        split=split,
+        max_samples=max_samples,
+        seed=seed,
+        source=source,
+        corpus=corpus,
+        utterances=tuple(chosen),
+        split_size=len(everything),
+    )
+
+
+def _check_ids(utterances: list[Utterance], split: str) -> None:
+    seen: set[str] = set()
+    for one in utterances:
+        if one.utterance_id in seen:
+            raise EvaluationError(f"split {split!r} holds two utterances {one.utterance_id!r}; expected one of each id")
+        seen.add(one.utterance_id)
+
+
+def _rank(utterance_id: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed} {utterance_id}".encode()).hexdigest()
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)
+
+
+def _windows(utterances: list[Utterance]) -> Iterator[list[Utterance]]:
+    window: list[Utterance] = []
+    held_s = 0.0
+    for one in utterances:
+        window.append(one)
+        held_s += one.duration_s or 0.0
+        if held_s >= WINDOW_S:
+            yield window
+            window, held_s = [], 0.0
+    if window:
+        yield window
+
+
+def _decode(encoded: bytes) -> Samples | AudioError:
+    try:
+        return load_audio(encoded)
+    except AudioError as error:
+        return error

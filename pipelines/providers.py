@@ -1,0 +1,136 @@
+"""Providers: systems that turn clips into text, behind one small interface, so that one evaluation serves them all.
+
+A provider gets clips of 16 kHz mono samples and gives every clip one answer, in any order; a clip that it could not do
+is an answer with an error, never an empty text. It says who it is (`identity`: all that can change an answer, compared
+before an evaluation goes on) and what it ran on (`environment`: recorded only).
+"""
+
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import soundfile
+
+from pipelines.errors import EvaluationError
+from tinyaudio.audio import SAMPLING_RATE, Samples
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clip:
+    """One utterance as every provider gets it.
+
+    Args:
+        utterance_id: unique in the evaluation.
+        samples: (S,) float32, 16 kHz mono.
+    """
+
+    utterance_id: str
+    samples: Samples
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.samples) / SAMPLING_RATE
+
+    def to_wav(self) -> bytes:
+        """Encode as 16 kHz mono 16-bit WAV, the bytes that every remote provider is sent."""
+        stream = io.BytesIO()
+        soundfile.write(stream, self.samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+        return stream.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a provider made of one clip: a text (perhaps empty) or an error; the rest as in `Prediction`."""
+
+    utterance_id: str
+    text: str | None
+    time_s: float
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+    provider_id: str | None = None
+
+
+class Provider(Protocol):
+    """A system under evaluation."""
+
+    @property
+    def name(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that can change an answer: ids, revisions, digests, decoding settings."""
+
+    def environment(self) -> dict[str, Any]:
+        """Return what answers are computed on: device, precision, versions of libraries."""
+
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+        """Answer every clip once, in any order, as soon as each is done.
+
+        Raises:
+            EvaluationError: something that will not be better for the next clip, such as a wrong key.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderOptions:
+    """What the command line may tell a provider; each takes what it knows and refuses the rest.
+
+    Args:
+        model: folder or hub id; for a paid provider the name of its model.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        batch_size: clips decoded together; local models only.
+        num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
+        api_key: of a paid provider; None looks into its environment variable.
+        output: folder of the evaluation, where a paid provider keeps the ids of what it has paid for.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    batch_size: int = 16
+    num_beams: int | None = None
+    max_new_tokens: int | None = None
+    length_penalty: float | None = None
+    api_key: str | None = None
+    output: Path | None = None
+
+
+def in_batches(
+    clips: Sequence[Clip], batch_size: int, transcribe_batch: Callable[[Sequence[Clip]], Sequence[str]]
+) -> Iterator[Answer]:
+    """Run a local model over clips of similar length, longest first, and share out each batch's wall time."""
+    ordered = sorted(clips, key=lambda clip: -len(clip.samples))
+    for first in range(0, len(ordered), batch_size):
+        batch = ordered[first : first + batch_size]
+        started = time.perf_counter()
+        texts = transcribe_batch(batch)
+        share = (time.perf_counter() - started) / len(batch)
+        for clip, text in zip(batch, texts, strict=True):
+            yield Answer(utterance_id=clip.utterance_id, text=text, time_s=share)
+
+
+def _open_tinyaudio(options: ProviderOptions) -> Provider:
+    from pipelines.provider_tinyaudio import TinyAudioProvider
+
+    return TinyAudioProvider.load(options)
+
+
+_OPENERS: dict[str, Callable[[ProviderOptions], Provider]] = {"tinyaudio": _open_tinyaudio}
+
+
+def provider_names() -> list[str]:
+    """List the providers."""
+    return list(_OPENERS)
+
+
+def open_provider(name: str, options: ProviderOptions) -> Provider:
+    """Open a provider by name.
+
+    Raises:
+        EvaluationError: no provider of that name, or an option that it needs is missing.
+    """
+    if name not in _OPENERS:
+        raise EvaluationError(f"no provider {name!r}; expected one of {', '.join(_OPENERS)}")
+    return _OPENERS[name](options)

@@ -1,0 +1,220 @@
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import typer
+from typer.testing import CliRunner
+
+from pipelines.errors import EvaluationError
+from pipelines.eval_sets import EvalSet, open_eval_set
+from pipelines.evaluate import evaluate
+from pipelines.predictions import Prediction, drop_torn_line, read_predictions
+from pipelines.providers import Answer, Clip, ProviderOptions
+from pipelines.recipes import CorpusSection
+from tinyaudio import cli_eval
+from tinyaudio.errors import TinyAudioError
+
+WORDS = ["the cat sat", "a dog ran off", "", "one", "two three four five", "it rained on the hill"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An audiofolder corpus of six recordings with distinct lengths and two sources."""
+    split = tmp_path / "corpus" / "test"
+    split.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    with (split / "metadata.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["file_name", "id", "text", "source", "sex"])
+        for i, words in enumerate(WORDS):
+            samples = 0.1 * rng.standard_normal(8_000 + 1_600 * i)
+            soundfile.write(split / f"{i}.wav", samples, 16_000)
+            rows.writerow([f"{i}.wav", f"utt-{i}", words, ["read", "talk"][i % 2], ["female", "male"][i % 2]])
+    return tmp_path / "corpus"
+
+
+def eval_set(folder: Path, **choice: Any) -> EvalSet:
+    return open_eval_set(CorpusSection(path=str(folder)), split=choice.pop("split", "test"), **choice)
+
+
+@dataclass
+class Parrot:
+    """Answers from a list; remembers what it was asked; may die after some answers or fail on some clips."""
+
+    texts: dict[str, str]
+    fails: dict[str, str] = field(default_factory=dict)
+    dies_after: int | None = None
+    version: int = 1
+    name: str = "parrot"
+    asked: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def environment(self) -> dict[str, Any]:
+        return {}
+
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+        for clip in clips:
+            if self.dies_after is not None and len(self.asked) >= self.dies_after:
+                raise KeyboardInterrupt
+            self.asked.append(clip.utterance_id)
+            name, error = clip.utterance_id, self.fails.get(clip.utterance_id)
+            yield Answer(utterance_id=name, text=None if error else self.texts[name], time_s=0.1, error=error)
+
+
+def parrot(**changes: Any) -> Parrot:
+    return Parrot({f"utt-{i}": words.replace("cat", "rat") for i, words in enumerate(WORDS)}, **changes)
+
+
+def command_line() -> typer.Typer:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    cli_eval.add_to(app)
+    return app
+
+
+def test_word_errors_are_counted_over_the_whole_set(folder: Path, tmp_path: Path) -> None:
+    done = evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert written == done.word_errors.to_dict()
+    assert written["substitutions"] == 1
+    assert written["words"] == sum(len(words.split()) for words in WORDS)
+    assert written["wer"] == pytest.approx(1 / written["words"])
+    assert (written["utterances"], written["failed"]) == (6, 0)
+
+
+def test_predictions_carry_the_leaderboards_five_fields(folder: Path, tmp_path: Path) -> None:
+    evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [list(line)[:5] for line in lines] == [["audio_filepath", "duration", "time", "text", "pred_text"]] * 6
+    assert lines[0]["pred_text"] == "the rat sat"
+    assert lines[0]["text"] == "the cat sat"
+    assert lines[0]["duration"] == pytest.approx(0.5)
+    assert {line["source"] for line in lines} == {"read", "talk"}
+
+
+def test_a_failed_clip_is_counted_and_never_scored_as_text(folder: Path, tmp_path: Path) -> None:
+    done = evaluate(parrot(fails={"utt-4": "out of order"}), eval_set(folder), tmp_path / "out")
+    assert done.word_errors.failed == 1
+    assert done.word_errors.deletions == 0
+    assert done.word_errors.utterances == 5
+    assert "1 FAILED" in str(done.word_errors)
+
+
+def test_undecodable_audio_is_a_failure_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    (folder / "test" / "1.wav").write_bytes(b"not audio at all")
+    done = evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    [failed] = [one for one in done.predictions if one.is_failed]
+    assert failed.utterance_id == "utt-1"
+    assert "not readable as audio" in str(failed.error)
+
+
+def test_an_interrupted_evaluation_goes_on_and_asks_nothing_twice(folder: Path, tmp_path: Path) -> None:
+    undisturbed = evaluate(parrot(), eval_set(folder), tmp_path / "undisturbed")
+    first = parrot(dies_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(first, eval_set(folder), tmp_path / "out")
+    with (tmp_path / "out" / "predictions.jsonl").open("a") as stream:
+        stream.write('{"audio_filepath": "torn')
+    second = parrot()
+    resumed = evaluate(second, eval_set(folder), tmp_path / "out")
+    assert sorted(first.asked + second.asked) == [f"utt-{i}" for i in range(6)]
+    assert resumed.num_resumed == 2
+    assert resumed.predictions == undisturbed.predictions
+    third = parrot()
+    evaluate(third, eval_set(folder), tmp_path / "out")
+    assert third.asked == []
+
+
+def test_failures_stay_failures_until_a_retry_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    evaluate(parrot(fails={"utt-4": "busy"}), eval_set(folder), tmp_path / "out")
+    again = parrot()
+    assert evaluate(again, eval_set(folder), tmp_path / "out").word_errors.failed == 1
+    assert again.asked == []
+    assert evaluate(again, eval_set(folder), tmp_path / "out", retry_failed=True).word_errors.failed == 0
+    assert again.asked == ["utt-4"]
+
+
+def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    with pytest.raises(EvaluationError, match="holds another evaluation \\(model differ"):
+        evaluate(parrot(version=2), eval_set(folder), tmp_path / "out")
+    with pytest.raises(EvaluationError, match="holds another evaluation \\(set differ"):
+        evaluate(parrot(), eval_set(folder, max_samples=2), tmp_path / "out")
+
+
+def test_a_sample_is_random_seeded_and_part_of_a_larger_one(folder: Path) -> None:
+    def chosen(**choice: Any) -> list[str]:
+        return [one.utterance_id for one in eval_set(folder, **choice).utterances]
+
+    assert chosen(max_samples=3) == chosen(max_samples=3)
+    assert set(chosen(max_samples=2)) < set(chosen(max_samples=4))
+    assert len({tuple(chosen(max_samples=3, seed=seed)) for seed in range(8)}) > 1
+    assert chosen(max_samples=100) == chosen()
+
+
+def test_a_source_can_be_scored_alone(folder: Path) -> None:
+    assert {one.source for one in eval_set(folder, source="talk").utterances} == {"talk"}
+    with pytest.raises(EvaluationError, match="no utterance of source 'radio'; sources there: read, talk"):
+        eval_set(folder, source="radio")
+
+
+def test_a_prediction_is_an_answer_or_a_failure_and_never_both() -> None:
+    common = {"audio_filepath": "a", "duration": 1.0, "time": 0.1, "text": "x", "utterance_id": "a"}
+    with pytest.raises(ValueError, match="expected exactly one"):
+        Prediction(**common, pred_text="", error="late")
+    with pytest.raises(ValueError, match="expected exactly one"):
+        Prediction(**common, pred_text=None)
+
+
+def test_leaderboard_files_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "MODEL_x_DATASET_y.jsonl"
+    line = {"audio_filepath": "s0", "duration": 1.5, "time": 0.1, "text": "Hi", "pred_text": ""}
+    path.write_text(json.dumps(line) + "\n")
+    [one] = read_predictions(path)
+    assert (one.utterance_id, one.pred_text, one.is_failed) == ("s0", "", False)
+    path.write_text('{"text": "Hi"}\n')
+    with pytest.raises(EvaluationError, match="line 1 is not a prediction"):
+        read_predictions(path)
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b"')
+    drop_torn_line(path)
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_checkpoint_is_evaluated_from_the_command_line(folder: Path, checkpoint: Path) -> None:
+    command = ["eval", str(checkpoint), "--corpus", str(folder), "--num-beams", "1", "--batch-size", "4", "--json"]
+    result = CliRunner().invoke(command_line(), command)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert {"wer", "substitutions", "deletions", "insertions", "words", "utterances", "failed"} <= set(printed)
+    assert printed["utterances"] == 6
+    assert (checkpoint / "eval" / "corpus-test-beams1" / "eval.json").is_file()
+
+
+def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from pipelines.provider_tinyaudio import TinyAudioProvider
+
+    texts = []
+    for batch_size in (1, 4):
+        options = ProviderOptions(model=str(checkpoint), device="cpu", batch_size=batch_size, max_new_tokens=12)
+        done = evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / str(batch_size))
+        texts.append([one.pred_text for one in done.predictions])
+    assert texts[0] == texts[1]
+
+
+def test_a_missing_model_is_one_clear_line() -> None:
+    from pipelines.provider_tinyaudio import TinyAudioProvider
+
+    with pytest.raises(TinyAudioError, match="no tinyaudio model at"):
+        TinyAudioProvider.load(ProviderOptions(model="/nowhere/at/all"))

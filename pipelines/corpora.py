@@ -252,7 +252,7 @@ class FolderCorpus:
         duration = row.get("duration")
         text = row.get("text", row.get("transcription"))
         return {
-            "utterance_id": str(row.get("id") or name),
+            "utterance_id": str(row.get("id") or path.relative_to(self.root)),
             "source_id": str(path.relative_to(self.root)),
             "duration_s": float(duration) if duration else duration_of(path),
             "transcript": None if text is None else str(text),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cache import FeatureReader, FeatureStore
@@ -120,6 +120,7 @@ class _Stage:
             callbacks=[watch, *_tensorboard(self.recipe, self.run)],
             calibration=self.store.calibration,
         )
+        trainer.remove_callback(PrinterCallback)  # _Watch says it better
         with _stop_on_sigterm(watch):
             trainer.train(resume_from_checkpoint=checkpoint)
         self._check_frozen()

@@ -149,3 +149,63 @@ class NoiseMaker:
 
     def __call__(self, duration_s: float, sampling_rate: int = 16_000) -> np.ndarray:
         return (0.1 * self._rng.standard_normal(int(duration_s * sampling_rate))).astype(np.float32)
+
+
+WORDS = ["the cat sat", "a dog", "on the mat", "the cat and a dog", "a mat", "the dog sat on the cat"]
+
+
+def write_folder_corpus(root: Path, noise: NoiseMaker, sizes: dict[str, int]) -> Path:
+    """An audiofolder corpus of noise with transcripts: `<split>/metadata.csv` and WAV files."""
+    import csv
+
+    import soundfile
+
+    for split, size in sizes.items():
+        folder = root / split
+        folder.mkdir(parents=True)
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file_name", "text"])
+            for i in range(size):
+                soundfile.write(folder / f"{i:03}.wav", noise(0.3 + 0.13 * (i % 11)), 16_000)
+                rows.writerow([f"{i:03}.wav", WORDS[i % len(WORDS)]])
+    return root
+
+
+@pytest.fixture
+def corpus_folder(tmp_path: Path, noise: NoiseMaker) -> Path:
+    return write_folder_corpus(tmp_path / "corpus", noise, {"train": 40, "dev": 8, "test": 6})
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, corpus_folder: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
+    """A recipe over the tiny parts: 1,024 frames a shard (20 s), 6 steps."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+        [corpus]
+        path = "{corpus_folder}"
+        [encoder]
+        id = "{encoder_folder}"
+        [decoder]
+        id = "{decoder_folder}"
+        dtype = "float32"
+        [store]
+        rows_per_shard = 1024
+        [extract]
+        batch_s = 10.0
+        disk_margin_gb = 0.0
+        [projector]
+        hidden_size = 24
+        [train]
+        steps = 6
+        learning_rate = 1e-3
+        warmup_steps = 2
+        batch_tokens = 300
+        log_every = 2
+        eval_every = 4
+        eval_utterances = 5
+        save_every = 2
+        """
+    )
+    return path

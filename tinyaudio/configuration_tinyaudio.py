@@ -26,6 +26,8 @@ class TinyAudioConfig(PreTrainedConfig):
         projector_kind, stack_factor, projector_hidden_size: see `projectors`.
         prompt_prefix_ids, prompt_suffix_ids: token ids before and after the audio, see `prompt`.
         eos_token_id: ends a transcript. pad_token_id: fills finished beams.
+        window_s: longest recording decoded at once, seconds; longer ones are cut at pauses. Stage two sets it to what
+            the projector was trained on.
         store_fingerprint: id of the feature store this projector was trained from; None: unknown.
         calibration_id: id of the int8 calibration of that store; None for float stores.
     """
@@ -51,6 +53,7 @@ class TinyAudioConfig(PreTrainedConfig):
         prompt_suffix_ids: list[int] | None = None,
         eos_token_id: int = 128_001,
         pad_token_id: int = 128_004,
+        window_s: float = 30.0,
         store_fingerprint: str | None = None,
         calibration_id: str | None = None,
         **kwargs: Any,
@@ -63,5 +66,6 @@ class TinyAudioConfig(PreTrainedConfig):
         self.projector_hidden_size = projector_hidden_size
         self.prompt_prefix_ids = list(prompt_prefix_ids or [])
         self.prompt_suffix_ids = list(prompt_suffix_ids or [])
+        self.window_s = float(window_s)
         self.store_fingerprint, self.calibration_id = store_fingerprint, calibration_id
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)

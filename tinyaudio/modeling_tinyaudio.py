@@ -47,11 +47,16 @@ TRAVELLING = (
     "encoder.py",
     "errors.py",
     "frozen.py",
+    "guard.py",
     "modeling_tinyaudio.py",
     "pipeline_tinyaudio.py",
     "processing_tinyaudio.py",
     "projectors.py",
     "prompt.py",
+    "reader.py",
+    "recognize.py",
+    "segments.py",
+    "transcript.py",
 )
 # Every class is named through this one module: transformers copies each entry file of a local folder into a package of
 # its own, and two entries would mean two TinyAudioConfig classes that are not each other.

@@ -1,73 +1,105 @@
 """`transformers.pipeline("automatic-speech-recognition")` for tinyaudio models.
 
-Our own preprocessing, because the stock pipeline calls the ffmpeg binary for files and torchaudio for other sampling
-rates; our own parameters, because for this kind of model it joins overlapping chunks by plain concatenation. Travels with
-the checkpoint.
+It takes the same way as the command line (`recognize`), not the stock pipeline's: that one calls the ffmpeg binary for
+files and torchaudio for other sampling rates, and joins overlapping chunks of a model like ours by plain concatenation.
+Travels with the checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+import warnings as python_warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from transformers import AutomaticSpeechRecognitionPipeline
 
-from .audio import load_audio
-from .encoder import encoder_inputs
 from .errors import AudioError
+from .reader import Input
+from .recognize import Options, Recognizer
+from .transcript import Transcript
+
+_OWN = ("num_beams", "max_new_tokens", "length_penalty")
 
 
 class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
-    """Transcribe a path, bytes, file object, array, or dict with `raw` (or `array`) and `sampling_rate`; or many of them.
+    """Transcribe a path, bytes, file object, array, or dict with `raw` (or `array`) and `sampling_rate`; or many.
 
-    Returns {"text": transcript}. Call-time options: batch_size, num_beams, max_new_tokens, length_penalty and whatever
-    else `generate` takes, directly or as generate_kwargs={...}.
+    Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
+    seconds; and "warnings" where there are any. A list gives a list; a generator or dataset an iterator. Options, here
+    or at construction: batch_size, num_beams, max_new_tokens, length_penalty, chunk_length_s (the longest piece decoded
+    at once), return_timestamps, and whatever else `generate` takes, directly or as generate_kwargs={...}.
     """
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # type: ignore[override]
         self, generate_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unsupported = {
-            "chunk_length_s": "recordings are decoded whole",
-            "stride_length_s": "recordings are decoded whole",
-            "return_timestamps": "this model writes text only",
             "return_language": "this model writes English only",
+            "decoder_kwargs": "this model has no CTC decoder",
         }
         for name, reason in unsupported.items():
             if options.pop(name, None):
                 raise ValueError(f"{name} is not supported: {reason}")
+        if options.get("return_timestamps") not in (None, True, False):
+            raise ValueError(
+                f"return_timestamps={options['return_timestamps']!r} is not supported: times of segments only (True)"
+            )
+        options.pop("stride_length_s", None)  # windows overlap only where there is no pause, by a fixed length
         return {}, {**options, **(generate_kwargs or {})}, {}
 
-    def preprocess(self, inputs: Any) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        if isinstance(inputs, Mapping):
-            samples = load_audio(*_array_and_rate(inputs))
-        else:
-            samples = load_audio(inputs)
-        values, mask = encoder_inputs(self.feature_extractor, [samples])
-        yield {"is_last": True, "input_values": values, "attention_mask": mask}
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Transcribe one input or many; see the class.
 
-    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        is_last = model_inputs.pop("is_last")
-        tokens = self.model.generate(**model_inputs, **generate_kwargs)
-        return {"is_last": is_last, "tokens": tokens}
+        Raises:
+            AudioError: an input that cannot be read.
+        """
+        if (
+            isinstance(inputs, (str, bytes, np.ndarray, Mapping))
+            or hasattr(inputs, "read")
+            or hasattr(inputs, "__fspath__")
+        ):
+            return next(self._stream([inputs], kwargs))
+        outputs = self._stream(inputs, kwargs)
+        return list(outputs) if isinstance(inputs, (list, tuple)) else outputs
 
-    def postprocess(self, model_outputs: list[dict[str, Any]], **_: Any) -> dict[str, str]:  # type: ignore[override]
-        texts = [
-            self.tokenizer.decode(row, skip_special_tokens=True).strip()
-            for output in model_outputs
-            for row in output["tokens"]
-        ]
-        return {"text": " ".join(text for text in texts if text)}
+    def _stream(self, inputs: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
+        kwargs.pop("num_workers", None)
+        settings = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        with_times = settings.pop("return_timestamps", None)
+        own = {name: settings.pop(name) for name in _OWN if name in settings}
+        options = Options(
+            batch_size=batch_size, window_s=settings.pop("chunk_length_s", None) or None, generate=settings, **own
+        )
+        recognizer = Recognizer(self.model, self.feature_extractor, self.tokenizer)
+        for transcript in recognizer.stream(map(_as_input, inputs), options):
+            if transcript.error is not None:
+                raise AudioError(transcript.error)
+            yield _as_output(transcript, bool(with_times))
 
 
-def _array_and_rate(inputs: Mapping[str, Any]) -> tuple[Any, int | None]:
-    """Take samples and rate out of a dict as pipelines accept it.
+def _as_output(transcript: Transcript, with_times: bool) -> dict[str, Any]:
+    output: dict[str, Any] = {"text": transcript.text}
+    if with_times:
+        output["chunks"] = [{"text": s.text, "timestamp": (s.start, s.end)} for s in transcript.segments]
+    if transcript.warnings:
+        output["warnings"] = list(transcript.warnings)
+        python_warnings.warn(f"{transcript.source}: {', '.join(transcript.warnings)}", stacklevel=4)
+    return output
+
+
+def _as_input(given: Any) -> Input:
+    """Take samples and rate out of a dict as pipelines accept it; anything else stays what it is.
 
     Raises:
         AudioError: neither raw, array nor bytes in it, or an array without sampling_rate.
     """
-    if inputs.get("bytes") is not None:
-        return inputs["bytes"], None
-    samples = inputs.get("raw", inputs.get("array"))
-    if samples is None or inputs.get("sampling_rate") is None:
-        raise AudioError(f"a dict with keys {sorted(inputs)}; expected 'raw' (or 'array') and 'sampling_rate', or 'bytes'")
-    return np.asarray(samples), int(inputs["sampling_rate"])
+    if not isinstance(given, Mapping):
+        return given  # type: ignore[no-any-return]
+    if given.get("bytes") is not None:
+        return given["bytes"]  # type: ignore[no-any-return]
+    samples = given.get("raw", given.get("array"))
+    if samples is None or given.get("sampling_rate") is None:
+        raise AudioError(
+            f"a dict with keys {sorted(given)}; expected 'raw' (or 'array') and 'sampling_rate', or 'bytes'"
+        )
+    return np.asarray(samples), int(given["sampling_rate"])

@@ -1,0 +1,156 @@
+"""Python's way in: load a model once, transcribe any number of recordings.
+
+    transcriber = Transcriber.load("runs/latest")
+    print(transcriber.transcribe(["speech.wav"])[0].text)
+
+Knows where models lie and how to put one on a device; the way from recordings to transcripts is `recognize`, which
+`pipeline()` takes as well.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyaudio import __version__
+from tinyaudio.audio import AudioSource
+from tinyaudio.errors import AudioError, MissingModelError, ModelError
+from tinyaudio.frozen import resolved_revision
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.reader import Input
+from tinyaudio.recognize import OnProgress, Options, Recognizer
+from tinyaudio.transcript import Segment, Transcript
+
+__all__ = ["Segment", "Transcriber", "Transcript", "default_model", "pick_device"]
+
+MODEL_VARIABLE = "TINYAUDIO_MODEL"
+LATEST_RUN = Path("runs/latest")
+
+
+class Transcriber:
+    """A model on a device, ready for recordings.
+
+    Args:
+        model: with both frozen parts attached, in eval mode.
+        processor: its processor.
+        name, revision: written into every transcript.
+    """
+
+    def __init__(
+        self,
+        model: TinyAudioForConditionalGeneration,
+        processor: TinyAudioProcessor,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.model, self.processor, self.name, self.revision = model, processor, name, revision
+        self.recognizer = Recognizer(model, processor.feature_extractor, processor.tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> "Transcriber":
+        """Load a model.
+
+        Args:
+            model: checkpoint or run folder, or hub id. None: $TINYAUDIO_MODEL, else runs/latest.
+            device: "auto" (CUDA, else Apple's MPS, else CPU) or anything torch takes, such as "cuda:1".
+            dtype: precision of the decoder, such as "float32"; None: the one it was trained with.
+            revision: commit, branch or tag on the hub.
+            overrides: fields of `TinyAudioConfig`, such as encoder_id="/a/local/copy" or window_s=15.
+
+        Raises:
+            MissingModelError: no model there, or one of its frozen parts cannot be found.
+            ModelError: parts that do not fit together, or an unknown device.
+        """
+        name = str(model) if model is not None else default_model()
+        where: dict[str, Any] = {"revision": revision} if revision else {}
+        window_s = overrides.pop("window_s", None)
+        loaded = TinyAudioForConditionalGeneration.from_pretrained(name, dtype=dtype, **where, **overrides)
+        if window_s is not None:
+            loaded.config.window_s = window_s
+        processor = TinyAudioProcessor.from_pretrained(name, **where)
+        return cls(_place(loaded, pick_device(device)), processor, name, resolved_revision(loaded, revision))
+
+    def transcribe(
+        self, sources: Sequence[AudioSource | np.ndarray], *, on_progress: OnProgress | None = None, **options: Any
+    ) -> list[Transcript]:
+        """Transcribe recordings; one that cannot be read is an error.
+
+        Args:
+            sources: paths, encoded bytes, binary file objects, or arrays of samples at 16 kHz.
+            on_progress: called after every batch.
+            options: fields of `recognize.Options`: batch_size, num_beams, max_new_tokens, length_penalty, window_s.
+
+        Raises:
+            AudioError: the first input that cannot be read.
+            ValueError: an option out of its range.
+        """
+        transcripts = []
+        for transcript in self.stream(sources, on_progress=on_progress, **options):
+            if transcript.error is not None:
+                raise AudioError(transcript.error)
+            transcripts.append(transcript)
+        return transcripts
+
+    def stream(
+        self, sources: Iterable[Input], *, on_progress: OnProgress | None = None, **options: Any
+    ) -> Iterator[Transcript]:
+        """Transcribe inputs as they come: one transcript each, in their order, in bounded memory.
+
+        Arguments as `transcribe`; sources may be a generator, and a tuple is (samples, sampling rate in Hz). An input
+        that cannot be read gives a transcript with `error` set instead of raising.
+        """
+        for transcript in self.recognizer.stream(sources, Options(**options), on_progress):
+            yield replace(transcript, model=self.name, revision=self.revision, version=__version__)
+
+
+def default_model() -> str:
+    """Return what is meant where no model is named: $TINYAUDIO_MODEL, else runs/latest.
+
+    Raises:
+        MissingModelError: neither is there.
+    """
+    named = os.environ.get(MODEL_VARIABLE)
+    if named:
+        return named
+    if (LATEST_RUN / "config.json").is_file():
+        return str(LATEST_RUN)
+    raise MissingModelError(
+        f"no model: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} holds none; "
+        "name one with --model, or make the demo's with `make demo`"
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """Turn "auto" or a name into a device.
+
+    Raises:
+        ModelError: a name torch does not know, or a device this machine does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda or mps") from error
+    return chosen
+
+
+def _place(model: Any, device: torch.device) -> Any:
+    return model.to(device).eval()

@@ -1,10 +1,19 @@
-"""Word errors of a set of transcripts, counted over the whole set (jiwer's alignment)."""
+"""Error rates of a set of transcripts, counted over the whole set: words, characters, intervals.
 
+Alignments are jiwer's. Where several alignments have the same number of errors, tools split them differently into
+substitutions, deletions and insertions; the sum, and so the rate, is the same in all (a test holds jiwer and kaldialign
+to the last digit). Intervals are kaldialign's bootstrap over utterances (Bisani and Ney, ICASSP 2004).
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jiwer
+import kaldialign
+
+REPLICATIONS = 10_000  # of the bootstrap; Kaldi's compute-wer-bootci has the same default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +28,13 @@ class WordErrors:
     failed: int = 0
 
     @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
     def wer(self) -> float:
         """Errors per reference word, 0..; infinite when words were inserted where the references have none."""
-        errors = self.substitutions + self.deletions + self.insertions
-        if self.words == 0:
-            return float("inf") if errors else 0.0
-        return errors / self.words
+        return _rate(self.errors, self.words)
 
     def to_dict(self) -> dict[str, Any]:
         return {"wer": self.wer, **asdict(self)}
@@ -37,25 +47,165 @@ class WordErrors:
         return line + (f"; {self.failed} FAILED and not scored" if self.failed else "")
 
 
-def count_word_errors(references: Sequence[str], hypotheses: Sequence[str], failed: int = 0) -> WordErrors:
-    """Align pairs and add up their errors; neither side is normalised beyond white space.
+@dataclass(frozen=True, kw_only=True)
+class CharacterErrors:
+    """Counts over characters, spaces between words included, as jiwer counts them."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    characters: int  # in the references
+
+    @property
+    def cer(self) -> float:
+        return _rate(self.substitutions + self.deletions + self.insertions, self.characters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 95 % confidence interval of a WER, as fractions."""
+
+    low: float
+    high: float
+
+
+def _rate(errors: int, total: int) -> float:
+    if total == 0:
+        return math.inf if errors else 0.0
+    return errors / total
+
+
+def fold(texts: Sequence[str]) -> list[str]:
+    """Fold white space; jiwer would not take a text of spaces only as empty."""
+    return [" ".join(text.split()) for text in texts]
+
+
+def check_pairs(references: Sequence[str], hypotheses: Sequence[str]) -> None:
+    """Refuse lists that are not pairs.
 
     Raises:
         ValueError: lists of different lengths.
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; expected pairs")
-    substitutions = deletions = insertions = words = 0
-    if references:
-        # whitespace-only sentences would not be taken as empty
-        output = jiwer.process_words([" ".join(r.split()) for r in references], [" ".join(h.split()) for h in hypotheses])
-        substitutions, deletions, insertions = output.substitutions, output.deletions, output.insertions
-        words = sum(len(reference.split()) for reference in references)
+
+
+def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> jiwer.WordOutput | None:
+    """Align pairs word by word; None for no pairs, which jiwer refuses.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    check_pairs(references, hypotheses)
+    return jiwer.process_words(fold(references), fold(hypotheses)) if references else None
+
+
+def count_word_errors(references: Sequence[str], hypotheses: Sequence[str], failed: int = 0) -> WordErrors:
+    """Align pairs and add up their errors; neither side is normalised beyond white space.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    aligned = align_words(references, hypotheses)
     return WordErrors(
-        substitutions=substitutions,
-        deletions=deletions,
-        insertions=insertions,
-        words=words,
+        substitutions=aligned.substitutions if aligned else 0,
+        deletions=aligned.deletions if aligned else 0,
+        insertions=aligned.insertions if aligned else 0,
+        words=sum(len(reference.split()) for reference in references),
         utterances=len(references),
         failed=failed,
     )
+
+
+def count_merging_compounds(references: Sequence[str], hypotheses: Sequence[str], failed: int = 0) -> WordErrors:
+    """Count as `count_word_errors`, but "note book" for "notebook" is no error; kaldialign's alignment.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    check_pairs(references, hypotheses)
+    counts = kaldialign.batch_error_rate(_words(references), _words(hypotheses), merge_compounds=True)
+    return WordErrors(
+        substitutions=int(counts["sub"]),
+        deletions=int(counts["del"]),
+        insertions=int(counts["ins"]),
+        words=int(counts["ref_len"]),
+        utterances=len(references),
+        failed=failed,
+    )
+
+
+def count_character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> CharacterErrors:
+    """Align pairs character by character and add up their errors.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    check_pairs(references, hypotheses)
+    characters = sum(len(reference) for reference in fold(references))
+    if not references:
+        return CharacterErrors(substitutions=0, deletions=0, insertions=0, characters=0)
+    found = jiwer.process_characters(fold(references), fold(hypotheses))
+    return CharacterErrors(
+        substitutions=found.substitutions,
+        deletions=found.deletions,
+        insertions=found.insertions,
+        characters=characters,
+    )
+
+
+def wer_interval(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    *,
+    merge_compounds: bool = False,
+    replications: int = REPLICATIONS,
+    seed: int = 0,
+) -> Interval | None:
+    """Estimate the 95 % interval of a WER by resampling utterances.
+
+    Utterances are taken as independent; where few speakers give many utterances each, the true interval is wider.
+
+    Returns:
+        None where there is nothing to resample: fewer than two utterances, or resamples without a reference word.
+    """
+    check_pairs(references, hypotheses)
+    if len(references) < 2:
+        return None
+    found = kaldialign.bootstrap_wer_ci(
+        _words(references), _words(hypotheses), replications=replications, seed=seed, merge_compounds=merge_compounds
+    )
+    low, high = float(found["ci95min"]), float(found["ci95max"])
+    return Interval(low=max(0.0, low), high=high) if math.isfinite(high) else None
+
+
+def probability_of_improvement(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    other_hypotheses: Sequence[str],
+    *,
+    merge_compounds: bool = False,
+    replications: int = REPLICATIONS,
+    seed: int = 0,
+) -> float:
+    """Estimate how often the other system has fewer errors, over resamples of the same utterances for both.
+
+    Two equal systems give 0, since neither is better.
+    """
+    check_pairs(references, hypotheses)
+    check_pairs(references, other_hypotheses)
+    if not references:
+        return 0.0
+    found = kaldialign.bootstrap_wer_ci(
+        _words(references),
+        _words(hypotheses),
+        _words(other_hypotheses),
+        replications=replications,
+        seed=seed,
+        merge_compounds=merge_compounds,
+    )
+    return float(found["p_s2_improv_over_s1"])
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    return [text.split() for text in texts]

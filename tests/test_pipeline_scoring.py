@@ -1,0 +1,149 @@
+import random
+
+import jiwer
+import kaldialign
+import pytest
+
+from pipelines.errors import EvaluationError
+from pipelines.normalizers import NAMES, open_normalizer
+from pipelines.recipes import CorpusSection
+from pipelines.scoring import (
+    count_character_errors,
+    count_merging_compounds,
+    count_word_errors,
+    probability_of_improvement,
+    wer_interval,
+)
+
+VOCABULARY = [*"abcdefgh", "i", "set", "up", "setup", "note", "book", "notebook"]
+
+
+def random_pairs(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Pairs with every kind of trouble: empty references, empty and one-letter hypotheses, loops, cut ends."""
+    rng = random.Random(seed)
+    references, hypotheses = [], []
+    for _ in range(count):
+        reference = rng.choices(VOCABULARY, k=rng.choice([0, 1, 2, 5, 10, 30]))
+        hypothesis = [rng.choice(VOCABULARY) if rng.random() < 0.2 else word for word in reference]
+        hypothesis = [word for word in hypothesis if rng.random() > 0.1]
+        kind = rng.random()
+        if kind < 0.1:
+            hypothesis += [rng.choice(VOCABULARY)] * rng.randint(1, 8)
+        elif kind < 0.2:
+            hypothesis = [rng.choice("aix")]
+        elif kind < 0.25:
+            hypothesis = []
+        references.append(" ".join(reference))
+        hypotheses.append(" ".join(hypothesis))
+    return references, hypotheses
+
+
+def test_ten_thousand_pairs_agree_with_jiwer_and_kaldialign_to_the_last_digit() -> None:
+    references, hypotheses = random_pairs(10_000)
+    ours = count_word_errors(references, hypotheses)
+    assert ours.wer == jiwer.wer(references, hypotheses)
+    kaldi = kaldialign.batch_error_rate([r.split() for r in references], [h.split() for h in hypotheses])
+    assert (ours.wer, ours.errors, ours.words) == (kaldi["err_rate"], kaldi["total"], kaldi["ref_len"])
+    # tools split ties differently, but insertions minus deletions is a matter of lengths
+    assert ours.insertions - ours.deletions == kaldi["ins"] - kaldi["del"]
+    assert count_character_errors(references, hypotheses).cer == jiwer.cer(references, hypotheses)
+    merged = count_merging_compounds(references, hypotheses)
+    expected = kaldialign.batch_error_rate(
+        [r.split() for r in references], [h.split() for h in hypotheses], merge_compounds=True
+    )
+    assert merged.wer == expected["err_rate"]
+    assert merged.errors < ours.errors
+
+
+def test_the_set_is_counted_as_a_whole_and_not_averaged() -> None:
+    assert count_word_errors(["a b c d", "e"], ["a b c d", "x"]).wer == pytest.approx(1 / 5)
+
+
+def test_words_where_the_reference_is_empty_are_insertions() -> None:
+    counted = count_word_errors(["", "a b"], ["x y", "a b"])
+    assert (counted.insertions, counted.words, counted.wer) == (2, 2, 1.0)
+    assert count_word_errors([""], [""]).wer == 0.0
+    assert count_word_errors([""], ["x"]).wer == float("inf")
+    assert count_word_errors([], []).wer == 0.0
+
+
+def test_white_space_is_no_word() -> None:
+    assert count_word_errors(["  a \t b "], ["a b\n"]).errors == 0
+    assert count_word_errors([" "], ["  "]).errors == 0
+
+
+def test_lists_that_are_not_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 references and 1 hypotheses; expected pairs"):
+        count_word_errors(["a", "b"], ["a"])
+
+
+def test_compounds_merge_only_when_asked() -> None:
+    pair = (["set up the note book"], ["setup the notebook"])
+    assert count_word_errors(*pair).errors == 4
+    assert count_merging_compounds(*pair).errors == 0
+
+
+def test_intervals_hold_the_rate_and_shrink_with_more_utterances() -> None:
+    references, hypotheses = random_pairs(2_000)
+    few, many = (wer_interval(references[:n], hypotheses[:n], replications=1_000) for n in (200, 2_000))
+    assert few is not None
+    assert many is not None
+    assert many.low < count_word_errors(references, hypotheses).wer < many.high
+    assert many.high - many.low < few.high - few.low
+
+
+def test_there_is_no_interval_where_there_is_nothing_to_resample() -> None:
+    assert wer_interval([], []) is None
+    assert wer_interval(["a"], ["b"]) is None
+    assert wer_interval(["", ""], ["x", "y"]) is None
+
+
+def simulated_coverage(draws: int, utterances: int, replications: int) -> float:
+    """Draw evaluations of a system of known WER, and count how many intervals hold it.
+
+    Utterances have 3 to 20 words; each has its own error rate (speech differs), with mean 0.12. Words are then wrong
+    independently, so the system's WER is 0.12 exactly.
+    """
+    rng = random.Random(7)
+    held = 0
+    for draw in range(draws):
+        references, hypotheses = [], []
+        for _ in range(utterances):
+            words = ["w"] * rng.randint(3, 20)
+            rate = rng.betavariate(1.2, 8.8)
+            references.append(" ".join(words))
+            hypotheses.append(" ".join("x" if rng.random() < rate else word for word in words))
+        interval = wer_interval(references, hypotheses, replications=replications, seed=draw)
+        held += interval is not None and interval.low <= 0.12 <= interval.high
+    return held / draws
+
+
+def test_intervals_cover_the_true_rate_in_95_of_100_draws() -> None:
+    assert 0.93 <= simulated_coverage(draws=500, utterances=300, replications=300) <= 0.97
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_true_rate_at_full_resampling() -> None:
+    assert 0.93 <= simulated_coverage(draws=500, utterances=600, replications=10_000) <= 0.97
+
+
+def test_a_system_with_fewer_errors_probably_improves() -> None:
+    references = ["one two three four"] * 50
+    worse = ["one two three"] * 25 + references[25:]
+    better = ["one two three"] * 5 + references[5:]
+    assert probability_of_improvement(references, worse, better, replications=1_000) > 0.99
+    assert probability_of_improvement(references, better, worse, replications=1_000) < 0.01
+    assert probability_of_improvement(references, worse, worse, replications=1_000) == 0.0
+
+
+def test_normalisers_do_what_they_say() -> None:
+    section = CorpusSection(path=".", text_case="lower", text_punctuation="remove")
+    text = "  It's Mr. Smith's COLOUR, twenty-one! "
+    results = {name: open_normalizer(name, section).apply(text) for name in NAMES}
+    assert results["recipe"] == "it's mr smith's colour twenty one"
+    assert results["whisper"] == "it is mister smith is color 21"
+    assert results["basic"] == "it s mr smith s colour twenty one"
+    assert results["none"] == "It's Mr. Smith's COLOUR, twenty-one!"
+    assert open_normalizer("whisper", section).detail.startswith("whisper-normalizer 0.")
+    with pytest.raises(EvaluationError, match="no normaliser 'kaldi'; expected one of recipe, whisper"):
+        open_normalizer("kaldi", section)

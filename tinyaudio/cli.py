@@ -5,6 +5,7 @@ One verb per stage, in `cli_<verb>.py` where it needs more than a page. Heavy im
 usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -38,17 +39,28 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_eval, cli_stages
+    from tinyaudio import cli_eval, cli_stages, cli_tour
 
     cli_stages.add_to(app)
     cli_eval.add_to(app)
+    cli_tour.add_to(app)
 
 
 _add_commands()
 
 
+def _quieten_libraries() -> None:
+    """Keep stdout and stderr ours; anything the user has set wins. Takes effect because commands import late."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting pools on shared cores run several times slower
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
     """Run the command line and turn errors of ours into one line and an exit code."""
+    _quieten_libraries()
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

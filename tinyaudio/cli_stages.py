@@ -7,27 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or the path of a TOML file.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Override one setting: section.key=value. Repeatable.")]
-StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store; default data/<recipe>.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-
+from tinyaudio.cli_options import (
+    DeviceOption,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    StoreOption,
+    default_store,
+    say,
+)
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("extract")(extract)
     app.command("train")(train)
-
-
-def say(line: str) -> None:
-    """Print a message for people."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def default_store(recipe_name: str, split: str | None = None) -> Path:
-    """data/<recipe>, or data/<recipe>-<split> for a split extracted by itself."""
-    return Path("data") / (recipe_name if split is None else f"{recipe_name}-{split}")
 
 
 def _parse_part(part: str) -> tuple[int, int]:
@@ -41,7 +34,7 @@ def extract(
     recipe: RecipeOption = "demo",
     store: StoreOption = None,
     split: Annotated[str | None, typer.Option("--split", help="Only this split; default train and dev.")] = None,
-    set_: SetOption = [],  # noqa: B006  (typer needs a literal)
+    set_: SetOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
     shard: Annotated[str, typer.Option("--shard", help="i/N: only every N-th shard from the i-th on.")] = "0/1",
     device: DeviceOption = "auto",
@@ -56,7 +49,7 @@ def extract(
     from pipelines.recipes import load_recipe
 
     part = _parse_part(shard)
-    loaded = load_recipe(recipe, set_)
+    loaded = load_recipe(recipe, set_ or [])
     path = store or default_store(loaded.name, split)
     corpus = open_corpus(loaded.corpus)
     splits, warnings = stage.wanted_splits(loaded, corpus, split)
@@ -107,7 +100,7 @@ def train(
     recipe: RecipeOption = "demo",
     store: StoreOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Name under runs/, or a folder; default recipe and time.")] = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -117,7 +110,7 @@ def train(
     from pipelines.runs import Run, run_folder
     from pipelines.train import train as stage_two
 
-    loaded = load_recipe(recipe, set_)
+    loaded = load_recipe(recipe, set_ or [])
     folder = run_folder("latest" if resume and run is None else run, loaded.name)
     report = stage_two(
         loaded, store or default_store(loaded.name), Run(folder.resolve()), resume=resume, device=device, say=say

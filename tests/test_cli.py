@@ -1,0 +1,124 @@
+"""The command line: every command helps, errors are one line with a next step, exit codes tell the truth."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def tinyaudio(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tinyaudio", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        timeout=300,
+    )
+
+
+def commands() -> list[list[str]]:
+    """Every command and sub-command that the app has, found by walking it."""
+    import typer
+
+    from tinyaudio.cli import app
+
+    found: list[list[str]] = [[]]
+
+    def walk(group: object, path: list[str]) -> None:
+        for name, command in getattr(group, "commands", {}).items():
+            found.append([*path, name])
+            walk(command, [*path, name])
+
+    walk(typer.main.get_command(app), [])
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_explains_itself(command):
+    from typer.testing import CliRunner
+
+    from tinyaudio.cli import app
+
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_the_commands_of_the_design_are_all_there():
+    names = {command[0] for command in commands() if command}
+    expected = {"extract", "train", "transcribe", "eval", "ablate", "runs", "store", "bench", "demo", "doctor", "publish"}
+    assert expected <= names, f"missing {sorted(expected - names)}"
+
+
+def test_help_imports_no_torch():
+    script = "import sys, tinyaudio.cli; print(sorted(sys.modules.keys() & {'torch', 'transformers', 'zarr', 'datasets'}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["extract", "--set", "train.stesp=3"], 2, ["train.stesp", "did you mean 'steps'"]),
+        (["extract", "--recipe", "dmo"], 2, ["did you mean 'demo'"]),
+        (["extract", "--set", "corpus.path=/nonexistent"], 1, ["/nonexistent", "does not exist"]),
+        (["extract", "--shard", "3/3"], 2, ["i/N"]),
+        (["train", "--store", "/nonexistent/store"], 1, ["/nonexistent/store", "tinyaudio extract"]),
+        (["transcribe", "--model", "/nonexistent/model", __file__], 1, ["/nonexistent/model"]),
+        (["transcribe"], 2, ["Usage"]),
+        (["nonsense"], 2, ["nonsense"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_wrong_input_is_one_clear_line(arguments, exit_code, words, tmp_path):
+    result = tinyaudio(*arguments, cwd=tmp_path)
+    assert result.returncode == exit_code, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    if exit_code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_without_a_model_transcribe_says_how_to_get_one(tmp_path):
+    result = tinyaudio("transcribe", __file__, cwd=tmp_path, TINYAUDIO_MODEL="")
+    assert result.returncode == 1
+    assert "--model" in result.stderr
+    assert "make demo" in result.stderr
+
+
+def test_stages_end_with_one_json_object_and_say_when_there_is_nothing_to_do(recipe_file, tmp_path):
+    store, run = tmp_path / "store", tmp_path / "run"
+    plan = tinyaudio("extract", "--recipe", recipe_file, "--store", store, "--plan", "--json", cwd=tmp_path)
+    assert json.loads(plan.stdout.splitlines()[-1])["utterances"] == 48
+    assert not store.exists()
+    first = tinyaudio("extract", "--recipe", recipe_file, "--store", store, "--json", cwd=tmp_path)
+    assert json.loads(first.stdout.splitlines()[-1])["utterances"] == 48, first.stderr
+    trained = tinyaudio("train", "--recipe", recipe_file, "--store", store, "--run", run, "--json", cwd=tmp_path)
+    assert json.loads(trained.stdout.splitlines()[-1])["steps"] == 6, trained.stderr
+    again = tinyaudio("train", "--recipe", recipe_file, "--store", store, "--run", run, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+
+
+def test_interrupt_exits_130(recipe_file, tmp_path):
+    import signal
+
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(store)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    time.sleep(3)  # inside the imports or the work; both must end the same way
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (130, 0), stderr
+    assert "Traceback" not in stderr

@@ -1,0 +1,68 @@
+"""Recipes: strict, overridable, saved as recipes."""
+
+import pytest
+
+from pipelines.errors import RecipeError
+from pipelines.recipes import differing_keys, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads(name):
+    assert load_recipe(name).name == name
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "clean", "large"])
+def test_loquacious_recipes_are_the_card(name):
+    recipe = load_recipe(f"loquacious-{name}")
+    assert recipe.corpus.name == "speechbrain/LoquaciousSet"
+    assert recipe.corpus.config == name
+    assert recipe.encoder.id == "facebook/hubert-large-ls960-ft"
+    assert recipe.decoder.id == "HuggingFaceTB/SmolLM3-3B-Base"
+    assert (recipe.projector.kind, recipe.projector.stack_factor, recipe.projector.hidden_size) == ("mlp", 5, 2048)
+    assert recipe.train.steps == 50_000
+    assert recipe.train.bf16 and recipe.train.gradient_checkpointing
+
+
+def test_saved_recipe_is_a_recipe(tmp_path):
+    recipe = load_recipe("demo", ["train.seed=7", "corpus.columns.audio=sound"])
+    recipe.save(tmp_path / "recipe.toml")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stesp=3", "did you mean 'steps'"),
+        ("trian.steps=3", "did you mean 'train'"),
+        ("train.steps=0", "train.steps.*greater than 0"),
+        ("train.steps=many", "train.steps"),
+        ("store.encoding=float8", "float16.*int8"),
+        ("steps=3", "section.key=value"),
+        ("train.steps", "section.key=value"),
+    ],
+)
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("demo", [override])
+
+
+def test_corpus_is_in_one_place(tmp_path):
+    load_recipe("demo").save(tmp_path / "both.toml")
+    text = (tmp_path / "both.toml").read_text()
+    (tmp_path / "both.toml").write_text(text.replace("[corpus]\n", '[corpus]\nname = "some/set"\n'))
+    with pytest.raises(RecipeError, match="exactly one of path and name"):
+        load_recipe(str(tmp_path / "both.toml"))
+    assert load_recipe("loquacious-small", ["corpus.path=/a"]).corpus.name is None
+
+
+def test_missing_recipe_and_broken_file(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'loquacious-small'"):
+        load_recipe("loquacious-smal")
+    (tmp_path / "broken.toml").write_text("[train\n")
+    with pytest.raises(RecipeError, match="is not TOML"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_differing_keys_are_listed_with_both_values():
+    one, other = load_recipe("demo"), load_recipe("demo", ["train.seed=4", "store.encoding=int8"])
+    assert differing_keys(one, other, ["train"]) == {"train.seed": (0, 4)}

@@ -2,17 +2,17 @@
 
     <output>/settings.json      written first: what is evaluated, on what, how. Another evaluation is refused here.
     <output>/predictions.jsonl  grows line by line; at the end sorted as the set is
-    <output>/eval.json          written last: word errors over the set
+    <output>/eval.json          word errors of the headline; with summary.json, report.md and report.html written last
 
 Killed and started again, it goes on with the utterances that have no line yet; nothing is decoded twice. Failures are
-counted and never scored as text.
+counted and never scored as text. Scores are made from the first two files alone.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance
@@ -25,23 +25,35 @@ from pipelines.predictions import (
     write_predictions,
 )
 from pipelines.providers import Answer, Clip, Provider
-from pipelines.recipes import CorpusSection
-from pipelines.scoring import WordErrors, count_word_errors
-from pipelines.transcripts import prepare_transcript
-from tinyaudio.audio import SAMPLING_RATE
+from pipelines.report import write_reports
+from pipelines.scoring import WordErrors
+from pipelines.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize
 from tinyaudio.errors import AudioError
 
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How predictions are scored; `compare_with` is the folder (or predictions file) of another evaluation."""
+
+    normalizer: str = "recipe"
+    merge_compounds: bool = False
+    compare_with: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A finished evaluation: its folder, what was answered, and the word errors."""
+    """A finished evaluation: its folder, what was answered, and the summary."""
 
     output: Path
     predictions: tuple[Prediction, ...]
-    word_errors: WordErrors
+    summary: Summary
     num_resumed: int  # answers that an earlier, interrupted call had left
+
+    @property
+    def word_errors(self) -> WordErrors:
+        return self.summary.headline.word_errors
 
 
 def evaluate(
@@ -49,27 +61,31 @@ def evaluate(
     eval_set: EvalSet,
     output: Path,
     *,
+    scoring: Scoring = Scoring(),
+    trained_on: str | None = None,
     retry_failed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
-    """Transcribe a set and count its word errors.
+    """Transcribe a set and score it.
 
     Args:
         provider: the system; loaded once, it may serve several sets.
         eval_set: what to score.
         output: folder; made if missing, gone on with if it holds a part of this very evaluation.
+        scoring: normaliser and comparison; can be changed later with `score_again`.
+        trained_on: corpus of the training recipe, for the note on contamination.
         retry_failed: try utterances again that failed in an earlier call.
         on_progress: called with (utterances done, utterances in all).
 
     Raises:
-        EvaluationError: the folder holds another evaluation.
+        EvaluationError: the folder holds another evaluation, or `scoring` names something that is not there.
     """
     output.mkdir(parents=True, exist_ok=True)
-    _claim(output / "settings.json", provider, eval_set)
     path = output / "predictions.jsonl"
     done = _earlier(path, retry_failed)
     num_resumed = len(done)
     missing = [one.utterance_id for one in eval_set.utterances if one.utterance_id not in done]
+    _claim(output / "settings.json", _settings(provider, eval_set, trained_on), is_computing=bool(missing))
     if missing:
         with appending(path) as log:
             for one in _predict(provider, eval_set, missing):
@@ -79,39 +95,90 @@ def evaluate(
                     on_progress(len(done), len(eval_set.utterances))
     predictions = tuple(done[one.utterance_id] for one in eval_set.utterances)
     write_predictions(path, predictions)
-    errors = word_errors(predictions, eval_set.section)
-    replace_text(output / "eval.json", json.dumps(errors.to_dict(), indent=2) + "\n")
-    return Evaluation(output=output, predictions=predictions, word_errors=errors, num_resumed=num_resumed)
+    summary = score_again(output, output, scoring)
+    return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
 
 
-def word_errors(predictions: Sequence[Prediction], section: CorpusSection) -> WordErrors:
-    """Count word errors under the recipe's own text policy, on both sides; failures are counted apart."""
-    answered = [(one.text, one.pred_text) for one in predictions if one.pred_text is not None]
-    return count_word_errors(
-        [prepare_transcript(text, section) for text, _ in answered],
-        [prepare_transcript(text, section) for _, text in answered],
-        failed=len(predictions) - len(answered),
+def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
+    """Score an evaluation's predictions, without model or corpus, and write all that follows from them.
+
+    Args:
+        source: folder of an evaluation, or a predictions file (the leaderboard's too).
+        output: folder for eval.json, summary.json, report.md and report.html.
+        scoring: how.
+
+    Raises:
+        EvaluationError: no predictions there, no such normaliser, or a comparison with another set.
+    """
+    settings, predictions = read_evaluation(source)
+    other = read_evaluation(scoring.compare_with) if scoring.compare_with is not None else None
+    summary = summarize(
+        settings, predictions, normalizer=scoring.normalizer, merge_compounds=scoring.merge_compounds, other=other
     )
+    output.mkdir(parents=True, exist_ok=True)
+    save_summary(output / "summary.json", summary)
+    write_reports(output, summary)
+    counts = summary.headline.word_errors.to_dict()
+    finite = {key: value if math.isfinite(value) else None for key, value in counts.items()}
+    replace_text(output / "eval.json", json.dumps(finite, indent=2) + "\n")
+    return summary
 
 
-def _claim(path: Path, provider: Provider, eval_set: EvalSet) -> None:
-    """Say in a folder what it is for, or check that it is for this."""
-    wanted: dict[str, Any] = {
-        "provider": provider.name,
-        "model": provider.identity(),
-        "set": eval_set.identity(),
-    }
-    wanted = json.loads(json.dumps(wanted))
+def read_evaluation(source: Path) -> tuple[Settings, list[Prediction]]:
+    """Read predictions with the settings that lie beside them; without settings, texts are taken as they are.
+
+    Raises:
+        EvaluationError: no predictions there, or files that are not readable.
+    """
+    path = source / "predictions.jsonl" if source.is_dir() else source
+    predictions = read_predictions(path)
+    beside = path.with_name("settings.json")
+    if beside.is_file():
+        return load_settings(beside), predictions
+    return Settings(provider="predictions", model={"name": path.stem}, scored={"corpus": "unknown"}), predictions
+
+
+def _settings(provider: Provider, eval_set: EvalSet, trained_on: str | None) -> Settings:
+    made = Settings(
+        provider=provider.name,
+        model=provider.identity(),
+        scored=eval_set.identity(),
+        text_case=eval_set.section.text_case,
+        text_punctuation=eval_set.section.text_punctuation,
+        trained_on=trained_on,
+        environments=(provider.environment(),),
+    )
+    as_json = {name: json.loads(json.dumps(getattr(made, name))) for name in ("model", "scored", "environments")}
+    return replace(made, **{**as_json, "environments": tuple(as_json["environments"])})
+
+
+def _claim(path: Path, wanted: Settings, is_computing: bool) -> None:
+    """Say in a folder what it is for, or check that it is for this; note a new environment."""
     if not path.is_file():
-        replace_text(path, json.dumps(wanted, indent=2) + "\n")
+        save_settings(path, wanted)
         return
-    found = json.loads(path.read_text())
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    found = load_settings(path)
+    differing = [
+        name
+        for name, old, new in (
+            ("provider", found.provider, wanted.provider),
+            ("model", _unnamed(found.model), _unnamed(wanted.model)),
+            ("set", found.scored, wanted.scored),
+        )
+        if old != new
+    ]
     if differing:
         raise EvaluationError(
             f"{str(path.parent)!r} holds another evaluation ({', '.join(differing)} differ: see settings.json); "
             "name another folder with --output, or delete this one"
         )
+    if is_computing and wanted.environments[0] not in found.environments:
+        save_settings(path, replace(found, environments=(*found.environments, *wanted.environments)))
+
+
+def _unnamed(model: dict[str, object]) -> dict[str, object]:
+    """A model by another name is the same model if all else is."""
+    return {key: value for key, value in model.items() if key != "name"}
 
 
 def _earlier(path: Path, retry_failed: bool) -> dict[str, Prediction]:
@@ -135,8 +202,9 @@ def _predict(provider: Provider, eval_set: EvalSet, missing: Sequence[str]) -> I
             elif isinstance(samples, AudioError):
                 yield _failure(utterance, str(samples))
             else:
-                known[utterance.utterance_id] = replace(utterance, duration_s=len(samples) / SAMPLING_RATE)
-                clips.append(Clip(utterance_id=utterance.utterance_id, samples=samples))
+                clip = Clip(utterance_id=utterance.utterance_id, samples=samples)
+                known[utterance.utterance_id] = replace(utterance, duration_s=clip.duration_s)
+                clips.append(clip)
         unanswered = {clip.utterance_id for clip in clips}
         for answer in provider.transcribe(clips):
             unanswered.remove(answer.utterance_id)

@@ -1,0 +1,47 @@
+"""Where an utterance of a mixed corpus came from, and where that overlaps with somebody's training data.
+
+LoquaciousSet has no source column, but its ids keep each source's own form. Forms that stand in the scripts that made
+the set are told apart; the others stay together under one honest name.
+
+Source of the forms: speechbrain/speechbrain @ 2ff8fec, recipes/LargeScaleASR/dataset_preparation/preparation_scripts
+(librispeech_prepare.py: the FLAC's name; common_voice_prepare.py: the clip's name; voxpopuli_prepare.py: the segment's
+name, which begins with the session's date).
+"""
+
+import re
+
+LOQUACIOUS = ("speechbrain/LoquaciousSet", "speechbrain/LargeScaleASR")
+_FORMS = (
+    (re.compile(r"^\d+-\d+-\d+$"), "librispeech"),
+    (re.compile(r"^common_voice_[a-z]+_\d+"), "commonvoice"),
+    (re.compile(r"^\d{8}-\d{4}-PLENARY"), "voxpopuli"),
+)
+UNKNOWN_FORM = "yodas-or-peoples-speech"
+
+# The sets whose test data may have been seen in training, by what was trained on.
+_LIBRIVOX = (
+    "LoquaciousSet's train splits contain LibriHeavy, which comes from LibriVox, as LibriSpeech's test sets do: books "
+    "or speakers may be in both. This model's LibriSpeech numbers (a third of LoquaciousSet's test hours) may be too "
+    "good."
+)
+_ENCODER = "The encoder was fine-tuned on LibriSpeech's 960 training hours; LibriSpeech test data is in its own domain."
+
+
+def source_of(corpus_name: str, utterance_id: str) -> str | None:
+    """Tell the source of an utterance by its id; None for a corpus whose ids say nothing."""
+    if corpus_name not in LOQUACIOUS:
+        return None
+    return next((name for form, name in _FORMS if form.match(utterance_id)), UNKNOWN_FORM)
+
+
+def contamination_notes(trained_on: str | None, encoder_id: str | None, scored_on: str) -> list[str]:
+    """Say what a reader must know before believing a number.
+
+    Args:
+        trained_on: corpus of the training recipe, if known.
+        encoder_id: hub id of the frozen encoder, if known.
+        scored_on: corpus of this evaluation.
+    """
+    has_librispeech = scored_on in LOQUACIOUS or "librispeech" in scored_on.lower()
+    notes = [_LIBRIVOX] if has_librispeech and trained_on in LOQUACIOUS else []
+    return notes + ([_ENCODER] if has_librispeech and "ls960" in (encoder_id or "") else [])

@@ -1,0 +1,293 @@
+"""The summary of an evaluation: every number that a report or a model card may state, and everything that made it.
+
+Made from predictions and settings alone, so that scoring again (`--rescore`) gives the same summary as scoring. What
+may differ between two runs of one evaluation stands in `timing` and `environments` only.
+"""
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import tinyaudio
+from pipelines.comparison import Comparison, compare
+from pipelines.error_analysis import Analysis, Pair, analyse
+from pipelines.errors import EvaluationError
+from pipelines.normalizers import Normalizer, open_normalizer
+from pipelines.predictions import Prediction, replace_text
+from pipelines.recipes import CorpusSection
+from pipelines.scoring import (
+    CharacterErrors,
+    Interval,
+    WordErrors,
+    count_character_errors,
+    count_merging_compounds,
+    count_word_errors,
+    wer_interval,
+)
+from pipelines.sources import contamination_notes, source_of
+
+FORMAT = 1
+MAX_FAILURES_LISTED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an evaluation is: written before it starts, compared before it goes on.
+
+    Args:
+        provider: the system's kind. model: its identity, as the provider states it.
+        scored: the set's identity, see `EvalSet.identity`.
+        text_case, text_punctuation: the recipe's text policy, for the normaliser "recipe".
+        trained_on: corpus of the training recipe, if known.
+        environments: what answers were computed on; more than one if the evaluation moved.
+    """
+
+    provider: str
+    model: dict[str, Any]
+    scored: dict[str, Any]
+    text_case: str = "keep"
+    text_punctuation: str = "keep"
+    trained_on: str | None = None
+    environments: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def corpus_name(self) -> str:
+        return str(self.scored.get("corpus", "unknown"))
+
+    @property
+    def section(self) -> CorpusSection:
+        policy = {"text_case": self.text_case, "text_punctuation": self.text_punctuation}
+        return CorpusSection.model_validate({"path": "unused", **policy})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Error rates under one normaliser; rates are fractions, None where the references hold no words."""
+
+    normalizer: str
+    detail: str
+    merge_compounds: bool
+    wer: float | None
+    interval: Interval | None
+    word_errors: WordErrors
+    cer: float | None
+    character_errors: CharacterErrors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long it took.
+
+    Args:
+        audio_s: of the answered utterances. time_s: wall time of their answers, summed.
+        rtfx: audio_s / time_s of a local system, decoding of audio files not counted; None for a remote one, whose
+            times are latencies with network and queue.
+    """
+
+    audio_s: float
+    time_s: float
+    rtfx: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An utterance without an answer."""
+
+    utterance_id: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One evaluation in numbers; `scores[0]` is the headline, and the analysis is under its normaliser."""
+
+    settings: Settings
+    scores: tuple[Score, ...]
+    analysis: Analysis
+    failures: tuple[Failure, ...]
+    timing: Timing
+    notes: tuple[str, ...]
+    comparison: Comparison | None
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @property
+    def headline(self) -> Score:
+        return self.scores[0]
+
+    @property
+    def name(self) -> str:
+        """Name the system for people."""
+        model = self.settings.model.get("name") or self.settings.model.get("id")
+        return f"{self.settings.provider}: {model}" if model else self.settings.provider
+
+
+_SETTINGS, _SUMMARY = TypeAdapter(Settings), TypeAdapter(Summary)
+
+
+def save_settings(path: Path, settings: Settings) -> None:
+    replace_text(path, _SETTINGS.dump_json(settings, indent=2).decode() + "\n")
+
+
+def load_settings(path: Path) -> Settings:
+    """Read settings.json; errors as `load_summary`."""
+    loaded: Settings = _load(path, _SETTINGS)
+    return loaded
+
+
+def save_summary(path: Path, summary: Summary) -> None:
+    replace_text(path, _SUMMARY.dump_json(summary, indent=2).decode() + "\n")
+
+
+def load_summary(path: Path) -> Summary:
+    """Read summary.json.
+
+    Raises:
+        EvaluationError: missing, damaged, or of another format.
+    """
+    summary: Summary = _load(path, _SUMMARY)
+    if summary.format != FORMAT:
+        raise EvaluationError(
+            f"{str(path)!r} has format {summary.format}; expected {FORMAT}; score again with --rescore"
+        )
+    return summary
+
+
+def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
+    if not path.is_file():
+        raise EvaluationError(f"{str(path)!r} does not exist; expected the folder of an evaluation")
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EvaluationError(f"{str(path)!r} is not readable: {where}: {first['msg']}") from error
+
+
+def summarize(
+    settings: Settings,
+    predictions: Sequence[Prediction],
+    *,
+    normalizer: str = "recipe",
+    merge_compounds: bool = False,
+    other: tuple[Settings, Sequence[Prediction]] | None = None,
+) -> Summary:
+    """Score predictions.
+
+    Args:
+        settings: of the evaluation.
+        predictions: all of them, failures included.
+        normalizer: the headline's; "recipe" and "whisper" are always scored as well.
+        merge_compounds: count "note book" for "notebook" as right, in the headline.
+        other: another evaluation of the same set, to compare with.
+
+    Raises:
+        EvaluationError: nothing to score, no such normaliser, or another set in `other`.
+    """
+    if not predictions:
+        raise EvaluationError("no predictions to score; expected at least one utterance")
+    predictions = [_with_source(one, settings.corpus_name) for one in predictions]
+    failed = sum(one.is_failed for one in predictions)
+    headline = open_normalizer(normalizer, settings.section)
+    pairs = make_pairs(predictions, headline)
+    scores = [_score(headline, pairs, failed, merge_compounds)]
+    for name, merge in (("recipe", False), ("whisper", False)):
+        if (name, merge) != (normalizer, merge_compounds):
+            other_normalizer = open_normalizer(name, settings.section)
+            scores.append(_score(other_normalizer, make_pairs(predictions, other_normalizer), failed, merge))
+    comparison = None
+    if other is not None:
+        other_pairs = make_pairs(other[1], headline)
+        names = _two_names(settings, other[0])
+        comparison = compare(names[0], pairs, names[1], other_pairs, merge_compounds=merge_compounds)
+    return Summary(
+        settings=settings,
+        scores=tuple(scores),
+        analysis=analyse(pairs),
+        failures=tuple(_failures(predictions)),
+        timing=_timing(settings, predictions),
+        notes=tuple(_notes(settings)),
+        comparison=comparison,
+        versions=code_versions(),
+    )
+
+
+def make_pairs(predictions: Sequence[Prediction], normalizer: Normalizer) -> list[Pair]:
+    """Normalise both sides of every answered utterance."""
+    return [
+        Pair(prediction=one, reference=normalizer.apply(one.text), hypothesis=normalizer.apply(one.pred_text))
+        for one in predictions
+        if one.pred_text is not None
+    ]
+
+
+def _with_source(prediction: Prediction, corpus_name: str) -> Prediction:
+    if prediction.source is not None:
+        return prediction
+    return replace(prediction, source=source_of(corpus_name, prediction.utterance_id))
+
+
+def _score(normalizer: Normalizer, pairs: Sequence[Pair], failed: int, merge_compounds: bool) -> Score:
+    references, hypotheses = [pair.reference for pair in pairs], [pair.hypothesis for pair in pairs]
+    count = count_merging_compounds if merge_compounds else count_word_errors
+    words, characters = count(references, hypotheses, failed), count_character_errors(references, hypotheses)
+    return Score(
+        normalizer=normalizer.name,
+        detail=normalizer.detail,
+        merge_compounds=merge_compounds,
+        wer=words.wer if words.words else None,
+        interval=wer_interval(references, hypotheses, merge_compounds=merge_compounds),
+        word_errors=words,
+        cer=characters.cer if characters.characters else None,
+        character_errors=characters,
+    )
+
+
+def _two_names(settings: Settings, other: Settings) -> tuple[str, str]:
+    names = [str(one.model.get("name") or one.model.get("id") or one.provider) for one in (settings, other)]
+    if names[0] == names[1]:
+        names = [f"{name} ({one.provider})" for name, one in zip(names, (settings, other), strict=True)]
+    return (names[0], names[1]) if names[0] != names[1] else (names[0], f"{names[1]}, other")
+
+
+def _failures(predictions: Sequence[Prediction]) -> list[Failure]:
+    failed = [Failure(utterance_id=one.utterance_id, error=str(one.error)) for one in predictions if one.is_failed]
+    return failed[:MAX_FAILURES_LISTED]
+
+
+def _timing(settings: Settings, predictions: Sequence[Prediction]) -> Timing:
+    audio_s = sum(one.duration for one in predictions if not one.is_failed)
+    time_s = sum(one.time for one in predictions if not one.is_failed)
+    is_remote = any(environment.get("is_remote") for environment in settings.environments)
+    return Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and not is_remote else None)
+
+
+def _notes(settings: Settings) -> list[str]:
+    encoder = settings.model.get("encoder")
+    encoder_id = encoder.get("id") if isinstance(encoder, dict) else None
+    return contamination_notes(settings.trained_on, encoder_id, settings.corpus_name)
+
+
+def code_versions() -> dict[str, str]:
+    """Return what scored: our version, our commit if this is a checkout, and the scorers' versions."""
+    found = {"tinyaudio": tinyaudio.__version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in ("jiwer", "kaldialign", "whisper-normalizer")}
+    commit = _commit()
+    return found | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -158,6 +158,11 @@ class SpokenUtterance:
     opus: bytes
     samples: Samples
 
+    @property
+    def duration_s(self) -> float:
+        """Decoded length in seconds."""
+        return len(self.samples) / SAMPLING_RATE
+
 
 def make_sentence(rng: random.Random) -> str:
     """Draw one sentence: a template, then its words; a class used twice gives two different words."""
@@ -345,7 +350,7 @@ def write_split(path: Path, utterances: Sequence[SpokenUtterance]) -> None:
     rows = [
         {
             "ID": u.utterance_id,
-            "duration": len(u.samples) / SAMPLING_RATE,
+            "duration": u.duration_s,
             "wav": {"bytes": u.opus, "path": f"{u.utterance_id}.opus"},
             "spk_id": u.voice.name,
             "sex": u.voice.sex,

@@ -1,0 +1,125 @@
+"""Make the shipped stand-ins of `pipelines/demo/`: a synthetic corpus, a small HuBERT, a small SmolLM3.
+
+    python -m pipelines.demo_assets --out pipelines/demo
+
+Needs espeak-ng and nothing else: no network, no other data. Everything follows from the seed and from the
+installed versions of espeak-ng, libopus and torch; see `pipelines/demo/README.md`.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jiwer
+import torch
+import typer
+
+from pipelines.demo_corpus import (
+    Samples,
+    SpokenUtterance,
+    known_variants,
+    make_corpus,
+    make_sentence,
+    random_voice,
+    split_sentences,
+    synthesise,
+    write_corpus,
+)
+from pipelines.demo_models import (
+    ctc_transcripts,
+    save_decoder,
+    save_encoder,
+    train_decoder,
+    train_encoder,
+    train_tokenizer,
+)
+
+NUM_DECODER_SENTENCES = 30_000
+NUM_EXTRA_UTTERANCES = 6_000
+"""Speech that only the encoder's training hears: new sentences, known timbres, never written to disk."""
+
+NUM_THREADS = 2
+"""Fixed, because the order of floating-point sums depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Prints progress lines with the seconds since the start."""
+
+    started_s: float
+
+    def __call__(self, line: str) -> None:
+        """Print one line."""
+        print(f"[{time.monotonic() - self.started_s:6.0f} s] {line}", flush=True)
+
+
+def training_sentences(seed: int, name: str, count: int) -> list[str]:
+    """Draw `count` sentences of the grammar, repeats allowed, none of them of dev, test or test_unseen."""
+    held_out = {s for split, rows in split_sentences(seed).items() if split != "train" for s in rows}
+    rng = random.Random(f"{name}-{seed}")
+    sentences: list[str] = []
+    while len(sentences) < count:
+        sentence = make_sentence(rng)
+        if sentence not in held_out:
+            sentences.append(sentence)
+    return sentences
+
+
+def extra_speech(seed: int) -> list[tuple[str, Samples]]:
+    """Speak further sentences with known timbres at random accents, pitches and speeds."""
+    rng = random.Random(f"extra-voices-{seed}")
+    sentences = training_sentences(seed, "extra", NUM_EXTRA_UTTERANCES)
+    voices = [random_voice(rng, known_variants()) for _ in sentences]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(zip(sentences, pool.map(synthesise, sentences, voices), strict=True))
+
+
+def corpus_summary(split: str, utterances: Sequence[SpokenUtterance]) -> str:
+    """Return one line on a split."""
+    durations_s = sorted(u.duration_s for u in utterances)
+    voices = len({u.voice.name for u in utterances})
+    median_s = durations_s[len(durations_s) // 2]
+    return f"{split}: {len(utterances)} utterances, {voices} voices, {sum(durations_s):.0f} s, median {median_s:.2f} s"
+
+
+def make_decoder(out: Path, seed: int, log: Clock) -> None:
+    """Train and write the stand-in decoder with its tokenizer."""
+    sentences = training_sentences(seed, "text", NUM_DECODER_SENTENCES)
+    tokenizer = train_tokenizer(sentences)
+    save_decoder(train_decoder(tokenizer, sentences, seed, log), tokenizer, out / "decoder")
+
+
+def make_encoder(out: Path, seed: int, log: Clock, corpus: dict[str, list[SpokenUtterance]]) -> None:
+    """Train and write the stand-in encoder; print the WER of its CTC head, a control without projector."""
+    speech = [(u.transcript, u.samples) for u in corpus["train"]] + extra_speech(seed)
+    log(f"encoder training on {len(speech)} utterances")
+    model = train_encoder(speech, seed, log)
+    save_encoder(model, out / "encoder")
+    for split in ("dev", "test", "test_unseen"):
+        hypotheses = ctc_transcripts(model, [u.samples for u in corpus[split]])
+        log(f"CTC control {split}: WER {jiwer.wer([u.transcript for u in corpus[split]], hypotheses):.2%}")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write corpus/, encoder/ and decoder/ into.")],
+    seed: Annotated[int, typer.Option(help="Every random choice follows from it.")] = 0,
+) -> None:
+    """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed."""
+    torch.set_num_threads(NUM_THREADS)
+    log = Clock(started_s=time.monotonic())
+    corpus = make_corpus(seed)
+    write_corpus(out / "corpus", corpus)
+    for split, utterances in corpus.items():
+        log(corpus_summary(split, utterances))
+    make_decoder(out, seed, log)
+    make_encoder(out, seed, log, corpus)
+    size_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    log(f"{out}: {size_bytes / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -186,7 +186,9 @@ def _find(name_or_path: str) -> Path:
 def _anchor(settings: dict[str, Any], folder: Path) -> None:
     for section, key in (("corpus", "path"), ("encoder", "id"), ("decoder", "id")):
         table = settings.get(section)
-        value = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict):
+            continue
+        value = table.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):
             table[key] = str((folder / value).resolve())
 

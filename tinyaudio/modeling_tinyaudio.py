@@ -57,6 +57,7 @@ TRAVELLING = (
     "recognize.py",
     "segments.py",
     "transcript.py",
+    "voice.py",
 )
 # Every class is named through this one module: transformers copies each entry file of a local folder into a package of
 # its own, and two entries would mean two TinyAudioConfig classes that are not each other.
@@ -122,6 +123,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Trainer would else count labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
         self._checkpoints_activations = False
+        self._cached_embedding_rms: Tensor | None = None
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
@@ -166,7 +168,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         enable()
         self._checkpoints_activations = True
 
-    def get_input_embeddings(self) -> torch.nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self._decoder().get_input_embeddings()
 
     def _decoder(self) -> PreTrainedModel:
@@ -274,12 +276,12 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return projected[valid].float().square().mean().sqrt() / self._embedding_rms()
 
     def _embedding_rms(self) -> Tensor:
-        if not hasattr(self, "_cached_embedding_rms"):
+        if self._cached_embedding_rms is None:
             self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
         return self._cached_embedding_rms
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -305,7 +307,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self._decoder().generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
         *args: Any,

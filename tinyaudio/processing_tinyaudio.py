@@ -18,7 +18,7 @@ class TinyAudioProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
         super().__init__(feature_extractor, tokenizer)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         audio: AudioSource | np.ndarray | Sequence[AudioSource | np.ndarray],
         sampling_rate: int | None = None,
@@ -36,7 +36,7 @@ class TinyAudioProcessor(ProcessorMixin):
         Raises:
             AudioError: see `audio.load_audio`.
         """
-        many = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        many: list[Any] = list(audio) if isinstance(audio, (list, tuple)) else [audio]
         values, mask = encoder_inputs(self.feature_extractor, [load_audio(one, sampling_rate) for one in many])
         return BatchFeature({"input_values": values, "attention_mask": mask})
 

@@ -136,6 +136,18 @@ def checkpoint(model: TinyAudioForConditionalGeneration, processor: TinyAudioPro
     return folder
 
 
+@pytest.fixture(scope="session")
+def spoken() -> list[tuple[np.ndarray, str]]:
+    """Twenty bundled test utterances: (samples at 16 kHz, transcript). Voice activity detection hears them as speech."""
+    import pyarrow.parquet
+
+    from tinyaudio.audio import load_audio
+
+    (path,) = (Path(__file__).parent.parent / "pipelines/demo/corpus").glob("test-0*.parquet")
+    rows = pyarrow.parquet.read_table(path).slice(0, 20).to_pylist()
+    return [(load_audio(row["wav"]["bytes"]), row["text"]) for row in rows]
+
+
 @pytest.fixture
 def noise() -> "NoiseMaker":
     return NoiseMaker(seed=0)

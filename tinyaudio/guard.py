@@ -47,6 +47,10 @@ def token_budget(duration_s: float, max_new_tokens: int) -> int:
     return max(1, min(max_new_tokens, SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * duration_s)))
 
 
+# The same few characters ten times over, as tokens without a space between them give it: "::::::::", "hahahahaha...".
+_STUTTER = re.compile(r"(\S{1,8}?)\1{9,}")
+
+
 def judge(text: str, duration_s: float, is_complete: bool) -> str | None:
     """Find what is wrong with an output.
 
@@ -58,7 +62,7 @@ def judge(text: str, duration_s: float, is_complete: bool) -> str | None:
     Returns:
         The gravest of "repetition", "refusal", "truncated", "implausible_rate"; None for a sound output.
     """
-    if find_loop(text) is not None or compression_ratio(text) > MAX_COMPRESSION_RATIO:
+    if find_loop(text) is not None or _STUTTER.search(text) or compression_ratio(text) > MAX_COMPRESSION_RATIO:
         return "repetition"
     if _REFUSAL.search(text):
         return "refusal"
@@ -93,6 +97,7 @@ def find_loop(text: str) -> tuple[int, int] | None:
 
 def cut_loop(text: str) -> str:
     """Keep a looping phrase once and drop everything behind it; text without a loop stays as it is."""
+    text = _STUTTER.sub(r"\1", text)
     found = find_loop(text)
     if found is None:
         return text

@@ -26,6 +26,7 @@ from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError
 from .frozen import freeze, load_frozen, weights_digest
+from .loss import liger_cross_entropy, summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
 from .projectors import build_projector, num_projected
@@ -48,6 +49,7 @@ TRAVELLING = (
     "errors.py",
     "frozen.py",
     "guard.py",
+    "loss.py",
     "modeling_tinyaudio.py",
     "pipeline_tinyaudio.py",
     "processing_tinyaudio.py",
@@ -62,7 +64,10 @@ TRAVELLING = (
 # Every class is named through this one module: transformers copies each entry file of a local folder into a package of
 # its own, and two entries would mean two TinyAudioConfig classes that are not each other.
 _HERE = "modeling_tinyaudio"
-AUTO_MAP = {"AutoConfig": f"{_HERE}.TinyAudioConfig", "AutoModelForSpeechSeq2Seq": f"{_HERE}.TinyAudioForConditionalGeneration"}
+AUTO_MAP = {
+    "AutoConfig": f"{_HERE}.TinyAudioConfig",
+    "AutoModelForSpeechSeq2Seq": f"{_HERE}.TinyAudioForConditionalGeneration",
+}
 CUSTOM_PIPELINES = {
     "automatic-speech-recognition": {
         "impl": f"{_HERE}.TinyAudioPipeline",
@@ -122,7 +127,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.register_module("decoder", None)
         # Trainer would else count labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
-        self._checkpoints_activations = False
+        self._checkpoints_activations = self._uses_liger = False
+        self._compiled_decoder: Any = None
         self._cached_embedding_rms: Tensor | None = None
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -168,12 +174,22 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         enable()
         self._checkpoints_activations = True
 
+    def use_liger(self) -> None:
+        """Let Liger Kernel compute the loss; errors as `loss.liger_cross_entropy`, at the first step."""
+        self._uses_liger = True
+
+    def compile_decoder(self) -> None:
+        """Let torch.compile fuse the decoder's training step, for any length; generation stays as it is."""
+        self._compiled_decoder = torch.compile(self._decoder().get_decoder().forward, dynamic=True)
+
     def get_input_embeddings(self) -> Any:
         return self._decoder().get_input_embeddings()
 
     def _decoder(self) -> PreTrainedModel:
         if self.decoder is None:
-            raise ModelError("this model has no decoder attached; load it with from_pretrained or call attach(decoder=...)")
+            raise ModelError(
+                "this model has no decoder attached; load it with from_pretrained or call attach(decoder=...)"
+            )
         return self.decoder
 
     def encode(self, input_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +204,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return encode(self.encoder, input_values, attention_mask, precision)
 
     def _features(
-        self, input_values: Tensor | None, attention_mask: Tensor | None, features: Tensor | None, num_frames: Tensor | None
+        self,
+        input_values: Tensor | None,
+        attention_mask: Tensor | None,
+        features: Tensor | None,
+        num_frames: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if features is not None and num_frames is not None:
             return features, num_frames
@@ -242,8 +262,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features, num_frames = self._features(input_values, attention_mask, features, num_frames)
         projected, lengths = self.project(features, num_frames)
         hidden, targets = self._hidden_at_targets(projected, lengths, labels)
-        logits = self._decoder().get_output_embeddings()(hidden).float()
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        cross_entropy = liger_cross_entropy if self._uses_liger else summed_cross_entropy
+        total = cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
         return TinyAudioOutput(
             loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
             num_targets=torch.tensor(len(targets), device=total.device),
@@ -259,7 +279,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in target_ids])
         # Right padding needs no mask: causal attention of real positions never looks behind their row's end, and
         # without a mask attention takes its fast causal path.
-        states = self._decoder().get_decoder()(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
+        decoder = self._compiled_decoder or self._decoder().get_decoder()
+        states = decoder(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
         first = len(prefix) + lengths + len(suffix) - 1  # the last prompt position predicts the first target
         row = torch.repeat_interleave(torch.arange(len(rows), device=labels.device), num_targets)
         offset = torch.cat([torch.arange(n, device=labels.device) for n in num_targets.tolist()])
@@ -333,7 +354,9 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
         except OSError as error:
             reason = str(error).split("\n")[0]
-            raise MissingModelError(f"no tinyaudio model at {str(pretrained_model_name_or_path)!r}: {reason}") from error
+            raise MissingModelError(
+                f"no tinyaudio model at {str(pretrained_model_name_or_path)!r}: {reason}"
+            ) from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
             raise ModelError(f"{str(pretrained_model_name_or_path)!r} lacks projector weights {lost}; train it again")
@@ -367,9 +390,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 shutil.copyfile(source, target)
 
 
-_OVERRIDABLE = {
-    f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")
-}
+_OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
 
 
 def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -29,7 +29,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     at once), return_timestamps, and whatever else `generate` takes, directly or as generate_kwargs={...}.
     """
 
-    def _sanitize_parameters(  # type: ignore[override]
+    def _sanitize_parameters(
         self, generate_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unsupported = {
@@ -46,7 +46,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         options.pop("stride_length_s", None)  # windows overlap only where there is no pause, by a fixed length
         return {}, {**options, **(generate_kwargs or {})}, {}
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Transcribe one input or many; see the class.
 
         Raises:
@@ -94,9 +94,9 @@ def _as_input(given: Any) -> Input:
         AudioError: neither raw, array nor bytes in it, or an array without sampling_rate.
     """
     if not isinstance(given, Mapping):
-        return given  # type: ignore[no-any-return]
+        return given
     if given.get("bytes") is not None:
-        return given["bytes"]  # type: ignore[no-any-return]
+        return given["bytes"]
     samples = given.get("raw", given.get("array"))
     if samples is None or given.get("sampling_rate") is None:
         raise AudioError(

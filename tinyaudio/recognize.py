@@ -206,7 +206,7 @@ class _Open:
         for piece in self.pieces:
             text, codes = self.outputs[piece.index]
             if piece.overlap_s and segments:
-                before, text, agreed = join_texts(segments[-1].text, text)
+                before, text, agreed = join_texts(segments[-1].text, text, piece.overlap_s)
                 segments[-1] = replace(segments[-1], text=before)
                 codes = (*codes, *(() if agreed else ("seam",)))
             segments.append(

@@ -1,0 +1,84 @@
+"""Cross-entropy through a frozen head, a few rows of logits at a time.
+
+A logit row of SmolLM3 has 128,256 entries, 513 kB in float32: made for every position of a batch of 4,096 that would be
+2.1 GB, again for their gradient, again in half precision. Here a chunk's gradient with respect to the hidden states is
+taken as soon as its loss is known, and its logits are dropped. The head is frozen, so nothing else is needed of them; the
+arithmetic is the same, none of it is done twice. Shape letters as in `modeling_tinyaudio`.
+
+Source: the idea is Liger Kernel's fused linear cross-entropy (github.com/linkedin/Liger-Kernel), here in plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+# Logits alive at once: 2**26 entries are 256 MB in float32, 523 rows of 128,256. Smaller saves nothing that matters
+# beside 6 GB of weights, larger does not fill a GPU any better (the product is 523 x 2048 x 128,256).
+CHUNK_ENTRIES = 2**26
+
+
+def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Sum the cross-entropy of targets, in nats.
+
+    Args:
+        hidden: (N, H), the states that predict a target.
+        head: frozen; (n, H) to (n, V).
+        targets: (N,) int64.
+        chunk_rows: rows of logits made at once; None for `CHUNK_ENTRIES` over V.
+
+    Returns:
+        Scalar float32. Its gradient reaches `hidden` only.
+    """
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_ENTRIES // _vocabulary(head, hidden))
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk_rows)
+    return total
+
+
+def liger_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Do the same with Liger Kernel's fused Triton kernel.
+
+    Raises:
+        ModelError: liger-kernel is not installed, the states are not on a GPU, or the head is not a Linear.
+    """
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise ModelError(f"train.liger needs liger-kernel (pip install 'tinyaudio[liger]'): {error}") from error
+    if not hidden.is_cuda or not isinstance(head, nn.Linear):
+        raise ModelError(f"train.liger needs a GPU and a linear head; found {hidden.device.type!r}, {type(head).__name__}")
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, hidden, targets, head.bias)
+
+
+def _vocabulary(head: nn.Module, hidden: Tensor) -> int:
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    with torch.no_grad():
+        return int(head(hidden[:1]).shape[-1])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, chunk_rows: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_gradient = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        for start in range(0, len(hidden), chunk_rows):
+            chunk = hidden[start : start + chunk_rows].detach().requires_grad_(wants_gradient)
+            with torch.set_grad_enabled(wants_gradient):
+                logits = head(chunk).float()
+                loss = nn.functional.cross_entropy(logits, targets[start : start + chunk_rows], reduction="sum")
+            del logits
+            if gradient is not None:
+                (gradient[start : start + chunk_rows],) = torch.autograd.grad(loss, chunk)
+            total += loss.detach()
+        ctx.save_for_backward(*(() if gradient is None else (gradient,)))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0], None, None, None

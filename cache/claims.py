@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Self
@@ -72,8 +73,7 @@ def is_free(path: Path) -> bool:
     if not path.exists():
         return True
     silent_s = silence_s(path, clock_of(path.parent))
-    owner = read_owner(path)
-    return silent_s > LEASE_S if owner is None else owner.is_dead(silent_s)
+    return _is_dead(read_owner(path), silent_s)
 
 
 def sweep(layout: Layout, header: Header) -> list[Path]:
@@ -82,20 +82,29 @@ def sweep(layout: Layout, header: Header) -> list[Path]:
     Returns:
         The files removed.
     """
-    removed: list[Path] = []
-    directories = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
+    folders = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
     now = clock_of(layout.lock.parent)
-    for directory in directories:
-        for path, owner in temporaries(directory):
-            silent_s = silence_s(path, now)
-            if silent_s > LEASE_S if owner is None else owner.is_dead(silent_s):
-                removed.append(path)
+    removed = [path for folder in folders for path in _dead_temporaries(folder, now)]
+    skeletons = [path for path in _dead_temporaries(layout.root.parent, now)
+                 if path.is_dir() and path.name.startswith(f".{layout.root.name}~")]
     with exclusive(layout.lock):
         removed += [path for path in sorted(layout.lock.parent.glob("[0-9]*")) if is_free(path)]
         removed += _orphans(layout, header)
         for path in removed:
             path.unlink(missing_ok=True)
-    return removed
+    for path in skeletons:
+        shutil.rmtree(path, ignore_errors=True)
+    return removed + skeletons
+
+
+def _dead_temporaries(folder: Path, now: float) -> list[Path]:
+    """List the temporary files of a folder whose writer is dead."""
+    return [path for path, owner in temporaries(folder) if _is_dead(owner, silence_s(path, now))]
+
+
+def _is_dead(owner: Owner | None, silent_s: float) -> bool:
+    """Judge an owner; one that has not signed yet is given a lease."""
+    return silent_s > LEASE_S if owner is None else owner.is_dead(silent_s)
 
 
 def _orphans(layout: Layout, header: Header) -> list[Path]:

@@ -73,7 +73,8 @@ class Commit:
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in (*self.arrays.values(), *self.files.values()))
+        arrays = sum(file.size_bytes for file in self.arrays.values())
+        return arrays + sum(file.size_bytes for file in self.files.values())
 
     def encode(self) -> bytes:
         """Spell the record: one line of canonical JSON, its `sha256` being that of the same line without it."""

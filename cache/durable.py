@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from cache.errors import DiskFullError
 
 LEASE_S = 300.0  # a writer on another machine that has not shown itself for so long is taken for dead
 IOV_MAX = 1024  # buffers per system call, POSIX's usual limit
 WRITE_MAX = 1 << 30  # bytes per system call; Linux stops just short of 2 GiB
 
-Buffers = Sequence[np.ndarray | bytes | memoryview]
+Buffers = Sequence[bytes | memoryview]
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)~(?P<owner>[^~]+)\.tmp$")
@@ -114,11 +112,17 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
+def num_bytes(buffers: Buffers) -> int:
+    """Count the bytes of flat buffers."""
+    return sum(len(buffer) for buffer in buffers)
+
+
 def write_buffers(fd: int, buffers: Buffers) -> None:
     """Write all buffers, in order, with as few system calls as the kernel allows."""
-    views = [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
+    views = [memoryview(buffer) for buffer in buffers if len(buffer)]
     while views:
-        batch, total = [], 0
+        batch: list[memoryview] = []
+        total = 0
         for view in views[:IOV_MAX]:
             if batch and total + view.nbytes > WRITE_MAX:
                 break
@@ -152,7 +156,7 @@ def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise DiskFullError(path, sum(memoryview(buffer).nbytes for buffer in buffers)) from error
+            raise DiskFullError(path, num_bytes(buffers)) from error
         raise
     return temporary
 

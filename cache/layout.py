@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from cache.durable import canonical_json
-from cache.errors import CorruptShardError, StoreNotFoundError
+from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 
 FORMAT_VERSION = 1
 ROWS_PER_SHARD = 131_072  # 43.7 min at 50 Hz; 256 MiB at 1024 x float16
@@ -146,7 +146,8 @@ def read_header(root: Path) -> Header:
     """Read what a store holds.
 
     Raises:
-        StoreNotFoundError: there is no store here, or one of a newer format.
+        StoreNotFoundError: there is no store here.
+        StoreMismatchError: there is one of a newer format.
         CorruptShardError: the header does not agree with itself.
     """
     try:
@@ -160,8 +161,7 @@ def read_header(root: Path) -> Header:
         raise StoreNotFoundError(f"{str(root / 'zarr.json')!r} is not the header of a feature store "
                                  f"({type(error).__name__}: {error}). Name another folder with --store.") from error
     if header.format > FORMAT_VERSION:
-        raise StoreNotFoundError(f"feature store {str(root)!r} has format {header.format}; this version reads up to "
-                                 f"{FORMAT_VERSION}. Install a newer tinyaudio.")
+        raise StoreMismatchError(root, {"format": (header.format, FORMAT_VERSION)})
     if document["attributes"]["feature_store"].get("fingerprint_id") != header.fingerprint_id:
         raise CorruptShardError(root, None, "the fingerprint in zarr.json does not match its own id")
     return header

@@ -24,6 +24,7 @@ from cache.errors import PlanError
 from cache.layout import ROWS_PER_SHARD, divide_shard
 
 PLAN_COLUMNS = {"utterance_id": pa.string(), "split": pa.string(), "source_id": pa.string(), "num_frames": pa.int32()}
+REQUIRED_COLUMNS = {*PLAN_COLUMNS, "shard", "row", "reason"}
 MARGIN_FRAMES = 1  # a duration rounded to 1/100 s is off by at most one frame of 20 ms
 LOOKAHEAD = 64  # utterances held over while shorter ones fill a shard
 
@@ -71,6 +72,8 @@ def make_plan(
         shard[chosen] += first
         first += used
     for name, column in ("shard", pa.array(shard)), ("row", pa.array(row)), ("reason", pa.array(reason, pa.string())):
+        if name in table.column_names:
+            table = table.drop_columns(name)
         table = table.append_column(name, column)
     return table.take(np.argsort(shard, kind="stable")).combine_chunks()
 

@@ -1,8 +1,8 @@
 """Read features by utterance, fast enough to train from, and never wrong.
 
 Invariants: a shard without a commit record does not exist; every byte handed out was checked against that record.
-Frames come as views of the blocks they were read with, read-only, without a copy. Opens files lazily, in whichever process it
-finds itself; no fork is needed. Knows nothing of batches or models.
+Frames come as views of the blocks they were read with, read-only, without a copy. Opens files lazily, in whichever
+process it finds itself; no fork is needed. Knows nothing of batches or models.
 """
 
 from __future__ import annotations

@@ -31,14 +31,9 @@ def num_chunks_used(num_rows: int, chunk_rows: int) -> int:
     return -(-num_rows // chunk_rows)
 
 
-def shard_size(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> int:
-    """Compute the bytes of a shard file with `num_chunks` chunks present."""
-    return num_chunks * (chunk_bytes + CRC_BYTES) + chunks_per_shard * 16 + CRC_BYTES
-
-
 def encode_shard(
     rows: NDArray[np.generic], chunk_rows: int, chunks_per_shard: int
-) -> tuple[list[NDArray[np.generic] | bytes], NDArray[np.uint32]]:
+) -> tuple[list[bytes | memoryview], NDArray[np.uint32]]:
     """Lay out a shard file as buffers to be written in order; the rows are not copied.
 
     Args:
@@ -49,15 +44,24 @@ def encode_shard(
     """
     chunks = rows.reshape(-1, chunk_rows, *rows.shape[1:])
     checksums = np.array([crc32c(chunk) for chunk in chunks], dtype="<u4")
-    stride = chunk_rows * rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64)) + CRC_BYTES
-    index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
-    index[:len(chunks), 0] = np.arange(len(chunks), dtype=np.uint64) * stride
-    index[:len(chunks), 1] = stride
-    buffers: list[NDArray[np.generic] | bytes] = []
-    for chunk, checksum in zip(chunks, checksums, strict=True):
+    chunk_bytes = chunk_rows * rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
+    buffers: list[bytes | memoryview] = []
+    for chunk, checksum in zip(_parts(chunks), checksums, strict=True):
         buffers += [chunk, checksum.tobytes()]
-    encoded = index.tobytes()
+    encoded = expected_index(len(chunks), chunks_per_shard, chunk_bytes).tobytes()
     return [*buffers, encoded, crc32c(encoded).to_bytes(CRC_BYTES, "little")], checksums
+
+
+def expected_index(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> NDArray[np.uint64]:
+    """Lay out the index of a shard whose first `num_chunks` chunks are present.
+
+    Returns:
+        (chunks_per_shard, 2) little-endian uint64: offset and size of each chunk, `ABSENT` twice for one that is not.
+    """
+    index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
+    index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * (chunk_bytes + CRC_BYTES)
+    index[:num_chunks, 1] = chunk_bytes + CRC_BYTES
+    return index
 
 
 def read_chunks(
@@ -84,7 +88,7 @@ def read_chunks(
 
 
 def _parts(array: NDArray[np.generic]) -> list[memoryview]:
-    flat = memoryview(array.reshape(-1).view(np.uint8))
+    flat: memoryview = array.reshape(-1).view(np.uint8).data
     size = len(flat) // max(len(array), 1)
     return [flat[i * size:(i + 1) * size] for i in range(len(array))]
 
@@ -107,7 +111,7 @@ def read_index(path: Path, chunks_per_shard: int) -> NDArray[np.uint64]:
     """Read the index of a shard file.
 
     Returns:
-        (chunks_per_shard, 2) uint64: offset and size of each chunk, `ABSENT` twice for one that is not there.
+        As `expected_index` lays it out.
 
     Raises:
         ValueError: the index is not whole.

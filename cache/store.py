@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,24 +24,14 @@ import zarr
 
 from cache.claims import Claim, sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
-from cache.durable import Owner, canonical_json, exclusive, place, sync_directory
-from cache.errors import CorruptShardError, PlanError, StoreMismatchError, UnsealableStoreError
-from cache.index import INDEX_SCHEMA, Quarantined, decode_index, encode_quarantine, encode_table, read_committed
-from cache.layout import (
-    FORMAT_VERSION,
-    ROWS_PER_SHARD,
-    Encoding,
-    Header,
-    Layout,
-    create_arrays,
-    divide_shard,
-    read_header,
-)
-from cache.plan import plan_digest, read_plan, write_plan
+from cache.durable import canonical_json, exclusive, place
+from cache.errors import CorruptShardError, StoreMismatchError, UnsealableStoreError
+from cache.index import INDEX_SCHEMA, decode_index, encode_table, read_committed
+from cache.layout import ROWS_PER_SHARD, Encoding, Header, Layout, read_header
+from cache.plan import read_plan
 from cache.quantize import Calibration
+from cache.skeleton import build, compare_fields, describe, mend, require
 from cache.writer import ShardWriter
-
-FOLDERS = ("index", "quarantine", "commits", "claims")
 
 
 class FeatureStore:
@@ -67,7 +56,8 @@ class FeatureStore:
     ) -> Self:
         """Make a store, or open the identical one that is there.
 
-        Several processes may do this at once: one makes it, the others open it. What dead writers left is swept away.
+        Several processes may do this at once: one makes it, the others open it. What dead writers left is swept
+        away, and a damaged header, plan or calibration is written again; for damaged shards see `store_repair`.
 
         Args:
             plan: what `make_plan` gave, with the same `rows_per_shard`.
@@ -82,11 +72,13 @@ class FeatureStore:
             PlanError: the plan was not made for this shard size.
         """
         root = Path(path)
-        header = _header(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
+        header = describe(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
         if not root.exists() or not any(root.iterdir()):
-            _build(root, header, plan, calibration)
+            build(root, header, plan, calibration)
+        else:
+            mend(root, header, plan, calibration)
         store = cls.open(root)
-        store._require(header)
+        require(root, store.header, header)
         sweep(store.layout, store.header)
         return store
 
@@ -111,14 +103,6 @@ class FeatureStore:
             StoreMismatchError: naming the fields that differ.
         """
         if differences := compare_fields(self.fingerprint, fingerprint):
-            raise StoreMismatchError(self.path, differences)
-
-    def _require(self, header: Header) -> None:
-        ours, asked = (
-            {"fingerprint": each.fingerprint} | {name: getattr(each, name) for name in (
-                "format", "dim", "encoding", "rows_per_shard", "num_planned", "plan_id", "calibration_id")}
-            for each in (self.header, header))
-        if differences := compare_fields(ours, asked):
             raise StoreMismatchError(self.path, differences)
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -257,87 +241,3 @@ class FeatureStore:
                     path.unlink(missing_ok=True)
                     place(path, [content])
         return root
-
-
-def compare_fields(found: Any, asked: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Compare two JSON values field by field.
-
-    Returns:
-        Dotted field name -> (found, asked), for the fields that differ; None stands for an absent one.
-    """
-    if isinstance(found, Mapping) and isinstance(asked, Mapping):
-        differences: dict[str, tuple[Any, Any]] = {}
-        for key in sorted(found.keys() | asked.keys()):
-            differences |= compare_fields(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
-        return differences
-    return {} if found == asked else {name: (found, asked)}
-
-
-def _header(
-    plan: pa.Table, dim: int, fingerprint: Mapping[str, Any], encoding: Encoding, rows_per_shard: int,
-    calibration: Calibration | None,
-) -> Header:
-    if encoding not in get_args(Encoding):
-        raise ValueError(f"encoding {encoding!r} is unknown; choose one of {', '.join(get_args(Encoding))}.")
-    if (calibration is not None) != (encoding == "int8"):
-        raise ValueError(f"encoding {encoding!r} {'needs a' if encoding == 'int8' else 'takes no'} calibration.")
-    if calibration is not None and calibration.mean.shape != (dim,):
-        raise ValueError(f"the calibration has {calibration.mean.shape[0]} dimensions, the features {dim}.")
-    chunk_rows, block_rows = divide_shard(rows_per_shard)
-    calibration_id = None if calibration is None else calibration.id
-    store = {"format": FORMAT_VERSION, "encoding": encoding, "calibration_id": calibration_id, "dim": dim}
-    return Header(
-        format=FORMAT_VERSION, dim=dim, encoding=encoding, rows_per_shard=rows_per_shard, chunk_rows=chunk_rows,
-        block_rows=block_rows, num_shards=_num_shards(plan, rows_per_shard), num_planned=len(plan),
-        plan_id=plan_digest(plan), calibration_id=calibration_id, fingerprint={**fingerprint, "store": store})
-
-
-def _num_shards(plan: pa.Table, rows_per_shard: int) -> int:
-    missing = {"utterance_id", "split", "source_id", "num_frames", "shard", "row", "reason"} - set(plan.column_names)
-    if missing:
-        raise PlanError(f"the plan has no column {', '.join(sorted(missing))}; make it with make_plan.")
-    shards, rows = plan["shard"].to_numpy(), plan["row"].to_numpy()
-    ends = rows.astype(np.int64) + plan["num_frames"].to_numpy()
-    if len(plan) and int(np.where(shards >= 0, ends, 0).max()) > rows_per_shard:
-        raise PlanError(f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
-                        f"make_plan(..., rows_per_shard={rows_per_shard}).")
-    return int(shards.max(initial=-1)) + 1
-
-
-def _build(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> None:
-    """Make a whole empty store beside its place, then give it its name; if another process was faster, leave it."""
-    temporary = root.parent / f".{root.name}~{Owner.me()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        create_arrays(temporary, header, None if calibration is None else calibration.array)
-        layout = Layout(temporary)
-        for folder in FOLDERS:
-            (temporary / folder).mkdir()
-        write_plan(plan, layout.plan)
-        layout.rejected.write_bytes(encode_quarantine(_rejected(plan)))
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            _sync(path)
-        sync_directory(temporary)
-        try:
-            temporary.rename(root)
-        except OSError:
-            if not (root / "zarr.json").exists():
-                raise
-        sync_directory(root.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _rejected(plan: pa.Table) -> list[Quarantined]:
-    rows = plan.filter(pa.array(plan["shard"].to_numpy() < 0)).select(
-        ["utterance_id", "split", "shard", "reason", "num_frames"]).to_pylist()
-    return [Quarantined(utterance_id=row["utterance_id"], split=row["split"], shard=-1, reason=row["reason"],
-                        detail=f"planned at {row['num_frames']} frames") for row in rows]

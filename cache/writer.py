@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cache.claims import Claim
 from cache.commits import ArrayFile, Commit, PlainFile
-from cache.durable import Buffers, exclusive, link_into_place, place, sync_directory, write_temporary
+from cache.durable import Buffers, exclusive, link_into_place, num_bytes, place, sync_directory, write_temporary
 from cache.errors import IncompleteShardError, LostClaimError, UnplannedUtteranceError
 from cache.index import Quarantined, encode_index, encode_quarantine
 from cache.layout import FILL, Header, Layout
@@ -199,8 +199,8 @@ class ShardWriter:
         if missing:
             raise IncompleteShardError(
                 f"shard {self.shard} of {str(self._layout.root)!r} was closed with {len(missing)} of "
-                f"{len(self._planned)} planned utterances neither stored nor quarantined, the first being {missing[0]!r}. Append or "
-                "quarantine every one; nothing was committed.")
+                f"{len(self._planned)} planned utterances neither stored nor quarantined, the first being "
+                f"{missing[0]!r}. Append or quarantine every one; nothing was committed.")
 
     def _check_uncontested(self) -> None:
         if not self._claim.is_mine() or self._layout.commit(self.shard).exists():
@@ -220,8 +220,7 @@ class ShardWriter:
                 _fill_gaps(array[:used], rows, fill)
                 buffers, checksums = encode_shard(
                     array[:used], header.chunk_rows, header.rows_per_shard // header.chunk_rows)
-                size = sum(memoryview(buffer).nbytes for buffer in buffers)
-                encoded[self._layout.array(name, self.shard)] = (buffers, ArrayFile.of(size, checksums))
+                encoded[self._layout.array(name, self.shard)] = buffers, ArrayFile.of(num_bytes(buffers), checksums)
         return encoded
 
     def _encode_files(self) -> dict[Path, _Encoded]:

@@ -1,0 +1,267 @@
+"""Every planted fault is found, named, and undone by making exactly the damaged shards again.
+
+Run: pytest tests/test_cache_faults.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_stores import Features, calibrate, create, fill, make_features, make_table, sealed
+
+from cache import CacheError, FeatureReader, FeatureStore, make_plan, store_repair, store_verify
+from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
+from cache.verify import Fault
+
+FEATURES = make_features([30] * 8)
+
+
+@pytest.fixture(params=["float16", "int8"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureStore:
+    """A sealed store of four shards with two utterances each."""
+    return sealed(tmp_path / "store", FEATURES, encoding=request.param)
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path, other: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def content_of(store: FeatureStore) -> dict[str, bytes]:
+    """Every file that a store is made of, but for the time and the name in the commit records."""
+    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in sorted(store.path.rglob("*"))
+            if path.is_file() and path.parent.name in {"features", "scales", "index", "quarantine"}}
+
+
+def make_again(store: FeatureStore, features: Features) -> list[int]:
+    """Do what `tinyaudio extract` does when it is typed again; returns the shards that it made."""
+    options = {"encoding": store.encoding}
+    again = create(store.path, features, **options)
+    store_repair(again)
+    pending = again.pending_shards()
+    fill(again, features)
+    again.seal()
+    return pending
+
+
+SHARD_FAULTS: list[tuple[str, Callable[[FeatureStore], object], set[int], set[str]]] = [
+    ("flipped bit", lambda s: flip(s.layout.array("features", 2), 5), {2}, {"bit_flip"}),
+    ("flipped checksum", lambda s: flip(s.layout.array("features", 2), 64 * 8 * s.header.dtype.itemsize + 1), {2},
+     {"bit_flip"}),
+    ("flipped shard index", lambda s: flip(s.layout.array("features", 2), -10), {2}, {"shard_index"}),
+    ("truncated", lambda s: s.layout.array("features", 2).open("r+b").truncate(100), {2}, {"size"}),
+    ("zero length", lambda s: s.layout.array("features", 2).write_bytes(b""), {2}, {"size"}),
+    ("deleted", lambda s: s.layout.array("features", 2).unlink(), {2}, {"missing"}),
+    ("two shards swapped", lambda s: swap(s.layout.array("features", 2), s.layout.array("features", 3)), {2, 3},
+     {"swapped"}),
+    ("index deleted", lambda s: s.layout.index(2).unlink(), {2}, {"missing"}),
+    ("index flipped", lambda s: flip(s.layout.index(2), 30), {2}, {"index"}),
+    ("two indexes swapped", lambda s: swap(s.layout.index(2), s.layout.index(3)), {2, 3}, {"index", "size"}),
+    ("quarantine replaced", lambda s: s.layout.quarantine(2).write_text("{}\n"), {2}, {"size"}),
+    ("commit record flipped", lambda s: flip(s.layout.commit(2), 40), {2}, {"commit_record", "seal"}),
+    ("commit record deleted", lambda s: s.layout.commit(2).unlink(), {2}, {"missing"}),
+    ("two commit records swapped", lambda s: swap(s.layout.commit(2), s.layout.commit(3)), {2, 3},
+     {"swapped", "seal"}),
+]
+
+
+@pytest.mark.parametrize(("plant", "shards", "kinds"), [fault[1:] for fault in SHARD_FAULTS],
+                         ids=[fault[0] for fault in SHARD_FAULTS])
+def test_a_fault_is_found_named_and_repaired(
+    store: FeatureStore, plant: Callable[[FeatureStore], object], shards: set[int], kinds: set[str]
+) -> None:
+    before = content_of(store)
+    plant(store)
+    faults = store_verify(store, deep=True)
+    assert {fault.shard for fault in faults} == shards
+    assert {fault.kind for fault in faults} <= kinds
+    assert all("tinyaudio extract" in fault.message for fault in faults)
+    assert make_again(store, FEATURES) == sorted(shards)
+    assert store_verify(store, deep=True) == []
+    assert content_of(store) == before
+
+
+@pytest.mark.parametrize(("plant", "shards"), [
+    (plant, shards) for name, plant, shards, _ in SHARD_FAULTS
+    if name in {"truncated", "zero length", "deleted", "two shards swapped", "index deleted"}])
+def test_the_quick_check_finds_what_needs_no_full_read(
+    store: FeatureStore, plant: Callable[[FeatureStore], object], shards: set[int]
+) -> None:
+    plant(store)
+    assert {fault.shard for fault in store_verify(store)} == shards
+
+
+@pytest.mark.parametrize("byte", [0, 100, 64 * 8 - 1])
+def test_a_reader_never_hands_out_a_damaged_chunk(store: FeatureStore, byte: int) -> None:
+    flip(store.layout.array("features", 2), byte)
+    reader = FeatureReader(store)
+    damaged = store.plan(2)["utterance_id"].to_pylist()
+    for position, utterance_id in enumerate(reader.index["utterance_id"].to_pylist()):
+        if utterance_id in damaged:
+            with pytest.raises(CorruptShardError, match="store verify"):
+                reader.read([position])
+            with pytest.raises(CorruptShardError, match="store verify"):
+                reader.get(utterance_id)
+        else:
+            reader.read([position])
+
+
+@pytest.mark.parametrize("name", ["truncated", "zero length", "deleted"])
+def test_a_reader_refuses_a_cut_store_on_opening(store: FeatureStore, name: str) -> None:
+    next(plant for other, plant, _, _ in SHARD_FAULTS if other == name)(store)
+    with pytest.raises(CorruptShardError, match=r"shard 2.*tinyaudio extract"):
+        FeatureReader(store)
+
+
+def test_a_reader_refuses_swapped_shards(store: FeatureStore) -> None:
+    swap(store.layout.array("features", 2), store.layout.array("features", 3))
+    reader = FeatureReader(store)
+    for shard in (2, 3):
+        with pytest.raises(CorruptShardError, match="not the one that was committed"):
+            reader.get(store.plan(shard)["utterance_id"][0].as_py())
+
+
+def test_what_the_deep_check_found_is_repaired_without_reading_everything(store: FeatureStore) -> None:
+    flip(store.layout.array("features", 2), 5)
+    store_verify(store, deep=True)
+    assert {fault.shard for fault in store_repair(store, deep=False)} == {2}
+    assert store.pending_shards() == [2]
+
+
+def test_repairing_a_sound_store_changes_nothing(store: FeatureStore) -> None:
+    before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
+    assert store_repair(store) == []
+    assert make_again(store, FEATURES) == []
+    after = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
+    assert {path.name for path in before if before[path] != after.get(path)} <= {"lock"}
+
+
+def test_a_shard_of_another_extraction_is_foreign(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    other = sealed(tmp_path / "other", FEATURES, fingerprint={"encoder": {"id": "other"}})
+    shutil.copy(other.layout.commit(2), store.layout.commit(2))
+    assert {(fault.shard, fault.kind) for fault in store_verify(store)} == {(2, "foreign_fingerprint"), (2, "seal")}
+    assert make_again(store, FEATURES) == [2]
+
+
+def test_a_shard_of_another_plan_is_stale(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    other = sealed(tmp_path / "other", make_features([31] * 8))
+    shutil.copy(other.layout.commit(2), store.layout.commit(2))
+    assert {(fault.shard, fault.kind) for fault in store_verify(store)} >= {(2, "stale_plan")}
+    shutil.copy(other.layout.plan, store.layout.plan)
+    assert (None, "stale_plan") in {(fault.shard, fault.kind) for fault in store_verify(store)}
+    assert make_again(store, FEATURES) == [2]
+    assert store_verify(store, deep=True) == []
+
+
+@pytest.mark.parametrize("name", [
+    "zarr.json", "features/zarr.json", "plan.parquet", "quarantine/plan.jsonl", "calibration/c.0.0", "SEALED.json",
+    "index.parquet", "commits.jsonl"])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_what_belongs_to_no_shard_is_found_and_mended_without_losing_one(tmp_path: Path, name: str, how: str) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int8")
+    path = store.path / name
+    path.unlink() if how == "deleted" else path.write_bytes(b'{"nothing": 1}\n')
+    if name == "zarr.json":
+        with pytest.raises(StoreNotFoundError, match=r"tinyaudio|--store"):
+            FeatureStore.open(store.path)
+    elif (name, how) != ("SEALED.json", "deleted"):  # that store is merely not sealed
+        faults = store_verify(FeatureStore.open(store.path))
+        assert {fault.shard for fault in faults} == {None}
+    assert make_again(store, FEATURES) == []
+    assert store_verify(FeatureStore.open(store.path), deep=True) == []
+
+
+def test_another_extraction_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
+    sealed(tmp_path / "store", FEATURES)
+    with pytest.raises(StoreMismatchError, match=r"fingerprint.encoder.layer: the store has 3, asked for 4") as error:
+        create(tmp_path / "store", FEATURES, fingerprint={"encoder": {"id": "tiny", "layer": 4}})
+    assert set(error.value.differences) == {"fingerprint.encoder.layer"}
+    with pytest.raises(StoreMismatchError, match="rows_per_shard"):
+        create(tmp_path / "store", FEATURES, rows_per_shard=128)
+    with pytest.raises(StoreMismatchError, match="plan_id"):
+        create(tmp_path / "store", make_features([29] * 8))
+    with pytest.raises(StoreMismatchError, match="encoding: the store has 'float16', asked for 'int8'"):
+        create(tmp_path / "store", FEATURES, encoding="int8")
+
+
+def test_another_calibration_is_another_extraction(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int8")
+    other = calibrate(make_features([30] * 8, seed=1), 8)
+    with pytest.raises(StoreMismatchError, match="calibration_id"):
+        create(tmp_path / "store", FEATURES, encoding="int8", calibration=other)
+    assert store.fingerprint["store"]["calibration_id"] == store.calibration.id
+
+
+def test_training_on_another_fingerprint_is_refused(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    store.require_fingerprint(store.fingerprint)
+    with pytest.raises(StoreMismatchError, match=r"encoder\.id: the store has 'tiny', asked for 'huge'"):
+        store.require_fingerprint(store.fingerprint | {"encoder": {"id": "huge", "layer": 3}})
+
+
+def test_a_headerless_store_of_another_extraction_is_not_taken_over(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    (store.path / "zarr.json").unlink()
+    with pytest.raises(CacheError, match="another store"):
+        create(store.path, FEATURES, fingerprint={"encoder": "other"})
+    assert len(store.committed_shards()) == store.num_shards
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "folder"])
+def test_a_path_without_a_store_says_what_to_do(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "store"
+    if what == "file":
+        path.write_text("not a store")
+    if what == "folder":
+        path.mkdir()
+        (path / "notes.txt").write_text("mine")
+        with pytest.raises(StoreNotFoundError, match="something else"):
+            create(path, FEATURES)
+    with pytest.raises(StoreNotFoundError, match="tinyaudio extract --store"):
+        FeatureStore.open(path)
+
+
+def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    document = json.loads((store.path / "zarr.json").read_text())
+    document["attributes"]["feature_store"]["format"] = 2
+    (store.path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreMismatchError, match="format: the store has 2, asked for 1"):
+        FeatureStore.open(store.path)
+
+
+def test_a_changed_fingerprint_is_noticed_on_opening(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    text = (store.path / "zarr.json").read_text()
+    (store.path / "zarr.json").write_text(text.replace('"tiny"', '"huge"'))
+    with pytest.raises(CorruptShardError, match="does not match its own id"):
+        FeatureStore.open(store.path)
+
+
+def test_faults_become_json(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    store.layout.array("features", 2).unlink()
+    (fault,) = store_verify(store)
+    assert Fault(**json.loads(json.dumps(fault.to_dict()))) == fault
+
+
+def test_a_plan_with_a_duplicate_keeps_the_first(tmp_path: Path) -> None:
+    table = make_table(make_features([10, 20, 30]))
+    table = table.set_column(0, "utterance_id", [["a", "b", "a"]])
+    plan = make_plan(table, rows_per_shard=64)
+    rejected = plan.filter(np.asarray(plan["shard"]) < 0).to_pylist()
+    assert [(row["utterance_id"], row["num_frames"], row["reason"]) for row in rejected] == [("a", 30, "duplicate_id")]

@@ -1,0 +1,25 @@
+"""Writers die at any moment; the store never lies. Run: pytest tests/test_cache_kill.py [-m slow]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kill_store_writers import run
+
+
+def check(kills: int, folder: Path) -> None:
+    seen = run(kills, seed=kills, folder=folder)
+    assert seen.pop("kills") == kills
+    assert seen.pop("stores") >= 1
+    assert seen.pop("shards_redone") <= kills  # at most the one in hand
+    assert not any(seen.values()), seen
+
+
+def test_twenty_killed_writers_leave_no_shard_that_lies(tmp_path: Path) -> None:
+    check(20, tmp_path)
+
+
+@pytest.mark.slow
+def test_five_hundred_killed_writers_leave_no_shard_that_lies(tmp_path: Path) -> None:
+    check(500, tmp_path)

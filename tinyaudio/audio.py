@@ -10,9 +10,12 @@ This module knows the frame formula of HuBERT and wav2vec 2.0, and nothing else 
 
 import io
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +29,8 @@ RESAMPLER = "soxr-HQ"
 
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; outside lie broken headers, not recordings
 BLOCK_S = 10  # seconds decoded at a time
+MAX_BLOCK_VALUES = 1 << 23  # samples of all channels decoded at a time: 32 MiB, whatever a header claims
+SPOOL_BYTES = 1 << 26  # of an input without rewind kept in memory; the rest goes to a temporary file
 
 Samples = NDArray[np.float32]
 AudioSource = str | os.PathLike[str] | bytes | BinaryIO
@@ -84,12 +89,23 @@ def iter_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
         (n,) float32 at 16 kHz; joined they are what `load_audio` returns.
     """
     if isinstance(source, np.ndarray):
-        decoded = iter([(_as_mono(source), sampling_rate or SAMPLING_RATE)])
+        decoded = iter([(_as_mono(source), SAMPLING_RATE if sampling_rate is None else sampling_rate)])
     else:
         if sampling_rate is not None:
             raise AudioError("sampling_rate goes with an array; files carry their own")
         decoded = _decode(source)
     yield from _resample(decoded, describe(source))
+
+
+def probe_duration_s(path: str | os.PathLike[str]) -> float | None:
+    """Read a file's length from its header, seconds; None where that is not possible at no cost. Headers can lie."""
+    import soundfile
+
+    try:
+        info = soundfile.info(os.fspath(path)) if Path(path).is_file() else None
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError):
+        return None
+    return info.frames / info.samplerate if info and info.samplerate else None
 
 
 def describe(source: object) -> str:
@@ -98,6 +114,8 @@ def describe(source: object) -> str:
         return repr(os.fspath(source))
     if isinstance(source, bytes):
         return f"{len(source)} bytes of audio"
+    if isinstance(getattr(source, "name", None), str):
+        return repr(source.name)  # type: ignore[attr-defined]
     return f"{type(source).__name__} input"
 
 
@@ -105,6 +123,10 @@ def _as_mono(array: NDArray[Any]) -> Samples:
     """Bring an array of samples to (S,) float32; integers are scaled to [-1, 1) by their type's range."""
     if array.ndim not in (1, 2):
         raise AudioError(f"array of shape {array.shape}; expected (samples,) or (channels, samples)")
+    if array.dtype.kind not in "fiu":
+        raise AudioError(f"array of {array.dtype}; expected real numbers")
+    if not array.size:
+        raise AudioError(f"array of shape {array.shape} holds no samples; expected at least one")
     if array.dtype.kind in "iu":
         info = np.iinfo(array.dtype)
         half = (int(info.max) + 1 - int(info.min)) // 2
@@ -116,50 +138,58 @@ def _as_mono(array: NDArray[Any]) -> Samples:
 
 def _decode(source: AudioSource) -> Iterator[tuple[Samples, int]]:
     """Yield mono blocks with their sampling rate, by soundfile if it knows the format, else by PyAV."""
-    name, opened = describe(source), _open(source)
-    with opened as stream:
+    name = describe(source)
+    with _open(source) as stream:
         import soundfile
 
         try:
             sound = soundfile.SoundFile(stream)
-        except soundfile.LibsndfileError as error:
+        except (soundfile.LibsndfileError, RuntimeError) as error:
             stream.seek(0)
             yield from _decode_with_av(stream, name, str(error))
             return
         with sound:
             _check_rate(sound.samplerate, name)
+            # The header's length is never believed: 2**60 declared frames end where the file does.
+            size = max(1, min(sound.samplerate * BLOCK_S, MAX_BLOCK_VALUES // sound.channels))
             try:
-                for block in sound.blocks(sound.samplerate * BLOCK_S, dtype="float32", always_2d=True):
+                while len(block := sound.read(size, dtype="float32", always_2d=True)):
                     yield block.mean(axis=1, dtype=np.float32), sound.samplerate
             except (soundfile.LibsndfileError, RuntimeError) as error:
-                raise AudioError(f"{name} is damaged: {error}") from error
+                raise AudioError(f"{name} is damaged: {_one_line(str(error))}") from error
 
 
 def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[tuple[Samples, int]]:
     import av
 
+    av.logging.set_level(None)  # its complaints reach the caller as exceptions, not on stderr
     try:
-        with av.open(stream) as container:
+        # Playlists are files too: without this one could make FFmpeg open other files, or the network.
+        with av.open(stream, options={"protocol_whitelist": ""}) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name} has no audio track; expected speech in WAV, FLAC, MP3, OGG, M4A or WebM")
             track = container.streams.audio[0]
-            rate = int(track.rate)
+            rate = int(track.rate or 0)
             _check_rate(rate, name)
             to_float = av.AudioResampler(format="fltp", rate=rate)
             for frame in container.decode(track):
                 for part in to_float.resample(frame):
                     yield part.to_ndarray().mean(axis=0, dtype=np.float32), rate
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
+    except AudioError:
+        raise
+    except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
+        second_error = getattr(error, "strerror", None) or str(error)
         raise AudioError(
-            f"{name} is not readable as audio (libsndfile: {_one_line(first_error)}; FFmpeg: {_one_line(str(error))}); "
+            f"{name} is not readable as audio (libsndfile: {_one_line(first_error)}; FFmpeg: {_one_line(second_error)}); "
             "expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split()).removeprefix("Error opening ").rstrip(".")
+    """Shorten a library's message to what it says, without the object it says it about."""
+    words = " ".join(message.split())
+    _, found, reason = words.rpartition(">: ")
+    return (reason if found else words).removeprefix("Error opening ").rstrip(".")
 
 
 def _open(source: AudioSource) -> BinaryIO:
@@ -167,24 +197,54 @@ def _open(source: AudioSource) -> BinaryIO:
     if isinstance(source, (bytes, bytearray)):
         stream: BinaryIO = io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir():
-            raise AudioError(f"{describe(source)} is a directory; expected an audio file")
-        try:
-            stream = path.open("rb")
-        except FileNotFoundError as error:
-            raise AudioError(f"{describe(source)} does not exist; check the path") from error
-        except (OSError, ValueError) as error:
-            raise AudioError(f"{describe(source)} cannot be opened: {error}") from error
+        stream = _open_path(source)
     elif hasattr(source, "read"):
-        stream = io.BytesIO(source.read())  # pipes and sockets cannot seek, which both decoders need
+        stream = _spool(source)
     else:
         raise AudioError(f"{describe(source)}: expected a path, bytes, a binary file object or a numpy array")
-    if not stream.read(1):
+    try:
+        is_empty = not stream.read(1)
+    except OSError as error:
+        stream.close()
+        raise AudioError(f"{describe(source)} cannot be read: {error.strerror or error}") from error
+    if is_empty:
         stream.close()
         raise AudioError(f"{describe(source)} is empty (0 bytes); expected an audio file")
     stream.seek(0)
     return stream
+
+
+def _open_path(source: str | os.PathLike[str]) -> BinaryIO:
+    name = describe(source)
+    try:
+        # Not blocking: opening a named pipe that nobody writes to would wait for ever.
+        handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise AudioError(f"{name} does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise AudioError(f"{name} is a directory; expected an audio file") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AudioError(f"{name} cannot be opened: {reason}") from error
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind) or stat.S_ISFIFO(kind):
+        os.set_blocking(handle, True)
+        stream = os.fdopen(handle, "rb")
+        return _spool(stream) if stat.S_ISFIFO(kind) else stream
+    os.close(handle)
+    what = "directory" if stat.S_ISDIR(kind) else "device or socket"
+    raise AudioError(f"{name} is a {what}; expected an audio file")
+
+
+def _spool(stream: Any) -> BinaryIO:
+    """Copy what cannot be rewound (pipes, sockets), which both decoders need; long input goes to a temporary file."""
+    copy = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (handed over to the caller)
+    try:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+    except TypeError as error:
+        raise AudioError(f"{describe(stream)} gives text; expected a file opened in binary mode") from error
+    copy.seek(0)
+    return cast(BinaryIO, copy)
 
 
 def _check_rate(rate: int, name: str) -> None:

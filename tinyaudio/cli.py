@@ -39,11 +39,12 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_eval, cli_stages, cli_tour
+    from tinyaudio import cli_eval, cli_stages, cli_tour, cli_transcribe
 
     cli_stages.add_to(app)
     cli_eval.add_to(app)
     cli_tour.add_to(app)
+    cli_transcribe.add_to(app)
 
 
 _add_commands()

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from tinyaudio import __version__
 from tinyaudio.audio import AudioSource
+from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.errors import AudioError, MissingModelError, ModelError
 from tinyaudio.frozen import resolved_revision
 from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
@@ -75,7 +77,9 @@ class Transcriber:
             ModelError: parts that do not fit together, or an unknown device.
         """
         name = str(model) if model is not None else default_model()
-        where: dict[str, Any] = {"revision": revision} if revision else {}
+        _prefer_own_code()
+        # False, not the default: that one asks on the terminal, and takes a recording on stdin for the answer.
+        where: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
         window_s = overrides.pop("window_s", None)
         loaded = TinyAudioForConditionalGeneration.from_pretrained(name, dtype=dtype, **where, **overrides)
         if window_s is not None:
@@ -150,6 +154,13 @@ def pick_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ModelError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda or mps") from error
     return chosen
+
+
+def _prefer_own_code() -> None:
+    """Let transformers take this package's classes for a checkpoint, not the copies that travel in its folder."""
+    AutoConfig.register("tinyaudio", TinyAudioConfig, exist_ok=True)
+    AutoProcessor.register(TinyAudioConfig, TinyAudioProcessor, exist_ok=True)
+    AutoModelForSpeechSeq2Seq.register(TinyAudioConfig, TinyAudioForConditionalGeneration, exist_ok=True)
 
 
 def _place(model: Any, device: torch.device) -> Any:

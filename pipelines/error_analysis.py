@@ -111,7 +111,7 @@ def analyse(pairs: Sequence[Pair]) -> Analysis:
         rates=_rates(pairs, utterances),
         error_histogram=_histogram(utterances),
         worst=tuple(_worst(utterances)),
-        confusions=tuple(_confusions(aligned)) if aligned else (),
+        confusions=tuple(_confusions(utterances)),
         breakdowns=_breakdowns(pairs),
     )
 
@@ -159,11 +159,12 @@ def _worst(utterances: Sequence[AlignedPair]) -> list[AlignedPair]:
     ]
 
 
-def _confusions(output: jiwer.WordOutput) -> list[Confusion]:
-    substituted, inserted, deleted = jiwer.collect_error_counts(output)
-    found = [Confusion(kind="substitute", reference=a, hypothesis=b, count=n) for (a, b), n in substituted.items()]
-    found += [Confusion(kind="insert", reference="", hypothesis=word, count=n) for word, n in inserted.items()]
-    found += [Confusion(kind="delete", reference=word, hypothesis="", count=n) for word, n in deleted.items()]
+def _confusions(utterances: Sequence[AlignedPair]) -> list[Confusion]:
+    """Count errors word by word; jiwer's own count would take a run of errors as one."""
+    counts = Counter(
+        (step.kind, step.reference, step.hypothesis) for one in utterances for step in one.steps if step.kind != "equal"
+    )
+    found = [Confusion(kind=k, reference=r, hypothesis=h, count=n) for (k, r, h), n in counts.items()]
     return sorted(found, key=lambda one: (-one.count, one.kind, one.reference, one.hypothesis))[:NUM_CONFUSIONS]
 
 

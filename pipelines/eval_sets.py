@@ -5,6 +5,7 @@ hash of seed and id. A smaller sample is part of a larger one.
 """
 
 import hashlib
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.errors import EvaluationError
+from pipelines.providers import Clip
 from pipelines.recipes import CorpusSection
-from tinyaudio.audio import Samples, load_audio
+from pipelines.sources import source_of
+from tinyaudio.audio import load_audio
 from tinyaudio.errors import AudioError
 
+NAMED = Path(__file__).parent / "eval_sets.toml"
 WINDOW_S = 1_200.0  # seconds of audio held in memory at once: 77 MB of float32 samples
 
 
@@ -41,7 +45,7 @@ class EvalSet:
     max_samples: int | None
     seed: int
     source: str | None
-    corpus: Corpus
+    corpus: Corpus | None  # None where clips do not come from a corpus
     utterances: tuple[Utterance, ...]
     split_size: int  # utterances in the whole split
 
@@ -60,8 +64,10 @@ class EvalSet:
 
     def identity(self) -> dict[str, Any]:
         """Return what was scored: the corpus, the split and how it was sampled."""
+        assert self.corpus is not None
         return {
             "corpus": self.corpus_name,
+            "config": self.section.config,
             "provenance": self.corpus.provenance(self.split),
             "split": self.split,
             "source": self.source,
@@ -69,15 +75,24 @@ class EvalSet:
             "seed": self.seed if self.max_samples is not None else None,
         }
 
-    def load(self, wanted: Iterable[str]) -> Iterator[list[tuple[Utterance, Samples | AudioError]]]:
+    def load(self, wanted: Iterable[str]) -> Iterator["Window"]:
         """Decode utterances, in windows of about `WINDOW_S` seconds; what cannot be decoded comes as its error."""
+        assert self.corpus is not None
         chosen = set(wanted)
-        for window in _windows([one for one in self.utterances if one.utterance_id in chosen]):
+        for window in windows([one for one in self.utterances if one.utterance_id in chosen]):
             by_place: dict[str, list[Utterance]] = {}
             for one in window:
                 by_place.setdefault(one.source_id, []).append(one)
             read = self.corpus.read_audio(by_place)
-            yield [(one, _decode(encoded)) for place, encoded in read for one in by_place[place]]
+            yield [(one, _decode(one, encoded)) for place, encoded in read for one in by_place[place]]
+
+
+Window = list[tuple[Utterance, Clip | AudioError]]
+
+
+def named_sections() -> dict[str, CorpusSection]:
+    """Return the test sets that go by a name, see eval_sets.toml."""
+    return {name: CorpusSection.model_validate(table) for name, table in tomllib.loads(NAMED.read_text()).items()}
 
 
 def open_eval_set(
@@ -97,7 +112,24 @@ def open_eval_set(
         EvaluationError: nothing to score, or two utterances of one id.
     """
     corpus = open_corpus(section)
-    everything = [Utterance(**row) for row in corpus.scan(split).to_pylist()]
+    name = section.name or ""
+    everything = [_utterance(row, name) for row in corpus.scan(split).to_pylist()]
+    return EvalSet(
+        section=section,
+        split=split,
+        max_samples=max_samples,
+        seed=seed,
+        source=source,
+        corpus=corpus,
+        utterances=choose(everything, split, max_samples, seed, source),
+        split_size=len(everything),
+    )
+
+
+def choose(
+    everything: list[Utterance], split: str, max_samples: int | None, seed: int, source: str | None
+) -> tuple[Utterance, ...]:
+    """Pick a source and a random sample, in the order of the corpus; errors as `open_eval_set`."""
     _check_ids(everything, split)
     chosen = [one for one in everything if source is None or one.source == source]
     if not chosen:
@@ -107,16 +139,12 @@ def open_eval_set(
     if max_samples is not None:
         kept = set(sorted((one.utterance_id for one in chosen), key=lambda name: _rank(name, seed))[:max_samples])
         chosen = [one for one in chosen if one.utterance_id in kept]
-    return EvalSet(
-        section=section,
-        split=split,
-        max_samples=max_samples,
-        seed=seed,
-        source=source,
-        corpus=corpus,
-        utterances=tuple(chosen),
-        split_size=len(everything),
-    )
+    return tuple(chosen)
+
+
+def _utterance(row: dict[str, Any], corpus_name: str) -> Utterance:
+    row["source"] = row["source"] or source_of(corpus_name, row["utterance_id"])
+    return Utterance(**row)
 
 
 def _check_ids(utterances: list[Utterance], split: str) -> None:
@@ -135,7 +163,8 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)
 
 
-def _windows(utterances: list[Utterance]) -> Iterator[list[Utterance]]:
+def windows(utterances: list[Utterance]) -> Iterator[list[Utterance]]:
+    """Cut a list into parts of about `WINDOW_S` seconds."""
     window: list[Utterance] = []
     held_s = 0.0
     for one in utterances:
@@ -148,8 +177,8 @@ def _windows(utterances: list[Utterance]) -> Iterator[list[Utterance]]:
         yield window
 
 
-def _decode(encoded: bytes) -> Samples | AudioError:
+def _decode(utterance: Utterance, encoded: bytes) -> Clip | AudioError:
     try:
-        return load_audio(encoded)
+        return Clip(utterance_id=utterance.utterance_id, samples=load_audio(encoded))
     except AudioError as error:
         return error

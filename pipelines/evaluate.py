@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance
+from pipelines.normalizers import text_policy
 from pipelines.predictions import (
     Prediction,
     appending,
@@ -24,7 +25,7 @@ from pipelines.predictions import (
     replace_text,
     write_predictions,
 )
-from pipelines.providers import Answer, Clip, Provider
+from pipelines.providers import Answer, Provider
 from pipelines.report import write_reports
 from pipelines.scoring import WordErrors
 from pipelines.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize
@@ -138,16 +139,25 @@ def read_evaluation(source: Path) -> tuple[Settings, list[Prediction]]:
     return Settings(provider="predictions", model={"name": path.stem}, scored={"corpus": "unknown"}), predictions
 
 
+def unanswered(eval_set: EvalSet, output: Path, retry_failed: bool = False) -> list[Utterance]:
+    """List what `evaluate` would have to ask for."""
+    path = output / "predictions.jsonl"
+    drop_torn_line(path)
+    found = read_predictions(path) if path.is_file() else []
+    done = {one.utterance_id for one in found if not (retry_failed and one.is_failed)}
+    return [one for one in eval_set.utterances if one.utterance_id not in done]
+
+
 def _settings(provider: Provider, eval_set: EvalSet, trained_on: str | None) -> Settings:
     made = Settings(
         provider=provider.name,
         model=provider.identity(),
         scored=eval_set.identity(),
-        text_case=eval_set.section.text_case,
-        text_punctuation=eval_set.section.text_punctuation,
+        text_policy=text_policy(eval_set.section),
         trained_on=trained_on,
         environments=(provider.environment(),),
     )
+    # as it will be read back, so that the two can be compared
     as_json = {name: json.loads(json.dumps(getattr(made, name))) for name in ("model", "scored", "environments")}
     return replace(made, **{**as_json, "environments": tuple(as_json["environments"])})
 
@@ -194,22 +204,21 @@ def _earlier(path: Path, retry_failed: bool) -> dict[str, Prediction]:
 
 def _predict(provider: Provider, eval_set: EvalSet, missing: Sequence[str]) -> Iterator[Prediction]:
     for window in eval_set.load(missing):
-        known = {utterance.utterance_id: utterance for utterance, _ in window}
+        known: dict[str, Utterance] = {}
         clips = []
-        for utterance, samples in window:
+        for utterance, clip in window:
             if utterance.transcript is None:
                 yield _failure(utterance, "no reference transcript in the corpus")
-            elif isinstance(samples, AudioError):
-                yield _failure(utterance, str(samples))
+            elif isinstance(clip, AudioError):
+                yield _failure(utterance, str(clip))
             else:
-                clip = Clip(utterance_id=utterance.utterance_id, samples=samples)
                 known[utterance.utterance_id] = replace(utterance, duration_s=clip.duration_s)
                 clips.append(clip)
-        unanswered = {clip.utterance_id for clip in clips}
+        waiting = {clip.utterance_id for clip in clips}
         for answer in provider.transcribe(clips):
-            unanswered.remove(answer.utterance_id)
+            waiting.remove(answer.utterance_id)
             yield _prediction(known[answer.utterance_id], answer)
-        for name in sorted(unanswered):
+        for name in sorted(waiting):
             yield _failure(known[name], f"provider {provider.name!r} gave no answer")
 
 

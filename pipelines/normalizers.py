@@ -40,7 +40,7 @@ def open_normalizer(name: str, section: CorpusSection) -> Normalizer:
         EvaluationError: no such normaliser.
     """
     if name == "recipe":
-        detail = f"case {section.text_case}, punctuation {section.text_punctuation}"
+        detail = ", ".join(f"{key.removeprefix('text_')} {value}" for key, value in text_policy(section).items())
         return Normalizer(name=name, detail=detail, apply=lambda text: prepare_transcript(text, section))
     if name == "none":
         return Normalizer(name=name, detail="white space folded", apply=lambda text: " ".join(text.split()))
@@ -48,6 +48,11 @@ def open_normalizer(name: str, section: CorpusSection) -> Normalizer:
         detail = f"whisper-normalizer {version('whisper-normalizer')}"
         return Normalizer(name=name, detail=detail, apply=_whisper() if name == "whisper" else _basic())
     raise EvaluationError(f"no normaliser {name!r}; expected one of {', '.join(NAMES)}")
+
+
+def text_policy(section: CorpusSection) -> dict[str, str]:
+    """Return a corpus section's `text_*` settings: all that `prepare_transcript` looks at."""
+    return {key: str(value) for key, value in section.model_dump().items() if key.startswith("text_")}
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from pipelines.errors import EvaluationError
 from tinyaudio.audio import SAMPLING_RATE, Samples
@@ -24,15 +26,18 @@ class Clip:
 
     Args:
         utterance_id: unique in the evaluation.
-        samples: (S,) float32, 16 kHz mono.
+        samples: (S,) float32, 16 kHz mono; empty for a clip out of a feature store.
+        features: (T, D) float32, out of a store, with the duration that stands there. None: encode the samples.
     """
 
     utterance_id: str
     samples: Samples
+    features: NDArray[np.float32] | None = None
+    stored_duration_s: float | None = None
 
     @property
     def duration_s(self) -> float:
-        return len(self.samples) / SAMPLING_RATE
+        return len(self.samples) / SAMPLING_RATE if self.stored_duration_s is None else self.stored_duration_s
 
     def to_wav(self) -> bytes:
         """Encode as 16 kHz mono 16-bit WAV, the bytes that every remote provider is sent."""
@@ -82,7 +87,9 @@ class ProviderOptions:
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: clips decoded together; local models only.
         num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
+        guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False asks the model alone.
         api_key: of a paid provider; None looks into its environment variable.
+        concurrency: jobs of a paid provider in flight; AssemblyAI's free accounts run 5 at a time.
         output: folder of the evaluation, where a paid provider keeps the ids of what it has paid for.
     """
 
@@ -93,17 +100,24 @@ class ProviderOptions:
     num_beams: int | None = None
     max_new_tokens: int | None = None
     length_penalty: float | None = None
+    guard: bool = True
     api_key: str | None = None
+    concurrency: int = 5
     output: Path | None = None
+
+
+def length_batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
+    """Batch clips of similar length, longest first, so that too large a batch fails at once."""
+    ordered = sorted(clips, key=lambda clip: -clip.duration_s)
+    for first in range(0, len(ordered), batch_size):
+        yield ordered[first : first + batch_size]
 
 
 def in_batches(
     clips: Sequence[Clip], batch_size: int, transcribe_batch: Callable[[Sequence[Clip]], Sequence[str]]
 ) -> Iterator[Answer]:
-    """Run a local model over clips of similar length, longest first, and share out each batch's wall time."""
-    ordered = sorted(clips, key=lambda clip: -len(clip.samples))
-    for first in range(0, len(ordered), batch_size):
-        batch = ordered[first : first + batch_size]
+    """Run a local model over `length_batches`, and share out each batch's wall time."""
+    for batch in length_batches(clips, batch_size):
         started = time.perf_counter()
         texts = transcribe_batch(batch)
         share = (time.perf_counter() - started) / len(batch)
@@ -117,7 +131,31 @@ def _open_tinyaudio(options: ProviderOptions) -> Provider:
     return TinyAudioProvider.load(options)
 
 
-_OPENERS: dict[str, Callable[[ProviderOptions], Provider]] = {"tinyaudio": _open_tinyaudio}
+def _open_ctc(options: ProviderOptions) -> Provider:
+    from pipelines.provider_ctc import CTCProvider
+
+    return CTCProvider.load(options)
+
+
+def _open_hf(options: ProviderOptions) -> Provider:
+    from pipelines.provider_hf import HubProvider
+
+    return HubProvider.load(options)
+
+
+def _open_assemblyai(options: ProviderOptions) -> Provider:
+    from pipelines.provider_assemblyai import AssemblyAIProvider
+
+    return AssemblyAIProvider.open(options)
+
+
+# A provider is a function from options to a `Provider`; another one is one line here and a module of its own.
+_OPENERS: dict[str, Callable[[ProviderOptions], Provider]] = {
+    "tinyaudio": _open_tinyaudio,
+    "ctc": _open_ctc,
+    "hf": _open_hf,
+    "assemblyai": _open_assemblyai,
+}
 
 
 def provider_names() -> list[str]:

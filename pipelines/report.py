@@ -54,6 +54,15 @@ def headline(summary: Summary) -> str:
     return " | ".join(parts)
 
 
+def comparison_line(found: Comparison) -> str:
+    """Say a comparison in one line."""
+    return (
+        f"{found.name} {percent(found.wer)} against {found.other_name} {percent(found.other_wer)} on "
+        f"{found.utterances:,} utterances: better in {100 * found.p_better:.1f} % of resamples, worse in "
+        f"{100 * found.p_other_better:.1f} %"
+    )
+
+
 def set_name(summary: Summary) -> str:
     scored = summary.settings.scored
     parts = [summary.settings.corpus_name, scored.get("config"), scored.get("split"), scored.get("source")]

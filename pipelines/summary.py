@@ -7,7 +7,7 @@ may differ between two runs of one evaluation stands in `timing` and `environmen
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Settings:
     Args:
         provider: the system's kind. model: its identity, as the provider states it.
         scored: the set's identity, see `EvalSet.identity`.
-        text_case, text_punctuation: the recipe's text policy, for the normaliser "recipe".
+        text_policy: the recipe's `text_*` settings, for the normaliser "recipe".
         trained_on: corpus of the training recipe, if known.
         environments: what answers were computed on; more than one if the evaluation moved.
     """
@@ -51,8 +51,7 @@ class Settings:
     provider: str
     model: dict[str, Any]
     scored: dict[str, Any]
-    text_case: str = "keep"
-    text_punctuation: str = "keep"
+    text_policy: dict[str, str] = field(default_factory=dict)
     trained_on: str | None = None
     environments: tuple[dict[str, Any], ...] = ()
 
@@ -62,8 +61,7 @@ class Settings:
 
     @property
     def section(self) -> CorpusSection:
-        policy = {"text_case": self.text_case, "text_punctuation": self.text_punctuation}
-        return CorpusSection.model_validate({"path": "unused", **policy})
+        return CorpusSection.model_validate({"path": "unused", **self.text_policy})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,283 @@
+"""Every scenario of the paid provider, through the official SDK against a loopback server."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from fake_assemblyai import FakeAssemblyAI, Reply, error, serving
+
+from pipelines.errors import EvaluationError
+from pipelines.paid_jobs import Job, Ledger, Patience, quote
+from pipelines.provider_assemblyai import JOBS_FILE, AssemblyAIProvider
+from pipelines.providers import Answer, Clip, ProviderOptions
+
+HURRY = Patience(first_s=0.01, most_s=0.05, attempts=4, poll_first_s=0.01, poll_most_s=0.02, give_up_s=5.0)
+
+
+def hear(wav: bytes) -> str:
+    """Transcribe a test clip: its length in tenths of a second, so that every answer can be told from the others."""
+    samples, rate = soundfile.read(io.BytesIO(wav))
+    assert rate == 16_000
+    assert samples.ndim == 1
+    return f"clip of {round(10 * len(samples) / rate)}"
+
+
+def clip(tenths: int) -> Clip:
+    rng = np.random.default_rng(tenths)
+    samples = (0.1 * rng.standard_normal(1_600 * tenths)).astype(np.float32)
+    return Clip(utterance_id=f"utt-{tenths}", samples=samples)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAssemblyAI]:
+    with serving(FakeAssemblyAI(hear=hear)) as service:
+        monkeypatch.setenv("ASSEMBLYAI_BASE_URL", service.url)
+        yield service
+
+
+def provider(folder: Path, key: str = "fake-key", **changes: Any) -> AssemblyAIProvider:
+    patience = changes.pop("patience", HURRY)
+    return AssemblyAIProvider(ProviderOptions(output=folder, **changes), key, patience)
+
+
+def answer_one(folder: Path, tenths: int = 10, **changes: Any) -> Answer:
+    [answer] = provider(folder, **changes).transcribe([clip(tenths)])
+    return answer
+
+
+def test_a_queued_job_is_polled_until_it_is_completed(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    answer = answer_one(tmp_path)
+    assert (answer.text, answer.error, answer.warnings) == ("clip of 10", None, ())
+    assert answer.provider_id in fake.jobs
+    assert [endpoint for endpoint, *_ in fake.requests] == ["upload", "create", "poll", "poll", "poll"]
+
+
+def test_a_job_that_is_completed_at_once_is_polled_once(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.statuses = ["completed"]
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert [endpoint for endpoint, *_ in fake.requests] == ["upload", "create", "poll"]
+
+
+def test_requests_look_as_the_service_wants_them(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    answer_one(tmp_path, model="universal-2")
+    [post] = fake.posts
+    assert post == {"audio_url": post["audio_url"], "speech_models": ["universal-2"], "language_code": "en"}
+    upload = fake.requests[0][2]
+    assert upload["authorization"] == "fake-key"
+    assert "content-type" not in upload
+    [wav] = fake.uploads.values()
+    info = soundfile.info(io.BytesIO(wav))
+    assert (info.samplerate, info.channels, info.format, info.subtype) == (16_000, 1, "WAV", "PCM_16")
+    assert wav == clip(10).to_wav()
+
+
+def test_a_job_with_status_error_is_a_failure_with_its_reason(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.statuses = ["processing", "error"]
+    answer = answer_one(tmp_path)
+    assert (answer.text, answer.error) == (None, "Download error, unable to download the file")
+
+
+def test_a_clip_under_160_ms_is_the_services_failure(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    answer = answer_one(tmp_path, tenths=1)
+    assert (answer.text, answer.error) == (None, "Audio duration is too short.")
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_completed_job_without_text_is_an_empty_answer(
+    fake: FakeAssemblyAI, tmp_path: Path, text: str | None
+) -> None:
+    fake.hear = lambda _: text
+    answer = answer_one(tmp_path)
+    assert (answer.text, answer.error) == ("", None)
+
+
+def test_a_wrong_key_stops_the_evaluation(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"refused the key .*check --api-key or ASSEMBLYAI_API_KEY"):
+        answer_one(tmp_path, key="wrong")
+    assert fake.posts == []
+
+
+def test_an_empty_account_stops_the_evaluation(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    message = "Your current account balance is negative. Please top up to continue using the API."
+    fake.trouble = {"create": [error(400, message)]}
+    with pytest.raises(EvaluationError, match=r"balance is negative.*nothing is paid twice"):
+        answer_one(tmp_path)
+
+
+def test_no_key_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASSEMBLYAI_API_KEY", raising=False)
+    with pytest.raises(EvaluationError, match="needs a key; pass --api-key or set ASSEMBLYAI_API_KEY"):
+        AssemblyAIProvider.open(ProviderOptions(output=tmp_path))
+
+
+def test_a_refused_request_is_a_failure_of_its_clip_alone(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.trouble = {"create": [error(400, "format_text must be a Boolean")]}
+    answers = list(provider(tmp_path, concurrency=1).transcribe([clip(10), clip(12)]))
+    assert sorted(str(answer.error) for answer in answers) == [
+        "HTTP 400: failed to transcribe url " + next(iter(fake.uploads)) + ": format_text must be a Boolean",
+        "None",
+    ]
+
+
+@pytest.mark.parametrize("endpoint", ["upload", "create", "poll"])
+def test_429_is_waited_out_as_the_server_says(fake: FakeAssemblyAI, tmp_path: Path, endpoint: str) -> None:
+    fake.trouble = {endpoint: [error(429, "Too Many Requests", Retry_After="1")]}
+    started = time.monotonic()
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert time.monotonic() - started >= 1.0
+    assert len(fake.posts) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["upload", "create", "poll"])
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [error(500, "Server error, developers have been alerted.")] * 2,
+        [Reply(503)],
+        [Reply(504)],
+        [Reply(502, b"<html><body>Bad Gateway</body></html>", {"Content_Type": "text/html"})],
+        [Reply(drop="before")],
+        [Reply(drop="after")],
+    ],
+    ids=["500 twice", "503 empty", "504 empty", "502 HTML", "dropped before", "dropped after"],
+)
+def test_passing_trouble_is_survived_without_a_second_payment(
+    fake: FakeAssemblyAI, tmp_path: Path, endpoint: str, replies: list[Reply]
+) -> None:
+    fake.trouble = {endpoint: list(replies)}
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert len(fake.posts) == 1
+
+
+def test_lasting_trouble_is_a_failure_and_not_an_empty_text(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.trouble = {"create": [Reply(502, b"<html>Bad Gateway</html>")] * 10}
+    answer = answer_one(tmp_path)
+    assert (answer.text, answer.error) == (None, "HTTP 502 with a body that is no JSON")
+
+
+def test_a_job_that_never_ends_is_given_up_and_can_be_fetched_later(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.statuses = ["processing"]
+    soon = Patience(first_s=0.01, attempts=2, poll_first_s=0.01, poll_most_s=0.02, give_up_s=0.1)
+    answer = answer_one(tmp_path, patience=soon)
+    assert answer.text is None
+    assert "is processing after 0.1 s" in str(answer.error)
+    fake.statuses = ["completed"]
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert len(fake.posts) == 1
+
+
+def test_an_unknown_id_is_a_failure_with_the_services_words(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    Ledger(tmp_path / JOBS_FILE).note("utt-10", Job(upload="https://x", job_id="gone"))
+    answer = answer_one(tmp_path)
+    assert "transcript id not found" in str(answer.error)
+    assert fake.posts == []
+
+
+def test_a_job_whose_id_was_lost_is_found_by_its_upload(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    lost = provider(tmp_path)._submit(clip(10))
+    for tenths in range(20, 40):
+        provider(tmp_path)._submit(clip(tenths))
+    ledger = Ledger(tmp_path / JOBS_FILE)
+    ledger.note("utt-10", Job(upload=ledger.job("utt-10").upload))  # as if killed between the reply and the note
+    answer = answer_one(tmp_path)
+    assert answer.provider_id == lost
+    assert len(fake.posts) == 21
+
+
+def test_a_failed_job_is_submitted_anew_when_tried_again(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.statuses = ["error"]
+    assert answer_one(tmp_path).text is None
+    fake.statuses = ["completed"]
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert len(fake.posts) == 2
+
+
+def test_another_model_than_asked_for_is_warned_about(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    original = fake._transcript
+
+    def swapped(job: dict[str, Any], status: str) -> dict[str, Any]:
+        made = original(job, status)
+        return {**made, "speech_model_used": "universal-2"} if "speech_model_used" in made else made
+
+    fake._transcript = swapped  # type: ignore[method-assign]
+    assert answer_one(tmp_path).warnings == ("other_model:universal-2",)
+
+
+def test_no_more_jobs_are_in_flight_than_allowed(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    clips = [clip(tenths) for tenths in range(10, 30)]
+    answers = list(provider(tmp_path, concurrency=5).transcribe(clips))
+    assert {answer.utterance_id: answer.text for answer in answers} == {
+        f"utt-{tenths}": f"clip of {tenths}" for tenths in range(10, 30)
+    }
+    assert fake.most_in_flight <= 5
+
+
+def test_jobs_beyond_the_services_own_limit_queue_and_finish(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    fake.max_running = 2
+    answers = list(provider(tmp_path, concurrency=8).transcribe([clip(tenths) for tenths in range(10, 20)]))
+    assert all(answer.error is None for answer in answers)
+    assert fake.most_running <= 2
+
+
+def test_the_price_is_computed_from_dated_list_prices(tmp_path: Path) -> None:
+    one = quote("assemblyai", "universal-3-5-pro", [3_600.0] * 24)
+    assert str(one) == "24 clips, 24.00 h: about $5.04 (list price of 2026-10-07)"
+    assert quote("assemblyai", "universal-9", [60.0]).usd is None
+    ledger = Ledger(tmp_path / JOBS_FILE)
+    ledger.note("utt-10", Job(upload="https://x", job_id="known"))
+    assert provider(tmp_path).quote([("utt-10", 1.0), ("utt-11", 1.1)]).clips == 1
+
+
+def test_a_ledger_torn_by_a_kill_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
+    Ledger(tmp_path / "jobs").note("a", Job(upload="u", job_id="1"))
+    with (tmp_path / "jobs").open("a") as stream:
+        stream.write('{"utterance_id": "b", "upl')
+    ledger = Ledger(tmp_path / "jobs")
+    assert (ledger.job("a").job_id, ledger.job("b")) == ("1", Job())
+    ledger.note("c", Job(upload="v"))
+    assert Ledger(tmp_path / "jobs").job("c").upload == "v"
+
+
+def test_a_killed_evaluation_pays_nothing_twice(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    split = tmp_path / "corpus" / "test"
+    split.mkdir(parents=True)
+    rows = ["file_name,text"]
+    for tenths in range(10, 26):
+        soundfile.write(split / f"{tenths}.wav", clip(tenths).samples, 16_000)
+        rows.append(f"{tenths}.wav,clip of {tenths}")
+    (split / "metadata.csv").write_text("\n".join(rows) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "tinyaudio",
+        "eval",
+        "--provider",
+        "assemblyai",
+        "--corpus",
+        str(tmp_path / "corpus"),
+    ]
+    command += ["--split", "test", "--output", str(tmp_path / "out"), "--yes", "--json"]
+    settings = {"ASSEMBLYAI_API_KEY": "fake-key", "ASSEMBLYAI_POLLING_INTERVAL": "0.05", "PYTHONPATH": str(Path.cwd())}
+    fake.statuses = ["processing"] * 4 + ["completed"]
+    process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(fake.posts) < 7 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 7 <= len(fake.posts) < 16
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"utterances": 16' in done.stdout.splitlines()[-1]
+    assert '"failed": 0' in done.stdout.splitlines()[-1]
+    assert len(fake.posts) == 16
+    assert len({post["audio_url"] for post in fake.posts}) == 16

@@ -13,6 +13,18 @@ class CorpusError(PipelineError, ValueError):
     """A corpus that is missing, or not in a layout that can be read."""
 
 
+class SourceError(CorpusError):
+    """A file of a corpus that is damaged; its utterances go to quarantine."""
+
+
+class FetchError(PipelineError, OSError):
+    """The network did not give what was asked for, for as long as the recipe waits; nothing is wrong with the data."""
+
+
+class DiskError(PipelineError, OSError):
+    """Too little room for the next shard."""
+
+
 class RunError(PipelineError, ValueError):
     """A run that cannot start, go on or be found."""
 
@@ -23,3 +35,7 @@ class TooManyBadError(PipelineError, ValueError):
 
 class EvaluationError(PipelineError, ValueError):
     """An evaluation that cannot start, go on, or be read."""
+
+
+class PublishError(PipelineError, ValueError):
+    """A run that cannot be published as it is."""

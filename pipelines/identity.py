@@ -1,5 +1,6 @@
 """Which frozen encoder this is: loaded once, identified by its weights, compared with what a store was made from."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
+from pipelines.extraction_request import encoder_name, is_local
 from pipelines.recipes import EncoderSection
 from tinyaudio.encoder import load_encoder, load_feature_extractor
 from tinyaudio.frozen import resolved_revision, weights_digest
+
+__all__ = ["LoadedEncoder", "check_encoder", "encoder_name", "is_local", "open_encoder", "pick_device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +28,12 @@ class LoadedEncoder:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Resolve "auto" to the GPU of this process if there is one."""
+    """Resolve "auto" to a GPU if there is one; of several, to that of this process's place under torchrun."""
     if device != "auto":
         return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def open_encoder(section: EncoderSection, device: torch.device) -> LoadedEncoder:
@@ -42,19 +48,13 @@ def open_encoder(section: EncoderSection, device: torch.device) -> LoadedEncoder
         "layer": "last_hidden_state",
         "precision": precision,
         "do_normalize": bool(extractor.do_normalize),
+        **({"compile": True} if section.compile else {}),
     }
+    if section.compile:
+        model.compile(dynamic=True)
     return LoadedEncoder(
         model=model.to(device), feature_extractor=extractor, precision=precision, fingerprint=fingerprint
     )
-
-
-def is_local(model_id: str) -> bool:
-    return Path(model_id).is_dir()
-
-
-def encoder_name(encoder_id: str) -> str:
-    """Name an encoder in a fingerprint: its hub id, or a local folder's own name (weights tell folders apart)."""
-    return Path(encoder_id).resolve().name if is_local(encoder_id) else encoder_id
 
 
 def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: Path) -> None:

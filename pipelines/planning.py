@@ -1,26 +1,36 @@
-"""What stage one will do, decided from metadata alone: which utterances, how many frames, how many bytes.
+"""What stage one will do, decided from metadata alone: which utterances, where in the store, how many frames.
 
 Also the fingerprint: everything that decides what a stored row holds.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cache import make_plan
-from pipelines.corpora import Corpus
+from pipelines.corpora_schema import Corpus
 from pipelines.errors import CorpusError
-from pipelines.recipes import Recipe
+from pipelines.no_speech import is_no_speech, no_speech_rows
+from pipelines.recipes import CorpusSection, Recipe
 from pipelines.transcripts import prepare_transcript
 from tinyaudio.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
 
-FRAME_BYTES = {"float16": 2, "int8": 1}  # per feature; int8 adds a float16 scale per frame
+SCAN_ROWS = 100_000  # utterances whose text is in Python's hands at once
+TEXT_GRACE_S = 1.0  # very short clips may be dense: "twenty-five percent" in 0.6 s
+POLICY = {
+    "min_duration_s",
+    "max_duration_s",
+    "max_chars_per_s",
+    "text_case",
+    "text_punctuation",
+    "text_tags",
+    "no_speech",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +55,19 @@ class Plan:
         return self.table.filter(pa.array(self.table["shard"].to_numpy() >= 0))
 
     def rejected(self) -> dict[str, int]:
-        """Count planned-out utterances by reason."""
-        shards = self.table["shard"].to_numpy()
-        reasons = np.array(self.table["reason"].to_pylist(), dtype=object)[shards < 0]
-        return dict(Counter(reasons.tolist()).most_common())
+        """Count planned-out utterances by reason, the most frequent first."""
+        return dict(Counter(self._rejected["reason"].to_pylist()).most_common())
 
+    def rejected_hours(self) -> dict[str, float]:
+        """Add up the hours of planned-out utterances by reason."""
+        hours: dict[str, float] = {}
+        for reason, duration_s in zip(*(self._rejected[n].to_pylist() for n in ("reason", "duration_s")), strict=True):
+            hours[reason] = hours.get(reason, 0.0) + (duration_s or 0.0) / 3600
+        return hours
 
-@dataclass(frozen=True, kw_only=True)
-class PlanSummary:
-    """What `--plan` says; bytes are of whole shards, as they will lie on the disk."""
-
-    splits: list[str]
-    utterances: int
-    rejected: dict[str, int]
-    hours: float
-    frames: int
-    shards: int
-    bytes: dict[str, int]
-    free_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        size = ", ".join(f"{count / 1e9:.2f} GB as {encoding}" for encoding, count in self.bytes.items())
-        rejected = ", ".join(f"{count} {reason}" for reason, count in self.rejected.items()) or "none"
-        return (
-            f"splits      {', '.join(self.splits)}\n"
-            f"utterances  {self.utterances:,} ({self.hours:,.2f} h, {self.frames:,} frames)\n"
-            f"left out    {rejected}\n"
-            f"store       {self.shards:,} shards: {size}\n"
-            f"free disk   {self.free_bytes / 1e9:.2f} GB"
-        )
+    @property
+    def _rejected(self) -> pa.Table:
+        return self.table.filter(pa.array(self.table["shard"].to_numpy() < 0))
 
 
 def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> Plan:
@@ -87,28 +78,46 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> Plan:
     """
     tables = []
     for split in splits:
-        table = _with_reasons(recipe, corpus.scan(split), split)
+        table = _prepared(recipe.corpus, corpus.scan(split), split)
         if not (table["reason"].to_numpy() == "").any():
             reasons = dict(Counter(table["reason"].to_pylist()))
-            raise CorpusError(f"split {split!r} has nothing to store ({reasons or 'no rows'}); check the recipe's filters")
-        tables.append(table)
+            raise CorpusError(
+                f"split {split!r} has nothing to store ({reasons or 'no rows'}); check the recipe's filters"
+            )
+        share = recipe.corpus.no_speech if split == recipe.corpus.train_split else 0.0
+        tables.append(_with_no_speech(recipe.corpus, table, split, share))
     rows = recipe.store.rows_per_shard
-    return Plan(table=make_plan(pa.concat_tables(tables), rows_per_shard=rows), splits=tuple(splits), rows_per_shard=rows)
+    return Plan(
+        table=make_plan(pa.concat_tables(tables), rows_per_shard=rows), splits=tuple(splits), rows_per_shard=rows
+    )
 
 
-def _with_reasons(recipe: Recipe, scanned: pa.Table, split: str) -> pa.Table:
+def _prepared(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:
+    parts = [
+        _with_reasons(section, scanned.slice(start, SCAN_ROWS), split) for start in range(0, len(scanned), SCAN_ROWS)
+    ]
+    return pa.concat_tables(parts or [_with_reasons(section, scanned, split)])
+
+
+def _with_reasons(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:
     """Add split, num_frames, the prepared transcript and, for what is left out, the reason."""
-    section = recipe.corpus
-    durations = [-1.0 if d is None or not np.isfinite(d) else float(d) for d in scanned["duration_s"].to_pylist()]
+    durations = [
+        None if d is None or not np.isfinite(d) or d < 0 else float(d) for d in scanned["duration_s"].to_pylist()
+    ]
     texts = [prepare_transcript(text, section) for text in scanned["transcript"].to_pylist()]
-    reasons = [_reason(d, text, recipe) for d, text in zip(durations, texts, strict=True)]
-    frames = [num_frames(round(max(d, 0.0) * SAMPLING_RATE)) for d in durations]
-    ids = [i or f"{split}/{s}" for i, s in zip(*(scanned[c].to_pylist() for c in ("utterance_id", "source_id")), strict=True)]
+    silent = [is_no_speech(source_id) for source_id in scanned["source_id"].to_pylist()]
+    reasons = [_reason(*each, section) for each in zip(durations, texts, silent, strict=True)]
+    frames = [num_frames(round((d or 0.0) * SAMPLING_RATE)) for d in durations]
+    ids = [
+        i or f"{split}/{s}"
+        for i, s in zip(*(scanned[c].to_pylist() for c in ("utterance_id", "source_id")), strict=True)
+    ]
     kept = scanned.select(["source_id", "speaker", "sex", "source"])
     added = {
         "utterance_id": pa.array(ids, pa.string()),
         "split": pa.array([split] * len(ids), pa.string()),
         "num_frames": pa.array(frames, pa.int32()),
+        "duration_s": pa.array(durations, pa.float64()),
         "transcript": pa.array(texts, pa.string()),
         "reason": pa.array(reasons, pa.string()),
     }
@@ -117,33 +126,34 @@ def _with_reasons(recipe: Recipe, scanned: pa.Table, split: str) -> pa.Table:
     return kept
 
 
-def _reason(duration_s: float, transcript: str, recipe: Recipe) -> str:
-    section = recipe.corpus
-    if duration_s < 0:
+def _reason(duration_s: float | None, transcript: str, is_silent: bool, section: CorpusSection) -> str:
+    if duration_s is None:
         return ""  # unreadable header: stage one tries to decode it, and says why it cannot
     if duration_s < section.min_duration_s:
         return "too_short"
     if duration_s > section.max_duration_s:
         return "too_long"
-    return "" if transcript else "no_text"
+    if not transcript and not is_silent:
+        return "no_text"
+    return "text_too_long" if len(transcript) > section.max_chars_per_s * (duration_s + TEXT_GRACE_S) else ""
 
 
-def summarize(plan: Plan, dim: int, store: Path) -> PlanSummary:
-    """Add up a plan for features of `dim` values, stored at `store`."""
-    accepted = plan.accepted
-    frames = int(np.sum(accepted["num_frames"].to_numpy(), dtype=np.int64))
-    rows = plan.num_shards * plan.rows_per_shard
-    parent = next(folder for folder in [store, *store.absolute().parents] if folder.exists())
-    return PlanSummary(
-        splits=list(plan.splits),
-        utterances=len(accepted),
-        rejected=plan.rejected(),
-        hours=(frames * HOP_LENGTH + len(accepted) * (WINDOW_LENGTH - HOP_LENGTH)) / SAMPLING_RATE / 3600,
-        frames=frames,
-        shards=plan.num_shards,
-        bytes={name: rows * (dim * size + (2 if name == "int8" else 0)) for name, size in FRAME_BYTES.items()},
-        free_bytes=shutil.disk_usage(parent).free,
-    )
+def _with_no_speech(section: CorpusSection, table: pa.Table, split: str, share: float) -> pa.Table:
+    """Strew items without speech evenly among the utterances, as long as they are."""
+    accepted = np.flatnonzero(table["reason"].to_numpy() == "")
+    count = round(share * len(accepted))
+    if not count:
+        return table
+    after = accepted[_spread(len(accepted), count)]
+    durations = [d or 1.0 for d in table["duration_s"].take(after).to_pylist()]
+    items = _with_reasons(section, no_speech_rows(durations), split)
+    order = np.argsort(np.concatenate([np.arange(len(table)), after + 0.5]), kind="stable")
+    return pa.concat_tables([table, items]).take(order)
+
+
+def _spread(size: int, count: int) -> NDArray[np.int64]:
+    """Choose `count` of `size` positions, evenly: the middles of equal stretches."""
+    return ((2 * np.arange(count, dtype=np.int64) + 1) * size) // (2 * count)
 
 
 def audio_fingerprint() -> dict[str, Any]:
@@ -160,6 +170,4 @@ def audio_fingerprint() -> dict[str, Any]:
 
 def corpus_fingerprint(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> dict[str, Any]:
     """Describe which data this is and what the recipe's filters and text policy make of it."""
-    section = recipe.corpus
-    policy = section.model_dump(include={"min_duration_s", "max_duration_s", "text_case", "text_punctuation"})
-    return {"splits": {split: corpus.provenance(split) for split in splits}, **policy}
+    return {"splits": {split: corpus.provenance(split) for split in splits}, **recipe.corpus.model_dump(include=POLICY)}

@@ -53,8 +53,13 @@ class CorpusSection(Section):
     columns: Columns = Columns()
     min_duration_s: Annotated[float, Field(ge=0)] = 0.1
     max_duration_s: PositiveFloat = 30.0
+    max_chars_per_s: PositiveFloat = 50.0  # of text; fast speech is below 30, a pasted page far above
     text_case: Literal["keep", "lower"] = "keep"
     text_punctuation: Literal["keep", "remove"] = "keep"
+    text_tags: Literal["keep", "remove"] = "keep"  # <COMMA>, [noise], ...
+    no_speech: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # items of silence and noise per utterance of train_split
+    fetch: Literal["ranges", "files"] = "ranges"  # read a hub data set in place, or fetch its files into HF_HOME first
+    fetch_patience_s: PositiveFloat = 600.0  # seconds to keep trying a request that fails
 
     @model_validator(mode="after")
     def _one_place(self) -> "CorpusSection":
@@ -69,6 +74,7 @@ class EncoderSection(Section):
     id: str
     revision: str | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # on a GPU; a CPU always computes float32
+    compile: bool = False  # torch.compile; minutes of warm-up, other low bits
 
 
 class DecoderSection(Section):
@@ -87,10 +93,11 @@ class StoreSection(Section):
 
 
 class ExtractSection(Section):
-    """How stage one works; none of it may change what is stored."""
+    """How stage one works; nothing here may change more of what is stored than the last bits of a value."""
 
-    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of utterances that may fail
+    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 60 on a CPU
+    decode_workers: Annotated[int, Field(ge=0)] | None = None  # processes; 0: threads; None: processes for a GPU only
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the planned utterances that may fail
     disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # stop before less than this is free
 
 
@@ -110,12 +117,15 @@ class TrainSection(Section):
     learning_rate: PositiveFloat
     warmup_steps: Annotated[int, Field(ge=0)]
     batch_tokens: PositiveInt  # decoder positions in one batch, padding included
-    accumulate: PositiveInt = 1  # batches in one optimizer step
+    accumulate: PositiveInt = 1  # batches in one optimizer step, over all processes
     seed: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     bf16: bool = True  # autocast on a GPU; the projector's weights stay float32
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile on the decoder's training step
+    liger: bool = False  # loss by Liger Kernel; needs a GPU and the extra "liger"
+    overfit_utterances: PositiveInt | None = None  # train and evaluate on these few alone; the WER must go to zero
     log_every: PositiveInt = 10  # steps
     eval_every: PositiveInt = 1000  # steps
     eval_utterances: PositiveInt = 200

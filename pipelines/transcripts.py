@@ -7,6 +7,8 @@ from pipelines.recipes import CorpusSection
 
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:](?=\d)")
 _IN_WORD = re.compile(r"(?<=\w)['\u2019](?=\w)")
+_MAYBE_PUNCTUATION = re.compile(r"[^\w\s]|_")  # all punctuation and symbols, and the marks that categories then spare
+_TAG = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
 def prepare_transcript(text: str | None, corpus: CorpusSection) -> str:
@@ -14,12 +16,15 @@ def prepare_transcript(text: str | None, corpus: CorpusSection) -> str:
 
     Args:
         text: as the corpus has it; None counts as empty.
-        corpus: `text_case` "lower" lower-cases; `text_punctuation` "remove" drops punctuation and symbols, except
-            apostrophes inside words (it's) and separators inside numbers (3.5, 10:30).
+        corpus: `text_tags` "remove" drops annotations such as <COMMA> or [noise], before anything else; `text_case`
+            "lower" lower-cases; `text_punctuation` "remove" drops punctuation and symbols, except apostrophes inside
+            words (it's) and separators inside numbers (3.5, 10:30).
     """
     text = text or ""
+    if corpus.text_tags == "remove":
+        text = _TAG.sub(" ", text)
     if corpus.text_punctuation == "remove":
-        text = "".join(_keep(text, i) for i in range(len(text)))
+        text = _MAYBE_PUNCTUATION.sub(lambda match: _keep(match.string, match.start()), text)
     if corpus.text_case == "lower":
         text = text.lower()
     return " ".join(text.split())

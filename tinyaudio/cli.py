@@ -39,8 +39,9 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_eval, cli_stages, cli_tour, cli_transcribe
+    from tinyaudio import cli_eval, cli_extract, cli_stages, cli_tour, cli_transcribe
 
+    cli_extract.add_to(app)
     cli_stages.add_to(app)
     cli_eval.add_to(app)
     cli_tour.add_to(app)

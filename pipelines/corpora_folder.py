@@ -1,0 +1,92 @@
+"""A corpus in the `audiofolder` convention: `<split>/metadata.csv` or `.jsonl` with `file_name` and `text`.
+
+Further columns are read where they are there: `id`, `speaker`, `sex`, `source`, `duration` (seconds). A source_id is a
+path relative to the root.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.corpora_schema import SCAN_SCHEMA, chunked, digest_files, duration_of
+from pipelines.errors import CorpusError
+
+PIECE_FILES = 64  # recordings that one decoding worker reads at once
+
+
+class FolderCorpus:
+    """The audiofolder convention."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _metadata(self, split: str) -> Path:
+        for folder in (self.root / split, self.root):
+            for name in ("metadata.csv", "metadata.jsonl"):
+                if (folder / name).is_file() and (folder != self.root or split == "train"):
+                    return folder / name
+        there = sorted(path.parent.name for path in self.root.glob("*/metadata.*"))
+        raise CorpusError(f"no split {split!r} in {str(self.root)!r}; found {', '.join(there) or 'none'}")
+
+    def require(self, split: str) -> None:
+        self._metadata(split)
+
+    def provenance(self, split: str) -> dict[str, Any]:
+        return {"kind": "folder", "split": split, "files_digest": digest_files([self._metadata(split)])}
+
+    def scan(self, split: str) -> pa.Table:
+        metadata = self._metadata(split)
+        rows = [self._scan_row(metadata, row) for row in _read_metadata(metadata)]
+        return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
+
+    def _scan_row(self, metadata: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+        name = row.get("file_name")
+        if not name:
+            raise CorpusError(f"{str(metadata)!r}: a row without file_name: {dict(row)!r}; expected file_name and text")
+        path = metadata.parent / str(name)
+        duration = row.get("duration")
+        text = row.get("text", row.get("transcription"))
+        return {
+            "utterance_id": str(row.get("id") or path.relative_to(self.root)),
+            "source_id": str(path.relative_to(self.root)),
+            "duration_s": float(duration) if duration else duration_of(path),
+            "transcript": None if text is None else str(text),
+            "speaker": row.get("speaker"),
+            "sex": row.get("sex"),
+            "source": row.get("source"),
+        }
+
+    def audio_bytes(self, split: str) -> int | None:
+        metadata = self._metadata(split)
+        paths = [metadata.parent / str(row["file_name"]) for row in _read_metadata(metadata)]
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+    def pieces(self, source_ids: Iterable[str]) -> list[list[str]]:
+        return chunked(sorted(source_ids), PIECE_FILES)
+
+    def read_audio(self, source_ids: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        for source_id in sorted(source_ids):
+            path = self.root / source_id
+            yield source_id, path.read_bytes() if path.is_file() else b""
+
+
+def _read_metadata(path: Path) -> list[Mapping[str, Any]]:
+    """Read metadata.csv or metadata.jsonl.
+
+    Raises:
+        CorpusError: a line that does not parse, named.
+    """
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            return list(csv.DictReader(lines))
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{str(path)!r} line {number} is not JSON: {error}") from error
+    return rows

@@ -1,0 +1,150 @@
+"""Fetching and decoding recordings beside the encoder, in threads or in processes.
+
+A piece (a row group, a few files) is fetched and decoded by one worker. Processes are spawned, never forked: forking
+beside torch's and Arrow's threads can hang. They end with their parent, even if that is killed. Knows nothing of torch,
+so that a worker starts in a second and takes little memory.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Self
+
+from pipelines.corpora_schema import Corpus
+from pipelines.errors import PipelineError, SourceError
+from pipelines.no_speech import is_no_speech, no_speech_samples
+from tinyaudio.audio import Samples, load_audio
+from tinyaudio.errors import AudioError
+
+THREADS = 4  # libsndfile and soxr release the interpreter lock
+MAX_PROCESSES = 8
+
+Decoded = tuple[str, Samples | str]  # source_id, and samples or "reason: detail"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker brought, and the seconds it took."""
+
+    decoded: list[Decoded]
+    seconds: float
+
+
+def default_workers(is_gpu: bool) -> int:
+    """Choose how many decoding processes: none beside an encoder that needs the CPU itself."""
+    return min(MAX_PROCESSES, max(1, len(os.sched_getaffinity(0)) - 1)) if is_gpu else 0
+
+
+class Decoder:
+    """A pool of workers over one corpus; a context manager."""
+
+    def __init__(self, corpus: Corpus, num_processes: int) -> None:
+        self._corpus, self._num_processes = corpus, num_processes
+        self._pool: Executor = self._open_pool()
+
+    def _open_pool(self) -> Executor:
+        if not self._num_processes:
+            return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(
+            self._num_processes, mp_context=context, initializer=_start_worker, initargs=(self._corpus,)
+        )
+
+    def submit(self, source_ids: Sequence[str]) -> list[Future[Piece]]:
+        """Begin to fetch and decode utterances."""
+        silent = [source_id for source_id in source_ids if is_no_speech(source_id)]
+        pieces = self._corpus.pieces(source_id for source_id in source_ids if not is_no_speech(source_id))
+        pieces += [silent] if silent else []
+        if self._num_processes:
+            return [self._pool.submit(_decode_in_worker, piece) for piece in pieces]
+        return [self._pool.submit(decode_piece, self._corpus, piece) for piece in pieces]
+
+    def collect(self, futures: Sequence[Future[Piece]]) -> tuple[list[Decoded], float]:
+        """Wait for pieces.
+
+        Returns:
+            All that was decoded, and the seconds of work.
+
+        Raises:
+            FetchError: the network stayed away.
+            PipelineError: a decoding process died.
+        """
+        try:
+            pieces = [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise PipelineError(
+                "a decoding process died (out of memory, or a recording that crashes its decoder); type the same "
+                "again, with --set extract.decode_workers=0 if it happens twice"
+            ) from error
+        return [one for piece in pieces for one in piece.decoded], sum(piece.seconds for piece in pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None and self._num_processes:
+            for child in multiprocessing.active_children():  # the interpreter would wait for them on its way out
+                child.terminate()
+
+
+def decode_piece(corpus: Corpus, source_ids: Sequence[str]) -> Piece:
+    """Fetch and decode the utterances of one piece; what cannot be decoded comes with its reason instead of samples.
+
+    Raises:
+        FetchError: the network stayed away.
+    """
+    begun = time.monotonic()
+    if source_ids and is_no_speech(source_ids[0]):
+        return Piece([(source_id, no_speech_samples(source_id)) for source_id in source_ids], time.monotonic() - begun)
+    decoded: list[Decoded] = []
+    why = "the row is not there"
+    try:
+        decoded.extend((source_id, _decode(audio)) for source_id, audio in corpus.read_audio(source_ids))
+    except SourceError as error:
+        why = str(error)
+    done = {source_id for source_id, _ in decoded}
+    decoded += [(source_id, f"unreadable: {why}") for source_id in source_ids if source_id not in done]
+    return Piece(decoded, time.monotonic() - begun)
+
+
+def _decode(audio: bytes) -> Samples | str:
+    if not audio:
+        return "no_audio: missing file or empty cell"
+    try:
+        return load_audio(audio)
+    except AudioError as error:
+        return f"undecodable: {error}"
+
+
+# ------------------------------------------------------------------------------------------- in a worker process
+
+_worker_corpus: Corpus | None = None
+
+
+def _start_worker(corpus: Corpus) -> None:
+    global _worker_corpus
+    _worker_corpus = corpus
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone: a pool's worker would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _decode_in_worker(source_ids: list[str]) -> Piece:
+    assert _worker_corpus is not None
+    return decode_piece(_worker_corpus, source_ids)

@@ -1,0 +1,100 @@
+"""The closing table of stage one: what is in the store, what is not and why, and how the time was spent.
+
+What is stored and quarantined is read back from the commit records of the store, whoever wrote them and when.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cache import FeatureStore
+from pipelines.no_speech import SOURCE
+
+SECONDS_PER_HOUR = 3600
+
+
+@dataclass
+class ExtractReport:
+    """One execution of stage one, and the store after it."""
+
+    store: str
+    shards_written: int = 0
+    shards_total: int = 0
+    shards_repaired: int = 0  # found damaged and made again (or about to be)
+    utterances: int = 0
+    hours: float = 0.0
+    no_speech: int = 0  # of the utterances
+    quarantined: Counter[str] = field(default_factory=Counter)
+    planned_out: dict[str, int] = field(default_factory=dict)
+    store_bytes: int = 0
+    seconds: float = 0.0
+    is_complete: bool = False
+    hours_now: float = 0.0  # encoded by this execution
+    padding: float = 0.0  # share of the encoder's input that was padding
+    encoder_busy: float = 0.0  # share of the time, from the first batch on, in which the encoder was computing
+    decode_s: float = 0.0  # work of the decoding workers, added up; beside the encoder's, not before it
+    encode_s: float = 0.0
+    write_s: float = 0.0  # placing and flushing shards, beside the encoder
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "quarantined": dict(self.quarantined)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"store        {self.store} ({self.store_bytes / 1e6:,.1f} MB)",
+            f"shards       {self.shards_written} written now, {self.shards_total} in all" + self._state(),
+            f"stored       {self.utterances:,} utterances, {self.hours:,.2f} h"
+            + (f" ({self.no_speech:,} of them without speech)" if self.no_speech else ""),
+            f"quarantined  {sum(self.quarantined.values()):,}" + listed(self.quarantined),
+            f"left out     {sum(self.planned_out.values()):,} by the recipe's filters" + listed(self.planned_out),
+        ]
+        if self.shards_written:
+            rate = self.hours_now * SECONDS_PER_HOUR / max(self.seconds, 1e-9)
+            lines.append(
+                f"time         {self.seconds:,.1f} s ({rate:,.1f}x real time; encoder busy "
+                f"{100 * self.encoder_busy:.0f} %, padding {100 * self.padding:.1f} %)"
+            )
+        return "\n".join(lines)
+
+    def _state(self) -> str:
+        repaired = f"; {self.shards_repaired} found damaged" if self.shards_repaired else ""
+        if not self.is_complete:
+            return repaired + "; not complete yet, the same command goes on"
+        return repaired + ("" if self.shards_written else "; complete, nothing to do")
+
+    def read_totals(self, store: FeatureStore) -> None:
+        """Fill in what the store holds by its commit records."""
+        commits = [store.commit(shard) for shard in store.committed_shards()]
+        self.shards_total, self.is_complete = store.num_shards, store.is_sealed
+        self.utterances = sum(commit.num_utterances for commit in commits)
+        self.hours = sum(commit.duration_s for commit in commits) / SECONDS_PER_HOUR
+        self.quarantined = quarantined_so_far(store)
+        sources = pq.read_table(store.layout.plan, columns=["source", "shard"]).to_pydict()
+        self.no_speech = sum(s == SOURCE and shard >= 0 for s, shard in zip(*sources.values(), strict=True))
+        rejected = store.layout.rejected
+        lines = rejected.read_text().splitlines() if rejected.exists() else []
+        self.planned_out = dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
+        self.store_bytes = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+
+
+def quarantined_so_far(store: FeatureStore) -> Counter[str]:
+    """Count the quarantined utterances of the committed shards, by reason."""
+    counts: Counter[str] = Counter()
+    for shard in store.committed_shards():
+        if store.commit(shard).num_quarantined:
+            counts.update(quarantine_reasons(store, shard))
+    return counts
+
+
+def quarantine_reasons(store: FeatureStore, shard: int) -> list[str]:
+    """List the reason of every utterance in the quarantine of a shard."""
+    return [json.loads(line)["reason"] for line in store.layout.quarantine(shard).read_text().splitlines()]
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Spell counts by reason: ": 3 undecodable, 1 too_long"; nothing for none."""
+    return ": " + ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) if counts else ""

@@ -30,6 +30,12 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Code:
+    language: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -48,7 +54,7 @@ class Alignments:
     pairs: Sequence[AlignedPair]
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure | Alignments
+Block = Heading | Paragraph | Bullets | Code | Table | Figure | Alignments
 
 _MARKS = {"equal": "", "substitute": "S", "delete": "D", "insert": "I"}
 
@@ -66,6 +72,8 @@ def _block_to_markdown(block: Block) -> str:
             return {"result": "**{}**", "warning": "> {}"}.get(kind, "{}").format(_escaped(text))
         case Bullets(lines):
             return "\n".join(f"- {_escaped(line)}" for line in lines)
+        case Code(language, lines):
+            return _fenced(lines, language)
         case Table(columns, rows):
             cells = [columns, ["---"] * len(columns), *([_escaped(cell) for cell in row] for row in rows)]
             return "\n".join(f"| {' | '.join(row)} |" for row in cells)
@@ -81,10 +89,10 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _fenced(lines: Sequence[str]) -> str:
+def _fenced(lines: Sequence[str], language: str = "text") -> str:
     longest = max((len(run) for line in lines for run in line.split() if set(run) == {"`"}), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}text", *lines, fence])
+    return "\n".join([f"{fence}{language}", *lines, fence])
 
 
 def _title(pair: AlignedPair) -> str:
@@ -122,6 +130,8 @@ def _block_to_html(block: Block) -> str:
             return f'<p class="{kind}">{html.escape(text)}</p>'
         case Bullets(lines):
             return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+        case Code(_, lines):
+            return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
         case Table(columns, rows):
             return _table_to_html(columns, rows)
         case Figure(_, svg):

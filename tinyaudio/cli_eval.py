@@ -17,6 +17,7 @@ ModelArgument = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("eval")(evaluate)
+    app.command("publish")(publish)
 
 
 def say(line: str) -> None:
@@ -106,10 +107,9 @@ class _Request:
         self, model: str | None, provider: str, recipe: str | None, corpus: str | None, settings: list[str]
     ) -> None:
         from pipelines.recipes import load_recipe
-        from tinyaudio.transcribe import default_model
 
         self.provider = provider
-        self.model = default_model() if model is None and provider in ("tinyaudio", "ctc") else model
+        self.model = _default_model() if model is None and provider in ("tinyaudio", "ctc") else model
         self.own = self._own_recipe()
         self.section = load_recipe(recipe or self.own or "demo", settings).corpus
         if corpus is not None:
@@ -151,6 +151,12 @@ class _Request:
         if self.model is not None and Path(self.model).is_dir():
             return Path(self.model) / "eval" / name
         return Path("evaluations") / (self.model or "default").replace("/", "--") / name
+
+
+def _default_model() -> str:
+    from tinyaudio.transcribe import default_model
+
+    return default_model()
 
 
 def _corpus_section(corpus: str, base: Any) -> Any:
@@ -249,3 +255,37 @@ def _finish(summary: Any, folder: Path, fail_over: float | None, json: bool) -> 
     if counts.failed:
         say(f"{counts.failed} utterances have no answer; report.md says why (--retry-failed tries them again)")
         raise typer.Exit(1)
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[str, typer.Option(help="Repository on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make the folder and the card, and stop.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    encoder_id: Annotated[str | None, typer.Option(help="Where others find the encoder, if yours is a folder.")] = None,
+    decoder_id: Annotated[str | None, typer.Option(help="Where others find the decoder, if yours is a folder.")] = None,
+    power_watts: Annotated[
+        float | None, typer.Option(min=0, help="Power of the machine while training, W, for the card's energy.")
+    ] = None,
+    grams_per_kwh: Annotated[float | None, typer.Option(min=0, help="CO2 of its electricity, g for a kWh.")] = None,
+    token: Annotated[str | None, typer.Option(help="Token of the hub; default HF_TOKEN or the stored one.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+) -> None:
+    """Publish a run: model, card with measured numbers, evaluations, samples and checksums."""
+    from pipelines.publish import Parts
+    from pipelines.publish import publish as stage
+
+    done = stage(
+        run,
+        repo,
+        dry_run=dry_run,
+        private=private,
+        parts=Parts(encoder_id=encoder_id, decoder_id=decoder_id),
+        power_watts=power_watts,
+        grams_per_kwh=grams_per_kwh,
+        token=token,
+    )
+    print(f"{len(done.files)} files in {done.folder}")
+    print(done.url or "nothing was uploaded (--dry-run); read README.md there")
+    if json:
+        print(json_module.dumps({"folder": str(done.folder), "files": list(done.files), "url": done.url}))

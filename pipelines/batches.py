@@ -1,11 +1,15 @@
 """Batches of stage two: stored features and tokenised transcripts, in an order that is a pure function of the seed.
 
-`TrainingBatches[i]` is the i-th batch of a whole run, whatever came before: resuming is counting. Batches are cut by a
-budget of decoder positions (prompt, projected frames and target, padding included) from lengths that the store knows
-exactly. Features of an int8 store leave here as codes and scales; they are dequantised on the training device.
+`TrainingBatches[i]` is the i-th batch of a whole run, whatever came before: resuming is counting. The store's own order
+(`cache.order`) cuts batches by a budget of decoder positions (prompt, projected frames and target, padding included)
+from lengths that it knows exactly, and keeps together what lies together on the disk. A thread reads and pads the next
+batches while the model works on this one. Features of an int8 store leave here as codes and scales, and become features
+on the training device.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache import FeatureReader
+from cache import FeatureReader, FeatureStore
+from cache.order import NUM_STREAMS, WINDOW_BLOCKS, EpochOrder, epoch_order
 from pipelines.errors import RunError
 from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
 from tinyaudio.prompt import prompt_ids, transcript_ids
 
-BUCKET_UTTERANCES = 4096  # utterances sorted by length among themselves before batches are cut
+BATCHES_AHEAD = 2  # batches made while the model works; a batch of 4,096 positions is 40 MB and takes some 20 ms
+BLOCKS_AHEAD = 32  # batches of which the blocks are read in advance, so that a new window of blocks is no stall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +98,53 @@ def dequantize(codes: Tensor, scales: Tensor, num_frames: Tensor, mean: Tensor, 
     return features * valid[:, :, None]
 
 
+class Dequantizer:
+    """Give the features of a batch: dequantised on their device if they are codes, untouched if not."""
+
+    def __init__(self, reader: FeatureReader) -> None:
+        calibration = reader.calibration
+        self._mean_std = None if calibration is None else torch.from_numpy(calibration.array)
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        features: Tensor = batch["features"]
+        if self._mean_std is None:
+            return features
+        self._mean_std = self._mean_std.to(features.device)
+        return dequantize(features, batch["scales"], batch["num_frames"], self._mean_std[0], self._mean_std[1])
+
+
 class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
     """All batches of a run, by number."""
 
     def __init__(
-        self, reader: FeatureReader, targets: Targets, costs: NDArray[np.int64], *, budget: int, seed: int, num_batches: int
+        self,
+        reader: FeatureReader,
+        targets: Targets,
+        costs: NDArray[np.int64],
+        *,
+        budget: int,
+        seed: int,
+        num_batches: int,
+        chosen: NDArray[np.int64] | None = None,
+        world_size: int = 1,
+        is_pinned: bool = False,
     ) -> None:
         """Check that every utterance fits the budget.
+
+        Args:
+            costs: (N,) decoder positions of each utterance.
+            budget: decoder positions in one batch, padding included.
+            chosen: rows of the index to train on; None for all.
+            world_size: this process uses every so many-th batch; what it reads ahead follows that.
+            is_pinned: put batches into page-locked memory, from which a GPU copies by itself.
 
         Raises:
             RunError: an empty split, or an utterance that alone exceeds the budget.
         """
         if not len(reader):
-            raise RunError(f"{str(reader.store.path)!r} holds no utterance of split {reader.split!r}; run `tinyaudio extract`")
+            raise RunError(
+                f"{str(reader.store.path)!r} holds no utterance of split {reader.split!r}; run `tinyaudio extract`"
+            )
         if int(costs.max()) > budget:
             raise RunError(
                 f"the longest utterance needs {int(costs.max())} decoder positions and train.batch_tokens is {budget}; "
@@ -112,38 +152,72 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
             )
         self.reader, self.targets, self.costs = reader, targets, costs
         self.budget, self.seed, self.num_batches = budget, seed, num_batches
-        self._epochs: list[list[NDArray[np.int64]]] = []
+        self.chosen = np.arange(len(reader)) if chosen is None else chosen
+        self.waited_s = 0.0  # time that the training loop has spent waiting for batches
+        self._durations = np.asarray(reader.index["duration_s"], dtype=np.float64)
+        self._world_size, self._is_pinned = world_size, is_pinned
+        self._orders: dict[int, EpochOrder] = {}
+        self._lengths: list[int] = []  # batches of each epoch
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: dict[int, Future[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        following = self.positions(number + 1) if number + 1 < self.num_batches else []
-        batch = collate(self.reader, self.targets, self.positions(number))
-        self.reader.prefetch(following)
+        """Give a batch as `collate` does, with its `num_tokens` (decoder positions), `num_targets` and `duration_s`."""
+        started = time.monotonic()
+        wanted = range(number, min(number + 1 + BATCHES_AHEAD * self._world_size, self.num_batches), self._world_size)
+        self._ahead = {n: self._ahead.get(n) or self._pool.submit(self._make, n) for n in wanted}
+        batch = self._ahead.pop(number).result()
+        self.waited_s += time.monotonic() - started
+        return batch
+
+    def _make(self, number: int) -> dict[str, Any]:
+        positions, later = self.positions(number), number + BLOCKS_AHEAD * self._world_size
+        if later < self.num_batches:
+            self.reader.prefetch(self.positions(later))
+        batch = collate(self.reader, self.targets, positions)
+        if self._is_pinned:
+            batch = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch["num_tokens"] = int(self.costs[positions].sum())
+        batch["num_targets"] = int(self.targets.lengths[positions].sum())
+        batch["duration_s"] = float(self._durations[positions].sum())
         return batch
 
     def positions(self, number: int) -> list[int]:
         """Return the utterances of batch `number`, as rows of the reader's index."""
-        epoch = 0
-        while True:
-            while len(self._epochs) <= epoch:
-                self._epochs.append(list(epoch_batches(self.costs, self.budget, self.seed, len(self._epochs))))
-            if number < len(self._epochs[epoch]):
-                return [int(position) for position in self._epochs[epoch][number]]
-            number -= len(self._epochs[epoch])
+        epoch, first = 0, 0
+        while number >= first + self._length(epoch):
+            first += self._length(epoch)
             epoch += 1
+        return [int(position) for position in self.chosen[self._order(epoch)[number - first]]]
+
+    def _length(self, epoch: int) -> int:
+        while len(self._lengths) <= epoch:
+            self._lengths.append(len(self._order(len(self._lengths))))
+        return self._lengths[epoch]
+
+    def _order(self, epoch: int) -> EpochOrder:
+        """Give the order of an epoch; two are kept, for reading ahead into the next."""
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = epoch_order(
+                self.reader.starts[self.chosen],
+                self.costs[self.chosen],
+                budget=self.budget,
+                seed=self.seed,
+                epoch=epoch,
+                block_rows=self.reader.store.header.block_rows,
+            )
+        return self._orders[epoch]
 
 
-def epoch_batches(costs: NDArray[np.int64], budget: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """Shuffle, sort by length within buckets, cut by budget, shuffle the batches: a pure function of its arguments."""
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(costs))
-    batches: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), BUCKET_UTTERANCES):
-        bucket = order[start : start + BUCKET_UTTERANCES]
-        batches += cut_by_budget(bucket[np.argsort(costs[bucket], kind="stable")], costs, budget)
-    yield from (batches[i] for i in random.permutation(len(batches)))
+def open_training_reader(store: FeatureStore, split: str, world_size: int) -> FeatureReader:
+    """Open a store so that all the blocks fit into memory which training has in use at a time, and some read ahead."""
+    blocks = WINDOW_BLOCKS * max(1, NUM_STREAMS // world_size)
+    size_bytes = blocks * store.header.block_rows * store.header.bytes_per_row
+    return FeatureReader(store, split=split, cache_bytes=size_bytes * 3 // 2)
 
 
 def cut_by_budget(ordered: NDArray[np.int64], costs: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:

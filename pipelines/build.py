@@ -1,14 +1,15 @@
-"""From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector, no encoder."""
+"""From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
 
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from cache import FeatureStore
+from cache import FeatureReader, FeatureStore
 from pipelines.errors import RunError
 from pipelines.identity import is_local
 from pipelines.recipes import Recipe
+from pipelines.whitening import feature_statistics, fold_whitening
 from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.encoder import load_feature_extractor
 from tinyaudio.frozen import load_frozen, resolved_revision, weights_digest
@@ -73,5 +74,7 @@ def build_model(
     )
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
+    if recipe.projector.whiten:
+        fold_whitening(model.projector, *feature_statistics(FeatureReader(store, split=recipe.corpus.train_split)))
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, recipe.encoder.revision), tokenizer)
     return model.to(device), processor

@@ -1,15 +1,16 @@
 """Runs: one execution of stage two is one folder, and that folder is a loadable model.
 
-    runs/<name>/recipe.toml        the resolved recipe; itself a recipe
-    runs/<name>/run.json           store, its fingerprint, versions, whether it is finished
-    runs/<name>/metrics.jsonl      one JSON object per logged step
-    runs/<name>/tensorboard/       the same for TensorBoard
-    runs/<name>/checkpoints/       what --resume goes on from
-    runs/<name>/eval/              evaluations
-    runs/<name>/config.json, model.safetensors, ...    the newest model
-    runs/latest                    link to the newest run
+runs/<name>/recipe.toml        the resolved recipe; itself a recipe
+runs/<name>/run.json           store, its fingerprint, versions, whether it is finished
+runs/<name>/metrics.jsonl      one JSON object per logged step
+runs/<name>/tensorboard/       the same for TensorBoard
+runs/<name>/checkpoints/       what --resume goes on from
+runs/<name>/eval/              evaluations
+runs/<name>/config.json, model.safetensors, ...    the newest model
+runs/latest                    link to the newest run
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,19 +66,25 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def begin(self, recipe: Recipe, state: dict[str, Any]) -> None:
+    def begin(self, recipe: Recipe, state: dict[str, Any], *, is_latest: bool = True) -> None:
         """Make the folder and say what will be done in it.
+
+        Args:
+            is_latest: let runs/latest point here.
 
         Raises:
             RunError: the folder holds a run already, or something else.
         """
-        if self.folder.exists() and any(self.folder.iterdir()):
+        found = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        # A recipe and half-written hidden files are what a kill during these lines leaves.
+        if any(name != "recipe.toml" and not name.startswith(".") for name in found):
             what = "holds an unfinished run; add --resume to go on" if self.state else "is not empty and is no run"
             raise RunError(f"{str(self.folder)!r} {what}, or name another --run")
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe.save(self.folder / "recipe.toml")
-        self.update(state)
-        self.point_latest_here()
+        self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
+        if is_latest:
+            self.point_latest_here()
 
     def check_resumable(self, recipe: Recipe, fingerprint_id: str) -> None:
         """Refuse to go on with anything else than what was begun.
@@ -93,7 +100,33 @@ class Run:
             drift["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
         if drift:
             listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in drift.items())
-            raise RunError(f"{str(self.folder)!r} was begun with another recipe: {listed}; restore it or start a new --run")
+            raise RunError(
+                f"{str(self.folder)!r} was begun with another recipe: {listed}; restore it or start a new --run"
+            )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line torn by a kill does not count."""
+        entries = []
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                entries.append(dict(json.loads(line)))
+        return entries
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(entry) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was written after a step: the run goes on from there and will write it again."""
+        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
+        write_atomically(self.folder / "metrics.jsonl", "".join(kept))
+
+    @staticmethod
+    def progress(path: Path) -> dict[str, float]:
+        """Read what a run had gone through at a checkpoint."""
+        return dict(json.loads(path.read_text()))
 
     def update(self, state: dict[str, Any]) -> None:
         """Merge into run.json, replacing the file as a whole."""

@@ -191,8 +191,11 @@ def corpus_folder(tmp_path: Path, noise: NoiseMaker) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, corpus_folder: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.toml", corpus_folder, encoder_folder, decoder_folder)
+
+
+def write_recipe(path: Path, corpus_folder: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
     """A recipe over the tiny parts: 1,024 frames a shard (20 s), 6 steps."""
-    path = tmp_path / "tiny.toml"
     path.write_text(
         f"""
         [corpus]

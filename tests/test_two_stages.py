@@ -1,7 +1,6 @@
 """The line from corpus to model, on tiny random parts: extract, train, resume; cached equals live."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -170,7 +169,7 @@ def test_killed_extraction_goes_on_to_the_same_store(recipe_file, store, tmp_pat
 def test_training_leaves_a_loadable_model_and_metrics(recipe_file, store, tmp_path):
     lines: list[str] = []
     report = stage_two(recipe_file, store, tmp_path / "run", lines=lines)
-    assert report.is_finished and report.steps == 6
+    assert (report.is_finished, report.steps) == (True, 6)
     assert report.parameters == sum(w.numel() for w in weights(tmp_path / "run").values())
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {key for entry in entries for key in entry}
@@ -188,36 +187,6 @@ def test_training_again_says_so_and_changes_nothing(recipe_file, store, tmp_path
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_resumed_training_ends_bit_identical(recipe_file, store, tmp_path):
-    stage_two(recipe_file, store, tmp_path / "whole")
-    environment = {**os.environ, "TINYAUDIO_TEST_STOP_AT": "3"}
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from pipelines import train as stage\n"
-        "from pipelines.recipes import load_recipe\n"
-        "from pipelines.runs import Run\n"
-        "step = stage._Watch.on_step_end\n"
-        "def kill(self, args, state, control, **kwargs):\n"
-        "    step(self, args, state, control, **kwargs)\n"
-        "    if state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "stage._Watch.on_step_end = kill\n"
-        f"stage.train(load_recipe({str(recipe_file)!r}), Path({str(store)!r}), Run(Path({str(tmp_path / 'killed')!r})), device='cpu')\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    stage_two(recipe_file, store, tmp_path / "killed", resume=True)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_resuming_another_recipe_is_refused_with_the_keys(recipe_file, store, tmp_path):
-    stage_two(recipe_file, store, tmp_path / "run")
-    Run(tmp_path / "run").update({"is_finished": False})
-    with pytest.raises(RunError, match=r"train.learning_rate was 0.001 and is 0.5"):
-        stage_two(recipe_file, store, tmp_path / "run", "train.learning_rate=0.5", resume=True)
-
-
 def test_store_of_another_encoder_is_refused(recipe_file, store, tmp_path, feature_extractor):
     from conftest import tiny_hubert_config
     from transformers import HubertModel
@@ -232,7 +201,7 @@ def test_store_of_another_encoder_is_refused(recipe_file, store, tmp_path, featu
 def test_missing_corpus_and_split_are_one_line(recipe_file, tmp_path):
     with pytest.raises(CorpusError, match="does not exist"):
         stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'nowhere'}")
-    with pytest.raises(CorpusError, match="no split 'nope'.*found dev, test, train"):
+    with pytest.raises(CorpusError, match=r"no split 'nope'.*found dev, test, train"):
         stage_one(recipe_file, tmp_path / "store", split="nope")
 
 

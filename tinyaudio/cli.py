@@ -39,13 +39,14 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_eval, cli_extract, cli_stages, cli_tour, cli_transcribe
+    from tinyaudio import cli_bench, cli_eval, cli_extract, cli_tour, cli_train, cli_transcribe
 
     cli_extract.add_to(app)
-    cli_stages.add_to(app)
+    cli_train.add_to(app)
     cli_eval.add_to(app)
     cli_tour.add_to(app)
     cli_transcribe.add_to(app)
+    cli_bench.add_to(app)
 
 
 _add_commands()

@@ -2,8 +2,8 @@
 
 A logit row of SmolLM3 has 128,256 entries, 513 kB in float32: made for every position of a batch of 4,096 that would be
 2.1 GB, again for their gradient, again in half precision. Here a chunk's gradient with respect to the hidden states is
-taken as soon as its loss is known, and its logits are dropped. The head is frozen, so nothing else is needed of them; the
-arithmetic is the same, none of it is done twice. Shape letters as in `modeling_tinyaudio`.
+taken as soon as its loss is known, and its logits are dropped. The head is frozen, so nothing else is needed of them;
+the arithmetic is the same, none of it is done twice. Shape letters as in `modeling_tinyaudio`.
 
 Source: the idea is Liger Kernel's fused linear cross-entropy (github.com/linkedin/Liger-Kernel), here in plain PyTorch.
 """
@@ -34,7 +34,7 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, chunk
     """
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ENTRIES // _vocabulary(head, hidden))
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk_rows)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk_rows)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -49,7 +49,9 @@ def liger_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Ten
     except ImportError as error:
         raise ModelError(f"train.liger needs liger-kernel (pip install 'tinyaudio[liger]'): {error}") from error
     if not hidden.is_cuda or not isinstance(head, nn.Linear):
-        raise ModelError(f"train.liger needs a GPU and a linear head; found {hidden.device.type!r}, {type(head).__name__}")
+        raise ModelError(
+            f"train.liger needs a GPU and a linear head; found {hidden.device.type!r}, {type(head).__name__}"
+        )
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, hidden, targets, head.bias)
 
 

@@ -179,9 +179,9 @@ def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[t
         raise
     except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
         second_error = getattr(error, "strerror", None) or str(error)
+        reasons = f"libsndfile: {_one_line(first_error)}; FFmpeg: {_one_line(second_error)}"
         raise AudioError(
-            f"{name} is not readable as audio (libsndfile: {_one_line(first_error)}; FFmpeg: {_one_line(second_error)}); "
-            "expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
+            f"{name} is not readable as audio ({reasons}); expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
 
 
@@ -230,7 +230,10 @@ def _open_path(source: str | os.PathLike[str]) -> BinaryIO:
     if stat.S_ISREG(kind) or stat.S_ISFIFO(kind):
         os.set_blocking(handle, True)
         stream = os.fdopen(handle, "rb")
-        return _spool(stream) if stat.S_ISFIFO(kind) else stream
+        if stat.S_ISREG(kind):
+            return stream
+        with stream:
+            return _spool(stream)
     os.close(handle)
     what = "directory" if stat.S_ISDIR(kind) else "device or socket"
     raise AudioError(f"{name} is a {what}; expected an audio file")

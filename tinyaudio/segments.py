@@ -8,7 +8,6 @@ no more than one window and one block of samples is held at a time. Travels with
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 import numpy as np
 
@@ -245,11 +244,30 @@ def join_texts(before: str, after: str, overlap_s: float) -> tuple[str, str, boo
     reach = max(3, round(overlap_s * WORDS_PER_SECOND) + 2)
     left, right = before.split(), after.split()
     tail, head = [_plain(word) for word in left[-reach:]], [_plain(word) for word in right[:reach]]
-    match = SequenceMatcher(None, tail, head, autojunk=False).find_longest_match()
-    if not match.size:
+    match = _best_match(tail, head)
+    if match is None:
         return before, after, not left or not right
-    kept = len(left) - len(tail) + match.a + match.size
-    return " ".join(left[:kept]), " ".join(right[match.b + match.size :]), True
+    in_tail, in_head, size = match
+    kept = len(left) - len(tail) + in_tail + size
+    return " ".join(left[:kept]), " ".join(right[in_head + size :]), True
+
+
+def _best_match(tail: list[str], head: list[str]) -> tuple[int, int, int] | None:
+    """Find the shared words that leave the fewest others out: their place in both lists, and how many they are.
+
+    Words behind them in the first list and before them in the second are half-heard edges, and cost half a word each.
+    """
+    best: tuple[tuple[float, int], tuple[int, int, int]] | None = None
+    for i in range(len(tail)):
+        for j in range(len(head)):
+            size = 0
+            while i + size < len(tail) and j + size < len(head) and tail[i + size] == head[j + size]:
+                size += 1
+            left_out = len(tail) - i - size + j
+            merit = (size - left_out / 2, -left_out)
+            if size and left_out <= 2 * size + 2 and (best is None or merit > best[0]):
+                best = merit, (i, j, size)
+    return best[1] if best else None
 
 
 def _plain(word: str) -> str:

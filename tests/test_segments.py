@@ -1,0 +1,142 @@
+"""Cutting and joining: nothing is left out, nothing is doubled, times are true, memory stays bounded."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from tinyaudio.audio import SAMPLING_RATE
+from tinyaudio.segments import cut, join_texts
+from tinyaudio.voice import FRAME_LENGTH, VoiceActivity
+
+
+def silence(duration_s):
+    return np.zeros(int(duration_s * SAMPLING_RATE), np.float32)
+
+
+def in_blocks(samples, size):
+    return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+def joined(spoken, gap_s, count=10):
+    """Utterances with silences between: (samples, [(start, end) in seconds])."""
+    parts, times, at = [], [], 0.0
+    for samples, _ in spoken[:count]:
+        times.append((at, at + len(samples) / SAMPLING_RATE))
+        parts += [samples, silence(gap_s)]
+        at += len(samples) / SAMPLING_RATE + len(silence(gap_s)) / SAMPLING_RATE
+    return np.concatenate(parts), times
+
+
+def test_voice_activity_equals_the_package_it_comes_from(spoken, tmp_path):
+    """In a process of its own: importing silero_vad sets torch to one thread."""
+    samples = np.concatenate([spoken[0][0], silence(0.3), spoken[1][0]])
+    np.save(tmp_path / "samples.npy", samples)
+    script = (
+        "import numpy as np, torch, silero_vad\n"
+        f"samples = torch.from_numpy(np.load({str(tmp_path / 'samples.npy')!r}))[None]\n"
+        f"theirs = silero_vad.load_silero_vad().audio_forward(samples, 16000)[0].numpy()\n"
+        f"np.save({str(tmp_path / 'theirs.npy')!r}, theirs)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+    voice = VoiceActivity()
+    ours = np.concatenate([*map(voice.feed, in_blocks(samples, 7001)), voice.finish()])
+    assert len(ours) == -(-len(samples) // FRAME_LENGTH)
+    assert np.abs(ours - np.load(tmp_path / "theirs.npy")).max() < 1e-4
+
+
+def test_no_bundled_utterance_is_dropped_or_shortened(spoken):
+    for samples, _ in spoken:
+        (piece,) = cut([samples], window_s=30.0)
+        assert np.array_equal(piece.samples, samples)
+
+
+@pytest.mark.parametrize("size", [1000, 37_777, 10_000_000])
+@pytest.mark.parametrize("gap_s", [0.4, 2.0])
+def test_joined_utterances_come_apart_at_the_joins(spoken, gap_s, size):
+    samples, times = joined(spoken, gap_s)
+    pieces = list(cut(in_blocks(samples, size), window_s=4.0))
+    assert len(pieces) == len(times)
+    for piece, (start, end) in zip(pieces, times, strict=True):
+        assert abs(piece.start_s - start) < 0.15
+        assert abs(piece.end_s - end) < 0.15
+        assert len(piece.samples) / SAMPLING_RATE > piece.end_s - piece.start_s
+
+
+def test_block_size_changes_no_piece(spoken):
+    samples, _ = joined(spoken, 0.4)
+    few, many = (list(cut(in_blocks(samples, size), window_s=4.0)) for size in (len(samples), 999))
+    assert all(np.array_equal(a.samples, b.samples) for a, b in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize("window_s", [3.0, 5.0, 30.0])
+def test_speech_without_pauses_loses_no_sample(spoken, window_s):
+    samples = np.concatenate([samples for samples, _ in spoken])
+    pieces = list(cut(in_blocks(samples, 16_000), window_s))
+    assert all(len(piece.samples) / SAMPLING_RATE <= window_s * 1.2 + 0.5 for piece in pieces)
+    covered = 0
+    for piece in pieces:
+        overlap = round(piece.overlap_s * SAMPLING_RATE)
+        begin = covered - overlap
+        assert np.array_equal(piece.samples, samples[begin : begin + len(piece.samples)]) or not overlap
+        covered = begin + len(piece.samples)
+    seams = [(a.end_s, b.start_s) for a, b in pairwise(pieces) if b.overlap_s]
+    assert all(end == start for end, start in seams)
+    assert sum(piece.advance_s for piece in pieces) <= len(samples) / SAMPLING_RATE + 1e-6
+    assert pieces[-1].end_s > len(samples) / SAMPLING_RATE - 0.2
+
+
+@pytest.mark.parametrize("sound", ["silence", "white noise", "loud noise", "hum", "tone", "chord", "20 ms"])
+def test_what_is_not_speech_gives_no_piece(sound):
+    t = np.arange(8 * SAMPLING_RATE) / SAMPLING_RATE
+    rng = np.random.default_rng(0)
+    sounds = {
+        "silence": silence(8),
+        "white noise": 0.05 * rng.standard_normal(len(t)),
+        "loud noise": 0.5 * rng.standard_normal(len(t)),
+        "hum": 0.3 * np.sin(2 * np.pi * 60 * t) + 0.1 * np.sin(2 * np.pi * 180 * t),
+        "tone": 0.3 * np.sin(2 * np.pi * 440 * t),
+        "chord": sum(0.1 * np.sin(2 * np.pi * f * t) * np.exp(-3 * (t % 0.5)) for f in (262, 330, 392)),
+        "20 ms": silence(0.02),
+    }
+    assert list(cut([sounds[sound].astype(np.float32)], window_s=30.0)) == []
+
+
+def test_an_empty_recording_gives_no_piece():
+    assert list(cut([], window_s=30.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("they found the old map in", "old map in the attic", "they found the old map in the attic"),
+        ("they found the old ma", "he old map in the attic", "they found the old map in the attic"),
+        ("we were there", "there we were", "we were there we were"),
+        ("", "only the second heard it", "only the second heard it"),
+        ("only the first heard it", "", "only the first heard it"),
+    ],
+)
+def test_seams_double_and_lose_no_word(before, after, expected):
+    left, right, agreed = join_texts(before, after, overlap_s=1.0)
+    assert agreed
+    assert f"{left} {right}".strip() == expected
+
+
+def test_windows_that_share_no_word_are_kept_whole_and_reported():
+    assert join_texts("one two", "three four", overlap_s=1.0) == ("one two", "three four", False)
+
+
+def test_an_hour_is_cut_in_bounded_memory(spoken):
+    """An hour of speech in ten-minute repeats would be 230 MB; only a window and a block are ever held."""
+    import tracemalloc
+
+    minute, _ = joined(spoken, 0.6, count=20)
+    blocks = (minute for _ in range(12))
+    tracemalloc.start()
+    num_pieces = sum(1 for _ in cut(blocks, window_s=5.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_pieces == 12 * 20
+    assert peak < 40e6

@@ -1,0 +1,239 @@
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.comparison import compare
+from pipelines.error_analysis import Pair, align_pair, analyse, bucket_name
+from pipelines.errors import EvaluationError
+from pipelines.evaluate import Scoring, score_again
+from pipelines.predictions import Prediction, write_predictions
+from pipelines.report import headline
+from pipelines.report_blocks import align_lines
+from pipelines.report_plots import nice_ticks
+from pipelines.sources import contamination_notes, source_of
+from pipelines.summary import Settings, Summary, load_summary, save_settings, summarize
+
+SETTINGS = Settings(provider="tinyaudio", model={"name": "a"}, scored={"corpus": "corpus", "split": "test"})
+
+
+def prediction(i: int, text: str, answer: str | None = None, **changes: Any) -> Prediction:
+    values: dict[str, Any] = {"audio_filepath": f"{i}.wav", "duration": 1.5 + i, "time": 0.1, "text": text}
+    values |= {"pred_text": answer, "utterance_id": f"utt-{i}", "error": "late" if answer is None else None}
+    return Prediction(**{**values, **changes})
+
+
+def summary_of(*predictions: Prediction, **options: Any) -> Summary:
+    return summarize(SETTINGS, predictions, **options)
+
+
+def pair(text: str, answer: str, i: int = 0, **changes: Any) -> Pair:
+    return Pair(prediction=prediction(i, text, answer, **changes), reference=text, hypothesis=answer)
+
+
+def test_text_is_scored_raw_and_normalised() -> None:
+    summary = summary_of(prediction(0, "It's Mr. Smith!", "it is mister smith"))
+    scores = {score.normalizer: score for score in summary.scores}
+    assert (scores["recipe"].wer, scores["whisper"].wer) == (4 / 3, 0.0)
+    assert scores["whisper"].detail.startswith("whisper-normalizer ")
+    merged = summary_of(prediction(0, "note book", "notebook"), merge_compounds=True)
+    assert [(one.merge_compounds, one.wer) for one in merged.scores] == [(True, 0.0), (False, 1.0), (False, 1.0)]
+
+
+def test_failures_are_listed_marked_and_kept_out_of_every_rate() -> None:
+    summary = summary_of(prediction(0, "a b", "a b"), prediction(1, "c d e f"))
+    assert (summary.headline.wer, summary.headline.word_errors.failed) == (0.0, 1)
+    assert [(one.utterance_id, one.error) for one in summary.failures] == [("utt-1", "late")]
+    assert summary.analysis.rates.answered == 1
+    assert "WER 0.00 %*" in headline(summary)
+    assert "1 failed" in headline(summary)
+
+
+def test_nothing_answered_has_no_rate() -> None:
+    summary = summary_of(prediction(0, "a b"))
+    assert summary.headline.wer is None
+    assert "WER not defined*" in headline(summary)
+
+
+def test_breakdowns_cover_the_whole_set() -> None:
+    rows = [prediction(i, "a b c", "a b x", source="read" if i % 2 else "talk", sex=None) for i in range(8)]
+    analysis = summary_of(*rows).analysis
+    assert set(analysis.breakdowns) == {"source", "duration"}
+    for slices in analysis.breakdowns.values():
+        assert sum(one.word_errors.words for one in slices) == 24
+    assert [one.name for one in analysis.breakdowns["duration"]] == ["0 to 2 s", "2 to 5 s", "5 to 10 s"]
+    assert [bucket_name(seconds) for seconds in (0.0, 2.0, 19.99, 20.0)] == [
+        "0 to 2 s",
+        "2 to 5 s",
+        "10 to 20 s",
+        "20 s and more",
+    ]
+
+
+def test_outputs_that_went_wrong_as_a_whole_are_counted() -> None:
+    loop = "okay " * 12
+    pairs = [
+        pair("hello there", ""),
+        pair("one two", loop, 1),
+        pair("no no no no no no no no", "no no no no no no no no", 2),
+        pair("good day", "i'm an ai language model and i cannot transcribe audio", 3),
+        pair("first middle last", "middle", 4),
+        pair("", "noise", 5),
+        pair("kept", "kept", 6, warnings=("repetition", "truncated_retried")),
+    ]
+    rates = analyse(pairs).rates
+    assert (rates.empty, rates.looping, rates.refusing, rates.guarded, rates.empty_references) == (1, 1, 1, 1, 1)
+    assert rates.guard_codes == {"repetition": 1, "truncated_retried": 1}
+    assert (rates.leading_deletions, rates.trailing_deletions) == (2, 2)
+
+
+def test_confusions_are_counted_word_by_word_and_worst_come_first() -> None:
+    analysis = analyse([pair("the cat", "a cat"), pair("the dog", "a hog", 1), pair("x", "x", 2)])
+    top = analysis.confusions[0]
+    assert (top.kind, top.reference, top.hypothesis, top.count) == ("substitute", "the", "a", 2)
+    assert [one.utterance_id for one in analysis.worst] == ["utt-1", "utt-0"]
+    assert analysis.error_histogram[:3] == (1, 1, 1)
+
+
+def test_alignments_show_every_kind_of_error() -> None:
+    lines = align_lines(align_pair("the cat sat down", "the bat sat right down now"))
+    assert lines == [
+        "REF: the cat sat *     down *",
+        "HYP: the bat sat right down now",
+        "         S       I          I",
+    ]
+
+
+def test_comparison_tells_which_system_is_better_and_how_surely() -> None:
+    texts = [f"word{i} two three four" for i in range(60)]
+    mine = [pair(text, text.replace("two", "2") if i < 3 else text, i) for i, text in enumerate(texts)]
+    other = [pair(text, text.replace("two", "2") if i < 40 else text, i) for i, text in enumerate(texts)]
+    found = compare("a", mine, "b", other[1:])
+    assert (found.utterances, found.left_out) == (59, 1)
+    assert found.wer is not None
+    assert found.other_wer is not None
+    assert found.wer < found.other_wer
+    assert found.p_better > 0.999
+    assert found.p_other_better < 0.001
+    assert (found.num_better, found.num_worse, found.num_tied) == (37, 0, 22)
+    same = compare("a", mine, "a again", mine)
+    assert (same.p_better, same.p_other_better) == (0.0, 0.0)
+
+
+def test_comparison_of_different_sets_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="no utterance in common"):
+        compare("a", [pair("x", "x", 1)], "b", [pair("x", "x", 2)])
+    with pytest.raises(EvaluationError, match="has two references, 'x' and 'y'"):
+        compare("a", [pair("x", "x", 1)], "b", [pair("y", "x", 1)])
+
+
+def evaluation(folder: Path, *predictions: Prediction) -> Path:
+    folder.mkdir()
+    save_settings(folder / "settings.json", SETTINGS)
+    write_predictions(folder / "predictions.jsonl", predictions)
+    return folder
+
+
+def test_rescoring_gives_the_same_numbers_as_scoring(tmp_path: Path) -> None:
+    rows = [prediction(i, "the cat sat", "the rat sat" if i % 3 else "the cat sat") for i in range(20)]
+    folder = evaluation(tmp_path / "a", *rows)
+    first = score_again(folder, folder, Scoring())
+    again = score_again(folder, tmp_path / "again", Scoring())
+    assert again == first == load_summary(folder / "summary.json")
+    for name in ("eval.json", "summary.json", "report.md", "report.html"):
+        assert (folder / name).read_text() == (tmp_path / "again" / name).read_text()
+
+
+def test_a_leaderboard_file_can_be_scored_without_settings(tmp_path: Path) -> None:
+    line = {"audio_filepath": "s0", "duration": 1.5, "time": 0.1, "text": "Hi there", "pred_text": "hi there"}
+    (tmp_path / "MODEL_x.jsonl").write_text(json.dumps(line) + "\n")
+    summary = score_again(tmp_path / "MODEL_x.jsonl", tmp_path / "out", Scoring(normalizer="whisper"))
+    assert summary.headline.wer == 0.0
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["words"] == 2
+
+
+def test_a_damaged_summary_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="does not exist; expected the folder of an evaluation"):
+        load_summary(tmp_path / "summary.json")
+    (tmp_path / "summary.json").write_text('{"format": 1}')
+    with pytest.raises(EvaluationError, match="is not readable: settings"):
+        load_summary(tmp_path / "summary.json")
+
+
+HOSTILE = '<script>alert("x")</script> | `a` *b* [c](d) <img src=x>'
+
+
+def test_reports_escape_what_corpora_and_models_say(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a", prediction(0, f"{HOSTILE} one", f"{HOSTILE} two", source=HOSTILE))
+    score_again(folder, folder, Scoring())
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+    rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 5, 6, 7, 9) for row in rows)
+
+
+class Closing(html.parser.HTMLParser):
+    """Checks that every tag is closed in order."""
+
+    VOID = ("meta", "br", "circle", "line", "rect", "!doctype")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_no_other_file(tmp_path: Path) -> None:
+    rows = [prediction(i, "the cat sat", "the rat sat", source="ab"[i % 2], sex="male") for i in range(12)]
+    folder = evaluation(tmp_path / "a", *rows, prediction(99, "lost"))
+    score_again(folder, folder, Scoring(compare_with=folder))
+    page = (folder / "report.html").read_text()
+    parser = Closing()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.links == []
+    assert "url(" not in page
+    for part in ("<svg", "By source", "By sex", "Worst utterances", "Compared on the same utterances", "Failures"):
+        assert part in page
+
+
+def test_chart_ticks_are_few_and_round() -> None:
+    assert nice_ticks(0.0) == [0.0, 1.0]
+    assert nice_ticks(3.3) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert nice_ticks(223.0) == [0.0, 50.0, 100.0, 150.0, 200.0, 250.0]
+    for top in (0.013, 0.9, 7.0, 55.0, 99.9, 1234.0):
+        assert 3 <= len(nice_ticks(top)) <= 7
+        assert nice_ticks(top)[-1] >= top
+
+
+def test_loquacious_ids_tell_their_source_where_they_can() -> None:
+    name = "speechbrain/LoquaciousSet"
+    assert source_of(name, "1688-142285-0000") == "librispeech"
+    assert source_of(name, "common_voice_en_19698530") == "commonvoice"
+    assert source_of(name, "20180612-0900-PLENARY-10-en_20180612-12:30:01_3") == "voxpopuli"
+    assert source_of(name, "07282016HFUUforum_00000.flac") == "yodas-or-peoples-speech"
+    assert source_of("somebody/else", "1688-142285-0000") is None
+
+
+def test_overlap_of_training_and_test_data_is_noted_where_it_applies() -> None:
+    loquacious, hubert = "speechbrain/LoquaciousSet", "facebook/hubert-large-ls960-ft"
+    notes = contamination_notes(loquacious, hubert, loquacious)
+    assert ["LibriHeavy" in notes[0], "960" in notes[1]] == [True, True]
+    assert len(contamination_notes(None, hubert, "openslr/librispeech_asr")) == 1
+    assert contamination_notes(loquacious, hubert, "fixie-ai/common_voice_17_0") == []

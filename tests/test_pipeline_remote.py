@@ -1,0 +1,212 @@
+"""Every remote recipe, run against stand-ins of what it starts; every option checked against the real command."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+REMOTE = Path(__file__).parent.parent / "pipelines" / "remote"
+SCRIPTS = sorted(path.name for path in REMOTE.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+# Writes down its name, arguments and a few variables; sbatch answers with a job number, as --parsable does.
+STAND_IN = """#!{python}
+import json, os, sys, time
+from pathlib import Path
+log = Path({log!r})
+count = len(log.read_text().splitlines()) if log.exists() else 0
+seen = {{key: os.environ.get(key) for key in ("STAGES", "SHARD", "WORK", "RECIPE", "RUN", "REPO")}}
+with log.open("a") as stream:
+    stream.write(json.dumps({{"name": {name!r}, "arguments": sys.argv[1:], "seen": seen}}) + "\\n")
+if {name!r} == "sbatch":
+    print(100 + count)
+if os.environ.get("SLOW") == {name!r}:
+    time.sleep(30)
+"""
+
+
+class Machine:
+    """A folder on PATH with stand-ins, and what they were asked."""
+
+    def __init__(self, folder: Path, programs: list[str]) -> None:
+        self.log, self.bin = folder / "log.jsonl", folder / "bin"
+        self.bin.mkdir()
+        for name in programs:
+            path = self.bin / name
+            path.write_text(STAND_IN.format(python=sys.executable, log=str(self.log), name=name))
+            path.chmod(0o755)
+
+    def settings(self, **variables: str) -> dict[str, str]:
+        return {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), **variables}
+
+    def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [str(shutil.which("bash")), str(REMOTE / script)]
+        return subprocess.run(
+            command, env=self.settings(**variables), capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def commands(self) -> list[list[str]]:
+        return [[call["name"], *call["arguments"]] for call in self.calls()]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path, ["tinyaudio", "torchrun", "sbatch", "scontrol", "hf"])
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a `tinyaudio ...` command line with the real command, without running it."""
+    from tinyaudio.cli import app
+
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    command.make_context(words[0], list(words[1:]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", str(REMOTE / script)], check=True, capture_output=True)
+
+
+def test_the_line_runs_its_stages_in_order_with_options_that_exist(machine: Machine, tmp_path: Path) -> None:
+    done = machine.run("line.sh", RECIPE="demo", WORK=str(tmp_path), REPO="me/tiny")
+    assert done.returncode == 0, done.stderr
+    store, run = f"{tmp_path}/data/demo", f"{tmp_path}/runs/demo"
+    assert machine.commands() == [
+        ["tinyaudio", "extract", "--recipe", "demo", "--store", store, "--shard", "0/1"],
+        ["tinyaudio", "train", "--recipe", "demo", "--store", store, "--run", run],
+        ["tinyaudio", "eval", run],
+        ["tinyaudio", "eval", run, "--provider", "ctc"],
+        ["tinyaudio", "publish", run, "--repo", "me/tiny"],
+    ]
+    for _, *words in machine.commands():
+        check_command(words)
+
+
+def test_a_second_start_resumes_training(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "run.json").write_text("{}")
+    machine.run("line.sh", WORK=str(tmp_path), STAGES="train")
+    [command] = machine.commands()
+    assert command[-1] == "--resume"
+    check_command(command[1:])
+
+
+def test_several_gpus_go_through_torchrun(machine: Machine, tmp_path: Path) -> None:
+    machine.run("line.sh", WORK=str(tmp_path), GPUS="8", STAGES="extract train")
+    for command in machine.commands():
+        assert command[:6] == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "tinyaudio"]
+        check_command(command[6:])
+    assert len(machine.commands()) == 2
+
+
+def test_a_rehearsal_prints_commands_and_runs_none(machine: Machine, tmp_path: Path) -> None:
+    done = machine.run("line.sh", WORK=str(tmp_path), DRY_RUN="1", REPO="me/tiny")
+    assert done.returncode == 0
+    assert machine.commands() == []
+    assert [line.split()[2] for line in done.stderr.splitlines()] == ["extract", "train", "eval", "eval", "publish"]
+
+
+def test_without_a_repository_nothing_is_published(machine: Machine, tmp_path: Path) -> None:
+    done = machine.run("line.sh", WORK=str(tmp_path), STAGES="publish")
+    assert (done.returncode, machine.commands()) == (0, [])
+    assert "nothing is published" in done.stderr
+
+
+def test_an_unknown_stage_is_refused(machine: Machine) -> None:
+    assert machine.run("line.sh", STAGES="extract-all").returncode == 2
+
+
+def test_term_reaches_the_stage_and_stops_the_line(machine: Machine, tmp_path: Path) -> None:
+    settings = machine.settings(WORK=str(tmp_path), STAGES="train eval", SLOW="tinyaudio")
+    process = subprocess.Popen(["bash", str(REMOTE / "line.sh")], env=settings, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not machine.calls() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert [command[1] for command in machine.commands()] == ["train"]
+
+
+def test_slurm_gets_a_chain_of_jobs(machine: Machine, tmp_path: Path) -> None:
+    done = machine.run("slurm.sh", WORK=str(tmp_path), RECIPE="loquacious-small", ARRAY="4", PARTITION="gpu")
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls()
+    assert [call["seen"]["STAGES"] for call in calls] == ["extract", "extract", "train", "eval", "publish"]
+    dependencies = [re.findall(r"--dependency (\S+)", " ".join(call["arguments"])) for call in calls]
+    assert dependencies == [[], ["afterany:100"], ["afterok:101"], ["afterok:102"], ["afterok:103"]]
+    assert "--array 0-3" in " ".join(calls[0]["arguments"])
+    assert all("--parsable" in call["arguments"] and "--partition" in call["arguments"] for call in calls)
+    assert {call["seen"]["RUN"] for call in calls} == {"loquacious-small"}
+
+
+def test_a_slurm_array_job_extracts_its_own_shards(machine: Machine, tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "7"}
+    done = machine.run("slurm.sbatch", WORK=str(tmp_path), STAGES="extract", LINE=str(REMOTE / "line.sh"), **array)
+    assert done.returncode == 0, done.stderr
+    [command] = machine.commands()
+    assert command[-2:] == ["--shard", "2/4"]
+
+
+def test_a_slurm_job_that_runs_out_of_time_saves_and_queues_again(machine: Machine, tmp_path: Path) -> None:
+    settings = machine.settings(
+        WORK=str(tmp_path), STAGES="train", LINE=str(REMOTE / "line.sh"), SLURM_JOB_ID="7", SLOW="tinyaudio"
+    )
+    process = subprocess.Popen(["bash", str(REMOTE / "slurm.sbatch")], env=settings, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not machine.calls() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 0
+    assert machine.commands()[-1] == ["scontrol", "requeue", "7"]
+
+
+def test_the_skypilot_file_says_what_sky_needs_and_runs_the_line() -> None:
+    task = yaml.safe_load((REMOTE / "skypilot.yaml").read_text())
+    # keys of SkyPilot's task schema (docs.skypilot.co, "Task YAML")
+    known = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "file_mounts", "setup", "run", "volumes"}
+    assert set(task) <= known
+    assert {"resources", "file_mounts", "setup", "run"} <= set(task)
+    assert task["secrets"] == {"HF_TOKEN": None}
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    assert "remote/line.sh" in task["run"]
+    for part in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
+
+
+def test_the_hf_job_uses_options_of_the_real_client(machine: Machine) -> None:
+    done = machine.run("hf-jobs.sh", BUCKET="me/work", SOURCE="git+https://example.org/x", REPO="me/tiny", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    [command] = machine.commands()
+    assert command[:3] == ["hf", "jobs", "run"]
+    client = Path(sys.executable).with_name("hf")
+    told = subprocess.run([client, "jobs", "run", "--help"], capture_output=True, text=True, check=True).stdout
+    for option in (word for word in command if word.startswith("--")):
+        assert re.search(rf"{option}\b", told), option
+    assert re.search(r"\ba100-large\b", told)
+    assert "hf://buckets/me/work:/work" in command
+    assert "remote/line.sh" in command[-1]
+
+
+def test_the_hf_job_needs_a_bucket(machine: Machine) -> None:
+    done = machine.run("hf-jobs.sh", SOURCE="x")
+    assert done.returncode != 0
+    assert "set BUCKET to owner/name" in done.stderr
+
+
+def test_every_file_is_in_the_readme() -> None:
+    readme = (REMOTE / "README.md").read_text()
+    for path in REMOTE.iterdir():
+        assert path.name == "README.md" or f"`{path.name}`" in readme

@@ -1,5 +1,6 @@
 """From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pipelines.errors import RunError
 from pipelines.identity import is_local
 from pipelines.recipes import Recipe
 from pipelines.whitening import feature_statistics, fold_whitening
+from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.encoder import load_feature_extractor
 from tinyaudio.frozen import load_frozen, resolved_revision, weights_digest
@@ -69,6 +71,7 @@ def build_model(
         prompt_suffix_ids=suffix,
         eos_token_id=end_of_text_id(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        window_s=window_s(store, recipe.corpus.train_split),
         store_fingerprint=store.fingerprint_id,
         calibration_id=None if store.calibration is None else store.calibration.id,
     )
@@ -78,3 +81,9 @@ def build_model(
         fold_whitening(model.projector, *feature_statistics(FeatureReader(store, split=recipe.corpus.train_split)))
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, recipe.encoder.revision), tokenizer)
     return model.to(device), processor
+
+
+def window_s(store: FeatureStore, split: str) -> float:
+    """Return the longest training utterance in whole seconds: what the model may be asked to decode at once."""
+    longest = int(FeatureReader(store, split=split).num_frames.max())
+    return float(math.ceil(longest * HOP_LENGTH / SAMPLING_RATE))

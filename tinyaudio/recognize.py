@@ -203,21 +203,17 @@ class _Open:
         if self.end is None:
             raise AssertionError("an input was finished before its end was read")
         segments: list[Segment] = []
+        whole, num_skipped = "", 0  # the last output as it came, and how many words its seam took from its beginning
         for piece in self.pieces:
-            text, codes = self.outputs[piece.index]
+            output, codes = self.outputs[piece.index]
+            text = output
             if piece.overlap_s and segments:
-                before, text, agreed = join_texts(segments[-1].text, text, piece.overlap_s)
-                segments[-1] = replace(segments[-1], text=before)
+                before, text, agreed = join_texts(whole, output, piece.overlap_s)
+                segments[-1] = replace(segments[-1], text=" ".join(before.split()[num_skipped:]))
                 codes = (*codes, *(() if agreed else ("seam",)))
-            segments.append(
-                Segment(
-                    id=piece.index,
-                    start=piece.start_s,
-                    end=piece.end_s,
-                    text=text,
-                    warnings=(*piece.warnings, *codes),
-                )
-            )
+            whole, num_skipped = output, len(output.split()) - len(text.split())
+            codes = (*piece.warnings, *codes)
+            segments.append(Segment(id=piece.index, start=piece.start_s, end=piece.end_s, text=text, warnings=codes))
         return Transcript(
             source=self.name,
             text=" ".join(segment.text for segment in segments if segment.text),

@@ -1,0 +1,241 @@
+"""`tinyaudio transcribe` as a Unix tool: where text goes, what is skipped, which code it leaves with."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from tinyaudio.cli import app
+from tinyaudio.errors import MissingModelError
+from tinyaudio.transcribe import Transcriber
+
+FEW = ["--num-beams", "1", "--max-new-tokens", "4"]
+
+
+@pytest.fixture
+def talk(tmp_path, spoken):
+    path = tmp_path / "talk.wav"
+    soundfile.write(path, spoken[0][0], 16_000, subtype="FLOAT")
+    return path
+
+
+@pytest.fixture
+def run(checkpoint):
+    def go(*words, **kwargs):
+        # CliRunner's stdin is no terminal, as in a pipe
+        return CliRunner().invoke(app, ["transcribe", "-m", str(checkpoint), *FEW, *map(str, words)], **kwargs)
+
+    return go
+
+
+@pytest.fixture
+def expected(model, processor, spoken):
+    text = Transcriber(model, processor).transcribe([spoken[0][0]], num_beams=1, max_new_tokens=4)[0].text
+    assert text
+    return text
+
+
+def test_one_input_is_text_on_stdout_and_no_file(run, talk, expected):
+    done = run(talk)
+    assert (done.exit_code, done.stdout) == (0, expected + "\n")
+    assert sorted(p.name for p in talk.parent.glob("talk*")) == ["talk.wav"]
+
+
+def test_several_inputs_get_files_beside_them_and_lines_on_stdout(run, talk, expected):
+    other = talk.with_name("other.wav")
+    other.write_bytes(talk.read_bytes())
+    done = run(talk, other)
+    assert done.exit_code == 0
+    assert done.stdout == f"{talk}: {expected}\n{other}: {expected}\n"
+    assert talk.with_suffix(".txt").read_text() == other.with_suffix(".txt").read_text() == expected + "\n"
+
+
+def test_bad_input_among_three_fails_alone(run, talk, expected):
+    bad = talk.with_name("bad.wav")
+    bad.write_text("no sound")
+    done = run(talk, bad, talk.with_name("nowhere.wav"), "--output-dir", talk.parent / "out")
+    assert done.exit_code == 1
+    assert (talk.parent / "out/talk.txt").read_text() == expected + "\n"
+    assert [p.name for p in (talk.parent / "out").iterdir()] == ["talk.txt"]
+    assert "1 transcribed, 2 failed" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "bad.wav" in last
+    assert "nowhere.wav" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_silence_is_success(run, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(160_000), 16_000)
+    done = run(tmp_path / "silence.wav")
+    assert (done.exit_code, done.stdout) == (0, "\n")
+    assert "no_speech" in done.stderr
+
+
+def test_twenty_milliseconds_do_no_harm(run, tmp_path):
+    soundfile.write(tmp_path / "click.wav", np.ones(320) * 0.5, 16_000)
+    assert run(tmp_path / "click.wav").exit_code == 0
+
+
+def test_stdin_is_an_input_named_stdin(run, talk, expected, tmp_path):
+    done = run("-", input=talk.read_bytes())
+    assert (done.exit_code, done.stdout) == (0, expected + "\n")
+    done = run("-", "-o", tmp_path / "out", input=talk.read_bytes())
+    assert (tmp_path / "out/stdin.txt").exists()
+    assert run("-", input=b"").exit_code == 1
+
+
+def test_json_is_one_object_per_input_failed_ones_too(run, talk, expected):
+    done = run(talk, talk.with_name("nowhere.wav"), "--json")
+    assert done.exit_code == 1
+    good, bad = map(json.loads, done.stdout.splitlines())
+    assert good["text"] == expected
+    assert good["segments"][0]["text"] == expected
+    assert {"duration", "model", "revision", "version", "warnings"} <= good.keys()
+    assert "does not exist" in bad["error"]
+
+
+def test_all_formats_at_once(run, talk):
+    assert run(talk, "-f", "all", "-o", talk.parent / "out").stdout == ""
+    assert {p.suffix for p in (talk.parent / "out").iterdir()} == {".txt", ".srt", ".vtt", ".tsv", ".json"}
+
+
+def test_skip_existing_looks_for_the_asked_formats_where_they_go(run, talk):
+    out = talk.parent / "out"
+    run(talk, "-f", "txt", "-o", out)
+    before = (out / "talk.txt").stat().st_mtime_ns
+    done = run(talk, "-f", "txt", "-o", out, "--skip-existing")
+    assert "1 skipped" in done.stderr
+    assert (out / "talk.txt").stat().st_mtime_ns == before
+    run(talk, "-f", "txt,srt", "-o", out, "--skip-existing")
+    assert (out / "talk.srt").exists()
+
+
+def test_folders_are_read_sorted_and_deeper_only_if_asked(run, talk, tmp_path):
+    deep = tmp_path / "in/b/c"
+    deep.mkdir(parents=True)
+    for path in (tmp_path / "in/a.wav", tmp_path / "in/b/a.wav", deep / "new\nline.WAV"):
+        path.write_bytes(talk.read_bytes())
+    (tmp_path / "in/notes.md").write_text("not audio")
+    (deep / "loop").symlink_to(tmp_path / "in")
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", "-o", out).exit_code == 0
+    assert [p.name for p in out.iterdir()] == ["a.txt"]
+    done = run(tmp_path / "in", "-o", out, "-r")
+    assert done.exit_code == 0, done.stderr
+    found = sorted(str(p.relative_to(out)) for p in out.rglob("*.txt"))
+    assert found == ["a.txt", "b/a.txt", "b/c/new\nline.txt"]
+
+
+def test_folder_without_audio_and_pattern_without_match_fail_in_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run(tmp_path / "empty", str(tmp_path / "*.wav"), "--json")
+    assert done.exit_code == 1
+    assert "holds no audio files" in done.stderr
+    assert "matches no file" in done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_patterns_are_expanded_where_the_shell_did_not(run, talk):
+    assert run(str(talk.parent / "t*.wav")).exit_code == 0
+
+
+def test_two_inputs_never_share_an_output(run, talk, tmp_path):
+    twin = talk.with_suffix(".flac")
+    soundfile.write(twin, soundfile.read(talk)[0], 16_000)
+    out = tmp_path / "out"
+    assert run(talk, twin, talk, "-o", out).exit_code == 0
+    assert sorted(p.name for p in out.iterdir()) == ["talk.flac.txt", "talk.wav.txt"]
+    far = tmp_path / "far/talk.wav"
+    far.parent.mkdir()
+    far.write_bytes(talk.read_bytes())
+    done = run(talk, far, "-o", out)
+    assert done.exit_code == 1 or done.exit_code == 2
+    assert "would both be written" in done.stderr
+
+
+def test_unwritable_output_fails_that_input(run, talk, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = run(talk, "-o", tmp_path / "file" / "below")
+    assert done.exit_code == 1
+    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["-f", "mp9"], ["--num-beams", "0"], ["--language", "fr"], ["--chunk-length", "-1"], ["--no-such"], []]
+)
+def test_usage_errors_leave_with_2(run, talk, words):
+    assert run(*([talk, *words] if words else [])).exit_code == 2
+
+
+def test_underscores_are_hyphens_and_whispers_names_work(run, talk, expected):
+    done = run(
+        talk, "--output_format", "txt", "--output_dir", talk.parent / "out", "--beam_size", "1", "--skip_existing"
+    )
+    assert done.exit_code == 0
+    assert (talk.parent / "out/talk.txt").read_text() == expected + "\n"
+
+
+def test_missing_model_says_the_next_step(talk, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAUDIO_MODEL", "")
+    done = CliRunner().invoke(app, ["transcribe", str(talk)])
+    assert isinstance(done.exception, MissingModelError)  # one line and exit 1 in cli.main
+    assert "make demo" in str(done.exception)
+
+
+def test_help_loads_no_torch():
+    script = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom tinyaudio.cli import app\n"
+        "assert CliRunner().invoke(app, ['transcribe', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'soundfile') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_reader_that_goes_away_ends_the_run_quietly(checkpoint, talk):
+    command = (
+        f"{sys.executable} -m tinyaudio transcribe -m {checkpoint} --max-new-tokens 4 {talk} {talk}x --json | true"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_half_way_leaves_whole_files_only_and_goes_on(checkpoint, spoken, tmp_path):
+    for i in range(40):
+        soundfile.write(tmp_path / f"{i:02d}.wav", np.concatenate([s for s, _ in spoken]), 16_000)
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "tinyaudio",
+        "transcribe",
+        str(tmp_path),
+        "-o",
+        str(out),
+        "-f",
+        "json",
+        "-m",
+        str(checkpoint),
+    ]
+    command += ["--skip-existing", "--batch-size", "1"]
+    process = subprocess.Popen(command)
+    while not (out.exists() and len(list(out.iterdir())) > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done_by_then = {p.name: p.stat().st_mtime_ns for p in out.glob("*.json")}
+    assert all(json.loads((out / name).read_text())["error"] is None for name in done_by_then)
+    assert len(done_by_then) < 40
+    subprocess.run(command, check=True, timeout=300)
+    after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.json")}
+    assert len(after) == 40
+    assert all(after[name] == when for name, when in done_by_then.items())

@@ -40,9 +40,17 @@ def report_blocks(summary: Summary) -> list[Block]:
 
 def headline(summary: Summary) -> str:
     """Say the result in one line."""
+    return f"{_result(summary)} | {_facts(summary)}"
+
+
+def _result(summary: Summary) -> str:
+    score = summary.headline
+    return f"WER {mark(percent(score.wer), score.word_errors.failed)} {_bracketed(score.interval)}".strip()
+
+
+def _facts(summary: Summary) -> str:
     score, counts = summary.headline, summary.headline.word_errors
     parts = [
-        f"WER {mark(percent(score.wer), counts.failed)} {_bracketed(score.interval)}".strip(),
         f"S {_share(counts.substitutions, counts.words)} D {_share(counts.deletions, counts.words)} "
         f"I {_share(counts.insertions, counts.words)}",
         f"CER {percent(score.cer)}",
@@ -84,12 +92,15 @@ def _bracketed(interval: Interval | None) -> str:
 
 
 def _share(errors: int, words: int) -> str:
-    return f"{100 * errors / words:.2f}" if words else str(errors)
+    return f"{100 * errors / words:.2f} %" if words else str(errors)
 
 
 def _headline(summary: Summary) -> list[Block]:
     counts = summary.headline.word_errors
-    blocks: list[Block] = [Paragraph(headline(summary), kind="result")]
+    blocks: list[Block] = [
+        Paragraph(_result(summary), kind="result"),
+        Paragraph(_facts(summary), kind="facts"),
+    ]
     if counts.failed:
         total = counts.failed + counts.utterances
         blocks.append(
@@ -198,12 +209,13 @@ def _rates(summary: Summary) -> list[Block]:
     rows = [[name, f"{n:,}", percent(n / rates.answered if rates.answered else None)] for name, n in named]
     rows += [[f"guard: {code}", f"{n:,}", percent(n / rates.answered)] for code, n in rates.guard_codes.items()]
     histogram = summary.analysis.error_histogram
-    labels = [*map(str, range(len(histogram) - 1)), f"{len(histogram) - 1}+"]
+    last = max((n for n, count in enumerate(histogram) if count), default=0)
+    labels = [f"{n}+" if n == len(histogram) - 1 else str(n) for n in range(last + 1)]
     title = "Utterances by number of word errors"
     return [
         Heading(2, "Outputs"),
         Table(("Answers that are", "Count", "Share"), rows),
-        Figure(title, bar_chart(title, labels, histogram)),
+        Figure(title, bar_chart(title, labels, histogram[: last + 1])),
     ]
 
 

@@ -18,7 +18,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """`kind` is "plain", "result" or "warning"."""
+    """`kind` is "plain", "result" (what one came for), "facts" (small print of the result) or "warning"."""
 
     text: str
     kind: str = "plain"
@@ -134,14 +134,15 @@ def _block_to_html(block: Block) -> str:
             return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
         case Table(columns, rows):
             return _table_to_html(columns, rows)
-        case Figure(_, svg):
-            return f"<figure>{svg}</figure>"
+        case Figure(title, svg):
+            return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
         case Alignments(pairs):
             return "\n".join(_alignment_to_html(pair) for pair in pairs)
 
 
 def _table_to_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    numeric = [flag and any(row[i] for row in rows) for i, flag in enumerate(numeric)]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         made = [f"<{tag}{' class=n' if numeric[i] else ''}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells)]
@@ -181,8 +182,10 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anyw
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 h3 { font-size: .9rem; font-weight: 600; margin: 0 0 .35rem; color: var(--faint); overflow-wrap: anywhere; }
 p { margin: .6rem 0; max-width: 46rem; }
-p.result { font-size: 1.15rem; font-weight: 600; background: var(--soft); padding: .8rem 1rem; max-width: none;
-  border-left: 4px solid var(--accent); }
+p.result { font-size: 1.5rem; font-weight: 650; background: var(--soft); padding: .7rem 1rem .3rem; margin-bottom: 0;
+  max-width: none; border-left: 4px solid var(--accent); }
+p.facts { color: var(--faint); font-size: .95rem; margin: 0; background: var(--soft); padding: 0 1rem .8rem;
+  max-width: none; border-left: 4px solid var(--accent); }
 p.warning { background: var(--warn); padding: .6rem 1rem; border-left: 4px solid var(--s); max-width: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; }
@@ -190,6 +193,7 @@ th, td { text-align: left; padding: .4rem .7rem; border-bottom: 1px solid var(--
 th { color: var(--faint); font-weight: 600; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: .5rem 0 1rem; }
+figcaption { color: var(--faint); font-size: .85rem; margin-bottom: .4rem; }
 svg { max-width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font: 13px system-ui, "DejaVu Sans", sans-serif; } svg .faint { fill: var(--faint); }
 svg .grid { stroke: var(--line); } svg .mark { fill: var(--accent); } svg .range { stroke: var(--accent); }

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.commits import ArrayFile, Commit
+from cache.commits import Commit
 from cache.errors import CorruptShardError
 from cache.layout import Header, Layout
-from cache.shards import crc32c, read_chunks
+from cache.shards import read_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,13 @@ class Rows:
         return Rows(np.concatenate([part.features for part in parts]), np.concatenate(scales) if scales else None)
 
 
-def read_rows(layout: Layout, header: Header, commit: Commit, start: int, stop: int) -> Rows:
+def read_rows(
+    layout: Layout, header: Header, commit: Commit, start: int, stop: int, buffer: NDArray[np.uint8] | None = None
+) -> Rows:
     """Read and check the chunks of one shard that cover rows `start` to `stop`, all of them used rows of the shard.
+
+    Args:
+        buffer: memory to read the features into; None to allocate.
 
     Returns:
         The rows asked for; views of the chunks that were read.
@@ -67,35 +73,50 @@ def read_rows(layout: Layout, header: Header, commit: Commit, start: int, stop: 
         try:
             fd = os.open(path, os.O_RDONLY)
             try:
-                rows, _ = read_chunks(fd, first, last - first, shape, dtype)
+                rows, _, computed = read_chunks(
+                    fd, first, last - first, shape, dtype, buffer if name == "features" else None)
             finally:
                 os.close(fd)
         except FileNotFoundError:
             raise CorruptShardError(layout.root, commit.shard, f"{name} of it is missing") from None
         except EOFError as error:
             raise CorruptShardError(layout.root, commit.shard, f"in {name} {error}") from error
-        _check(layout, commit, name, file, first, rows.reshape(last - first, -1))
+        if (wrong := np.flatnonzero(computed != file.checksums[first:last])).size:
+            raise CorruptShardError(
+                layout.root, commit.shard, f"chunk {first + wrong[0]} of {name} is not the one that was committed")
         rows.flags.writeable = False
         arrays.append(rows)
     offset = first * header.chunk_rows
     return Rows(arrays[0], arrays[1] if len(arrays) > 1 else None).slice(start - offset, stop - offset)
 
 
-def _check(
-    layout: Layout, commit: Commit, name: str, file: ArrayFile, first: int, chunks: NDArray[Any]
-) -> None:
-    for number, chunk in enumerate(chunks, start=first):
-        if crc32c(chunk) != file.checksums[number]:
-            raise CorruptShardError(
-                layout.root, commit.shard, f"chunk {number} of {name} is not the one that was committed")
+class _Buffers:
+    """Memory of blocks, used again as soon as nobody looks at it any more.
+
+    Fresh memory has to be found and zeroed by the kernel, which takes longer than reading a block that is in its cache.
+    """
+
+    def __init__(self, size_bytes: int, most_spare: int) -> None:
+        self._size_bytes = size_bytes
+        self._spare: deque[NDArray[np.uint8]] = deque(maxlen=most_spare)
+
+    def take(self) -> NDArray[np.uint8]:
+        """Give a buffer that comes back by itself when the last view of it is gone."""
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = np.empty(self._size_bytes, np.uint8)
+        lent = np.frombuffer(memory.data, np.uint8)
+        weakref.finalize(lent, self._spare.append, memory).atexit = False
+        return lent
 
 
 class BlockCache:
     """The blocks of a store, each read once while it is in use; safe to share between threads.
 
     Blocks leave in the order in which they came. In the order of `cache.order` a block is used for as long as its
-    window, so this reads 1.005 times the useful bytes with an eighth more room than the windows need, where dropping the
-    least recently used reads 1.17 times (600,000 utterances of 8 s).
+    window, so this reads 1.005 times the useful bytes with an eighth more room than the windows need, where dropping
+    the least recently used reads 1.17 times (600,000 utterances of 8 s).
     """
 
     def __init__(
@@ -111,6 +132,8 @@ class BlockCache:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="blocks")
         self._kept: OrderedDict[int, Future[Rows]] = OrderedDict()
+        header = self._header
+        self._buffers = _Buffers(header.block_rows * header.dim * header.dtype.itemsize, self.capacity)
 
     def fetch(self, blocks: Iterable[int]) -> dict[int, Future[Rows]]:
         """Give blocks that are kept and begin to read the others.
@@ -128,6 +151,12 @@ class BlockCache:
             self._evict(wanted)
         return wanted
 
+    def clear(self) -> None:
+        """Forget all blocks."""
+        with self._lock:
+            while self._kept:
+                self._kept.popitem()[1].cancel()
+
     @property
     def capacity(self) -> int:
         """Blocks that may be kept."""
@@ -144,7 +173,8 @@ class BlockCache:
         commit = self._commits[shard]
         (features, *_) = commit.arrays.values()
         used = len(features.checksums) * header.chunk_rows
-        rows = read_rows(self._layout, header, commit, start, min(start + header.block_rows, used))
+        stop = min(start + header.block_rows, used)
+        rows = read_rows(self._layout, header, commit, start, stop, self._buffers.take())
         with self._lock:
             self.bytes_read += rows.size_bytes
         return rows

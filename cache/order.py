@@ -3,14 +3,14 @@
     order = epoch_order(reader.starts, costs, budget=4096, block_rows=store.header.block_rows, seed=0, epoch=3)
     for number, positions in order.batches(start=1200, rank=2, world=8): ...
 
-Blocks are dealt to canonical streams once and for all (by the seed). In an epoch each stream shuffles its blocks and takes
-them by the window: some blocks of about one length. The utterances of a window are shuffled, sorted by cost in pools, cut
-into batches by the budget, and the batches shuffled. Batch `n` comes from stream `n % num_streams`, so rank `r` of any
-`world` that divides the streams finds all it needs in its own blocks: each block is read by one rank, and once (but for
-the last few batches of an epoch, where streams have run dry).
+Blocks are dealt to canonical streams once and for all (by the seed). In an epoch each stream shuffles its blocks and
+takes them by the window: some blocks of about one length. The utterances of a window are parted at random into pools,
+each pool sorted by cost and cut into batches by the budget, and the batches of the window shuffled. Batch `n` is of
+stream `n % num_streams`, so rank `r` of any `world` that divides the streams finds all it needs in its own blocks: each
+block is read by one rank, and once (but for the last few batches of an epoch, where some streams have run dry).
 
-Invariants: a pure function of (starts, costs, budget, seed, epoch); every utterance occurs once an epoch; resuming is an
-index. Memory: num_streams / world * window_blocks blocks in use at a time on each rank. Knows nothing of features.
+Invariants: a pure function of (starts, costs, budget, seed, epoch); every utterance occurs once an epoch; to resume is
+to count. Memory: num_streams / world * window_blocks blocks in use at a time on each rank. Knows nothing of features.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class EpochOrder:
         return self.positions[self.bounds[number]:self.bounds[number + 1]]
 
     def batches(self, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Ints]]:
-        """Go through one rank's batches with their numbers, from the first that is not below `start`; O(1) to resume."""
+        """Go through one rank's batches with their numbers, from `start` on; nothing is replayed."""
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of a world of {world} does not exist; it must be 0 to {world - 1}.")
         for number in range(start + (rank - start) % world, len(self), world):
@@ -96,8 +96,8 @@ def epoch_order(
     if not len(costs):
         return EpochOrder(np.zeros(0, np.int64), np.zeros(1, np.int64), 1)
     if costs.max() > budget or costs.min() < 1:
-        raise ValueError(f"costs reach from {costs.min()} to {costs.max()} and a batch may take {budget}: costs must be "
-                         "at least 1 and at most the budget. Raise the budget, or leave the longest utterances out.")
+        raise ValueError(f"costs reach from {costs.min()} to {costs.max()} and a batch may take {budget}: costs must "
+                         "be from 1 to the budget. Raise the budget, or leave the longest utterances out.")
     block, num_blocks = _blocks(starts, block_rows)
     num_streams = _usable_streams(num_streams, num_blocks, window_blocks)
     if num_streams == 1 and num_blocks <= NUM_STREAMS * window_blocks:

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import zarr
+from numpy.typing import NDArray
 
 from cache.claims import Claim, sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
@@ -39,6 +40,7 @@ class FeatureStore:
 
     def __init__(self, layout: Layout, header: Header) -> None:
         self.layout, self.header = layout, header
+        self._spare: list[NDArray[Any]] = []  # memory for shards, used again
 
     # ------------------------------------------------------------------------------------------- making and opening
 
@@ -203,7 +205,8 @@ class FeatureStore:
             return None
         try:
             if not self.layout.commit(shard).exists():
-                return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim)
+                return ShardWriter(
+                    self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare)
         except BaseException:
             claim.release()
             raise

@@ -24,7 +24,7 @@ from cache.durable import exclusive, place, remove
 from cache.errors import CorruptShardError
 from cache.layout import Header
 from cache.plan import plan_digest, read_plan
-from cache.shards import crc32c, expected_index, read_chunks, read_index
+from cache.shards import expected_index, read_chunks, read_index
 from cache.skeleton import encode_rejected, metadata_faults
 from cache.store import FeatureStore
 
@@ -185,11 +185,11 @@ def _compare_chunks(path: Path, header: Header, file: ArrayFile, chunks: list[in
     fd = os.open(path, os.O_RDONLY)
     try:
         for chunk in chunks:
-            rows, found = read_chunks(fd, chunk, 1, shape, header.dtype if features else np.dtype("<f2"))
-            computed = crc32c(rows)
-            if computed != file.checksums[chunk] or found[0] != computed:
+            dtype = header.dtype if features else np.dtype("<f2")
+            _, (found,), (computed,) = read_chunks(fd, chunk, 1, shape, dtype)
+            if not file.checksums[chunk] == found == computed:
                 wrong.append(chunk)
-                sound += int(found[0] == computed)
+                sound += int(found == computed)
     finally:
         os.close(fd)
     return wrong, sound

@@ -36,8 +36,14 @@ class ShardWriter:
     """One shard on its way into the store; a context manager that commits on leaving without an exception."""
 
     def __init__(
-        self, layout: Layout, header: Header, shard: int, plan: pa.Table, calibration: Calibration | None, claim: Claim
+        self, layout: Layout, header: Header, shard: int, plan: pa.Table, calibration: Calibration | None, claim: Claim,
+        spare: list[NDArray[Any]],
     ) -> None:
+        """Begin; see `FeatureStore.write_shard`.
+
+        Args:
+            spare: memory of shards already written; fresh memory costs as much time as writing half the shard.
+        """
         self.shard, self.plan = shard, plan
         self._layout, self._header, self._calibration, self._claim = layout, header, calibration, claim
         self.split: str = plan["split"][0].as_py()
@@ -46,7 +52,8 @@ class ShardWriter:
         self._lengths: dict[int, int] = dict(zip(starts, plan["num_frames"].to_pylist(), strict=True))
         self._limits = _limits(self._lengths, header.block_rows)
         rows = header.rows_per_shard
-        self._features = np.empty((rows, header.dim), dtype=header.dtype)
+        self._spare = spare
+        self._features = spare.pop() if spare else np.empty((rows, header.dim), dtype=header.dtype)
         self._scales = np.empty(rows, dtype="<f2") if header.encoding == "int8" else None
         self._rows: dict[str, dict[str, Any]] = {}
         self._quarantined: list[Quarantined] = []
@@ -132,6 +139,8 @@ class ShardWriter:
                 self._commit()
         finally:
             self._claim.release()
+            self._spare.append(self._features)
+            del self._features  # nothing can be appended any more
 
     def _check_planned(self, utterance_id: str) -> None:
         if utterance_id not in self._planned:

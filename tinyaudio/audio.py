@@ -8,6 +8,7 @@ a header promises.
 This module knows the frame formula of HuBERT and wav2vec 2.0, and nothing else about models.
 """
 
+import contextlib
 import io
 import os
 import shutil
@@ -143,7 +144,7 @@ def _decode(source: AudioSource) -> Iterator[tuple[Samples, int]]:
         import soundfile
 
         try:
-            sound = soundfile.SoundFile(stream)
+            sound = soundfile.SoundFile(_Patient(stream))
         except (soundfile.LibsndfileError, RuntimeError) as error:
             stream.seek(0)
             yield from _decode_with_av(stream, name, str(error))
@@ -154,7 +155,7 @@ def _decode(source: AudioSource) -> Iterator[tuple[Samples, int]]:
             size = max(1, min(sound.samplerate * BLOCK_S, MAX_BLOCK_VALUES // sound.channels))
             try:
                 while len(block := sound.read(size, dtype="float32", always_2d=True)):
-                    yield block.mean(axis=1, dtype=np.float32), sound.samplerate
+                    yield _mean(block, axis=1), sound.samplerate
             except (soundfile.LibsndfileError, RuntimeError) as error:
                 raise AudioError(f"{name} is damaged: {_one_line(str(error))}") from error
 
@@ -169,12 +170,14 @@ def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[t
             if not container.streams.audio:
                 raise AudioError(f"{name} has no audio track; expected speech in WAV, FLAC, MP3, OGG, M4A or WebM")
             track = container.streams.audio[0]
-            rate = int(track.rate or 0)
+            rate = int(getattr(track, "rate", None) or 0)  # a track in a coding FFmpeg cannot decode has none
+            if not rate:
+                raise AudioError(f"{name} has an audio track that cannot be decoded; convert it to WAV or FLAC")
             _check_rate(rate, name)
             to_float = av.AudioResampler(format="fltp", rate=rate)
             for frame in container.decode(track):
                 for part in to_float.resample(frame):
-                    yield part.to_ndarray().mean(axis=0, dtype=np.float32), rate
+                    yield _mean(part.to_ndarray(), axis=0), rate
     except AudioError:
         raise
     except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
@@ -183,6 +186,26 @@ def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[t
         raise AudioError(
             f"{name} is not readable as audio ({reasons}); expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
+
+
+def _mean(block: NDArray[Any], axis: int) -> Samples:
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named in `_resample`
+        return np.asarray(block.mean(axis=axis, dtype=np.float32))
+
+
+class _Patient:
+    """A stream that stays where it is when a damaged file asks it to go before its beginning.
+
+    soundfile calls it from C, where an exception cannot be raised and is printed to stderr with its traceback instead.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read, self.tell, self._seek = stream.read, stream.tell, stream.seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with contextlib.suppress(OSError, ValueError, OverflowError):
+            self._seek(offset, whence)
+        return self.tell()
 
 
 def _one_line(message: str) -> str:

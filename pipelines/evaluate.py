@@ -20,6 +20,7 @@ from pipelines.normalizers import text_policy
 from pipelines.predictions import (
     Prediction,
     appending,
+    claimed,
     drop_torn_line,
     read_predictions,
     replace_text,
@@ -82,6 +83,21 @@ def evaluate(
         EvaluationError: the folder holds another evaluation, or `scoring` names something that is not there.
     """
     output.mkdir(parents=True, exist_ok=True)
+    with claimed(output):
+        predictions, num_resumed = _answer_all(provider, eval_set, output, trained_on, retry_failed, on_progress)
+        summary = score_again(output, output, scoring)
+    return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
+
+
+def _answer_all(
+    provider: Provider,
+    eval_set: EvalSet,
+    output: Path,
+    trained_on: str | None,
+    retry_failed: bool,
+    on_progress: OnProgress | None,
+) -> tuple[tuple[Prediction, ...], int]:
+    """Ask for every answer that is not on the disk yet; returns all of them, and how many were there before."""
     path = output / "predictions.jsonl"
     done = _earlier(path, retry_failed)
     num_resumed = len(done)
@@ -96,8 +112,7 @@ def evaluate(
                     on_progress(len(done), len(eval_set.utterances))
     predictions = tuple(done[one.utterance_id] for one in eval_set.utterances)
     write_predictions(path, predictions)
-    summary = score_again(output, output, scoring)
-    return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
+    return predictions, num_resumed
 
 
 def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:

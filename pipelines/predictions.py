@@ -7,6 +7,7 @@ or a failure (`error`, and `pred_text` is null); a failure is never an empty ans
 Source of the five fields: huggingface/open_asr_leaderboard @ d1e99b2, normalizer/eval_utils.py.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -115,6 +116,23 @@ class PredictionLog:
         self._stream.write(prediction.to_line())
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the claim ends with the process, however it ends.
+
+    Raises:
+        EvaluationError: somebody else holds it.
+    """
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EvaluationError(
+                f"another process evaluates into {str(folder)!r}; wait for it, or name --output"
+            ) from error
+        yield
 
 
 @contextmanager

@@ -144,8 +144,10 @@ def _open_hf(options: ProviderOptions) -> Provider:
 
 
 def _open_assemblyai(options: ProviderOptions) -> Provider:
-    from pipelines.provider_assemblyai import AssemblyAIProvider
-
+    try:
+        from pipelines.provider_assemblyai import AssemblyAIProvider
+    except ModuleNotFoundError as error:
+        raise EvaluationError(f"{error}; install the extra: pip install 'tinyaudio[providers]'") from error
     return AssemblyAIProvider.open(options)
 
 

@@ -84,7 +84,8 @@ class Timing:
 
     Args:
         audio_s: of the answered utterances. time_s: wall time of their answers, summed.
-        rtfx: audio_s / time_s of a local system, decoding of audio files not counted; None for a remote one, whose
+        rtfx: audio_s / time_s of a local system; reading and decoding of files is not counted, and no warm-up is left
+            out; None for a remote one, whose
             times are latencies with network and queue.
     """
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, open_eval_set
 from pipelines.evaluate import evaluate
-from pipelines.predictions import Prediction, drop_torn_line, read_predictions
+from pipelines.predictions import Prediction, claimed, drop_torn_line, read_predictions
 from pipelines.providers import Answer, Clip, ProviderOptions
 from pipelines.recipes import CorpusSection
 from tinyaudio import cli_eval
@@ -148,6 +148,13 @@ def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Pat
         evaluate(parrot(version=2), eval_set(folder), tmp_path / "out")
     with pytest.raises(EvaluationError, match="holds another evaluation \\(set differ"):
         evaluate(parrot(), eval_set(folder, max_samples=2), tmp_path / "out")
+
+
+def test_two_processes_do_not_evaluate_into_one_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with claimed(tmp_path / "out"), pytest.raises(EvaluationError, match="another process evaluates into"):
+        evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    assert evaluate(parrot(), eval_set(folder), tmp_path / "out").word_errors.utterances == 6
 
 
 def test_a_sample_is_random_seeded_and_part_of_a_larger_one(folder: Path) -> None:

@@ -183,6 +183,20 @@ def test_the_command_compares_rescores_and_fails_over_a_limit(corpus: Path, chec
     assert second.exit_code == 0, second.output
     assert "of resamples" in second.stdout
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["comparison"]["utterances"] == NUM_CLIPS
+    (tmp_path / "other" / "eval").mkdir(parents=True)
+    (tmp_path / "a").rename(tmp_path / "other" / "eval" / "b")  # another run's evaluation of the same set
+    by_run = run_eval(
+        str(checkpoint),
+        *common,
+        "--num-beams",
+        "2",
+        "--output",
+        str(tmp_path / "b"),
+        "--compare",
+        str(tmp_path / "other"),
+    )
+    assert by_run.stdout.splitlines()[:-1] == second.stdout.splitlines()[:-1]
+    (tmp_path / "other" / "eval" / "b").rename(tmp_path / "a")
     rescored = run_eval("--rescore", str(tmp_path / "a"), "--output", str(tmp_path / "c"), "--json")
     assert {**numbers(first), "output": ""} == {**numbers(rescored), "output": ""}
     again = run_eval(str(checkpoint), *common, "--num-beams", "1", "--output", str(tmp_path / "a"))

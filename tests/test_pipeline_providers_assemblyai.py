@@ -183,9 +183,10 @@ def test_an_unknown_id_is_a_failure_with_the_services_words(fake: FakeAssemblyAI
 
 
 def test_a_job_whose_id_was_lost_is_found_by_its_upload(fake: FakeAssemblyAI, tmp_path: Path) -> None:
-    lost = provider(tmp_path)._submit(clip(10))
+    killed = provider(tmp_path)
+    lost = killed._submit(clip(10))
     for tenths in range(20, 40):
-        provider(tmp_path)._submit(clip(tenths))
+        killed._submit(clip(tenths))
     ledger = Ledger(tmp_path / JOBS_FILE)
     ledger.note("utt-10", Job(upload=ledger.job("utt-10").upload))  # as if killed between the reply and the note
     answer = answer_one(tmp_path)

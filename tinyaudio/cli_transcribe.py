@@ -1,4 +1,4 @@
-"""The roof over transcription: `tinyaudio transcribe`.
+"""The roof over transcription: `tinyaudio transcribe`, `doctor` and `demo`.
 
 stdout carries transcripts and nothing else; stderr carries progress, warnings and failures, one line each, and a bar
 only where it is a terminal. Exit codes: 0 all done (silence is success), 1 some input failed (the others are done),
@@ -28,6 +28,8 @@ ANY_SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
     app.command("transcribe", context_settings=ANY_SPELLING)(transcribe)
+    app.command("doctor")(doctor)
+    app.command("demo", context_settings=ANY_SPELLING)(demo)
 
 
 @dataclass
@@ -243,6 +245,40 @@ def _close(outcome: Outcome, num_inputs: int, quiet: bool) -> NoReturn:
         if outcome.failures:
             _say(f"failed: {', '.join(repr(name) for name in outcome.failures)}")
     sys.exit(1 if outcome.failures else 0)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Say what this machine can do, a line each, with remedies. Exit 1 if something will fail."""
+    from dataclasses import asdict
+
+    from tinyaudio import doctor as office
+
+    findings = list(office.examine())
+    if as_json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            remedy = f"  -> {finding.remedy}" if finding.remedy else ""
+            print(f"{finding.state:4}  {finding.name}: {finding.found}{remedy}")
+    sys.exit(1 if any(finding.state == "bad" for finding in findings) else 0)
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id; default $TINYAUDIO_MODEL, else runs/latest.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+) -> None:
+    """Open a page to try a model: microphone, upload, transcript with segments. Needs the extra: tinyaudio[demo]."""
+    from tinyaudio.page import build_page
+    from tinyaudio.transcribe import Transcriber
+
+    page = build_page(Transcriber.load(model, device=device))
+    page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
+    print(f"the page is at {page.local_url}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    page.block_thread()
 
 
 class _Bar:

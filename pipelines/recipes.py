@@ -178,7 +178,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"recipe {name_or_path!r}: {_explain(error)}") from error
+        raise RecipeError(f"recipe {name_or_path!r}: {explain(error, Recipe)}") from error
 
 
 def _find(name_or_path: str) -> Path:
@@ -222,15 +222,15 @@ def _override(settings: dict[str, Any], override: str) -> None:
         table.pop("name" if key == "path" else "path", None)
 
 
-def _explain(error: ValidationError) -> str:
-    """Say the first few faults, each with the key, and for an unknown key the nearest known one."""
-    return "; ".join(_explain_one(fault) for fault in error.errors()[:3])
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say the first few faults, each with the key, and for an unknown key the nearest known one of the model."""
+    return "; ".join(_explain_one(fault, model) for fault in error.errors()[:3])
 
 
-def _explain_one(fault: Any) -> str:
+def _explain_one(fault: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(fault["loc"][:-1])
+        known = _known_keys(model, fault["loc"][:-1])
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown key {where!r}; {hint}known: {', '.join(known)}"
@@ -240,8 +240,7 @@ def _explain_one(fault: Any) -> str:
     return f"{where or 'recipe'}: {message}; found {fault['input']!r}" if where.count(".") else f"{where}: {message}"
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
@@ -252,7 +251,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
 
 def differing_keys(one: Recipe, other: Recipe, sections: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Compare two recipes: {"train.seed": (0, 1)} for every key of these sections that differs."""
-    flat_one, flat_other = ({k: v for k, v in _flatten(r.model_dump())} for r in (one, other))
+    flat_one, flat_other = (dict(_flatten(r.model_dump())) for r in (one, other))
     return {
         key: (flat_one.get(key), flat_other.get(key))
         for key in sorted(flat_one | flat_other)

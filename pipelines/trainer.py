@@ -176,7 +176,8 @@ def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> Traini
             f"train.accumulate is {settings.accumulate} and there are {processes} processes; expected a multiple of "
             f"{processes}, since a step takes train.accumulate batches over all processes"
         )
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if is_main_process():
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=settings.steps,

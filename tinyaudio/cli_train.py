@@ -1,6 +1,7 @@
 """The commands of stage two: train, ablate and runs. Part of the roof."""
 
 import json as json_module
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ def train(
 ) -> None:
     """Stage two: train the projector from a feature store; nothing else trains, and the encoder is not even loaded.
 
-    SIGTERM saves and ends with exit code 0. On several GPUs: torchrun --nproc-per-node N -m tinyaudio train ...
+    SIGTERM saves and ends with exit code 0. On several GPUs: torchrun --nproc-per-node N -m -- tinyaudio train ...
     """
     from pipelines.recipes import load_recipe
     from pipelines.rehearsal import rehearse
@@ -54,11 +55,14 @@ def train(
     if dev_run:
         rehearse(loaded, path, device=device, say=say)
         return
+    if run is None and not resume and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise typer.BadParameter("name the run when several processes train together", param_hint="--run")
     folder = run_folder("latest" if resume and run is None else run, loaded.name)
     report = stage_two(loaded, path, Run(folder.resolve()), resume=resume, device=device, say=say)
-    print(report)
-    if json:
-        print(json_module.dumps(report.to_dict()))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report)
+        if json:
+            print(json_module.dumps(report.to_dict()))
 
 
 def ablate(

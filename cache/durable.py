@@ -136,16 +136,21 @@ def write_buffers(fd: int, buffers: Buffers) -> None:
             written -= views.pop(0).nbytes
 
 
+def temporary_of(path: Path, owner: Owner) -> Path:
+    """Name the neighbour that a file is written to before it is put in place."""
+    return path.with_name(f".{path.name}~{owner}.tmp")
+
+
 def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
     """Write a neighbour of `path` and flush it to the disk.
 
     Returns:
-        The neighbour, `.<name>~<owner>.tmp`.
+        The neighbour.
 
     Raises:
         DiskFullError: no space, quota or file size left; the neighbour is removed.
     """
-    temporary = path.with_name(f".{path.name}~{owner}.tmp")
+    temporary = temporary_of(path, owner)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -238,7 +243,7 @@ def silence_s(path: Path, now: float) -> float:
 
 def clock_of(directory: Path) -> float:
     """Read the clock of the file system itself, so that leases survive machines whose clocks disagree."""
-    probe = directory / f".clock~{Owner.me()}.tmp"
+    probe = temporary_of(directory / "clock", Owner.me())
     try:
         probe.touch()
         return probe.stat().st_mtime

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache.commits import committed_shards, read_commit
-from cache.durable import Owner, sync_directory
+from cache.durable import Owner, sync_directory, temporary_of
 from cache.errors import CorruptShardError, PlanError, StoreMismatchError, StoreNotFoundError
 from cache.index import Quarantined, encode_quarantine
 from cache.layout import FORMAT_VERSION, Encoding, Header, Layout, create_arrays, divide_shard, read_header
@@ -182,7 +182,7 @@ def encode_rejected(plan: pa.Table) -> bytes:
 @contextmanager
 def _beside(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> Iterator[Path]:
     """Make a skeleton next to its place, flushed to the disk, and clear away what is left of it afterwards."""
-    skeleton = root.parent / f".{root.name}~{Owner.me()}.tmp"
+    skeleton = temporary_of(root, Owner.me())
     skeleton.mkdir(parents=True)
     try:
         create_arrays(skeleton, header, None if calibration is None else calibration.array)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,16 @@ from numpy.typing import NDArray
 
 from cache.claims import Claim
 from cache.commits import ArrayFile, Commit, PlainFile
-from cache.durable import Buffers, exclusive, link_into_place, num_bytes, place, sync_directory, write_temporary
+from cache.durable import (
+    Buffers,
+    exclusive,
+    link_into_place,
+    num_bytes,
+    place,
+    sync_directory,
+    temporary_of,
+    write_temporary,
+)
 from cache.errors import IncompleteShardError, LostClaimError, UnplannedUtteranceError
 from cache.index import Quarantined, encode_index, encode_quarantine
 from cache.layout import FILL, Header, Layout
@@ -186,21 +196,20 @@ class ShardWriter:
         layout = self._layout
         encoded = self._encode_arrays() | self._encode_files()
         commit = self._record(encoded)
-        temporaries = {}
+        owner = self._claim.owner
         try:
-            for path, (buffers, _) in encoded.items():
-                temporaries[path] = write_temporary(path, buffers, self._claim.owner)
-            with exclusive(layout.lock):
-                self._check_uncontested()
-                for path, temporary in temporaries.items():
-                    path.unlink(missing_ok=True)  # left by a writer that died before its commit
-                    link_into_place(temporary, path)
-                for directory in {path.parent for path in temporaries}:
-                    sync_directory(directory)
-                place(layout.commit(self.shard), [commit.encode()], self._claim.owner)
+            with ThreadPoolExecutor(len(encoded)) as pool:  # the disk flushes several files as fast as the largest
+                list(pool.map(lambda path: write_temporary(path, encoded[path][0], owner), encoded))
+                with exclusive(layout.lock):
+                    self._check_uncontested()
+                    for path in encoded:
+                        path.unlink(missing_ok=True)  # left by a writer that died before its commit
+                        link_into_place(temporary_of(path, owner), path)
+                    list(pool.map(sync_directory, {path.parent for path in encoded}))
+                    place(layout.commit(self.shard), [commit.encode()], owner)
         finally:
-            for temporary in temporaries.values():
-                temporary.unlink(missing_ok=True)
+            for path in encoded:
+                temporary_of(path, owner).unlink(missing_ok=True)
 
     def _check_complete(self) -> None:
         done = self._rows.keys() | {line["utterance_id"] for line in self._quarantined}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,11 +99,30 @@ def check_shard(store: FeatureStore, shard: int, *, deep: bool) -> list[Fault]:
         commit = Commit.decode(store.layout.commit(shard).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [_fault(store, "commit_record", shard, store.layout.commit(shard), f"it is unreadable ({error})")]
-    faults = list(_foreign(store, shard, commit))
-    for name, plain in commit.files.items():
-        faults += _check_plain(store, shard, name, plain.size_bytes, plain.sha256)
-    for name, array in commit.arrays.items():
-        faults += _check_array(store, shard, name, array, deep)
+    paths = {name: store.path / name for name in (*commit.arrays, *commit.files)}
+    return [*_foreign(store, shard, commit), *check_files(store, commit, paths, deep=deep)]
+
+
+def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], *, deep: bool) -> list[Fault]:
+    """Compare files with the record of their shard.
+
+    Args:
+        paths: where each file is by its name in the record: in the store, or on its way into another.
+    """
+    faults: list[Fault] = []
+    for name, path in paths.items():
+        expected = commit.arrays.get(name) or commit.files[name]
+        if not path.exists():
+            faults.append(_fault(store, "missing", commit.shard, name, "it is not there"))
+        elif path.stat().st_size != expected.size_bytes:
+            faults.append(_fault(store, "size", commit.shard, name, f"it has {path.stat().st_size:,} bytes, "
+                                 f"committed with {expected.size_bytes:,}"))
+        elif isinstance(expected, ArrayFile):
+            faults += _check_array(store, commit.shard, name, path, expected, deep)
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected.sha256:
+            kind: Kind = "index" if name.startswith("index/") else "quarantine"
+            found = "it is not the file that was committed (its sha256 differs)"
+            faults.append(_fault(store, kind, commit.shard, name, found))
     return faults
 
 
@@ -138,39 +157,23 @@ def _foreign(store: FeatureStore, shard: int, commit: Commit) -> Iterator[Fault]
                      f"{header.fingerprint_id[:12]}")
 
 
-def _check_plain(store: FeatureStore, shard: int, name: str, size: int, sha256: str) -> Iterator[Fault]:
-    path = store.path / name
-    kind: Kind = "index" if name.startswith("index/") else "quarantine"
-    if not path.exists():
-        yield _fault(store, "missing", shard, path, "it is not there")
-    elif path.stat().st_size != size:
-        yield _fault(store, "size", shard, path, f"it has {path.stat().st_size:,} bytes, committed with {size:,}")
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        yield _fault(store, kind, shard, path, "it is not the file that was committed (its sha256 differs)")
-
-
-def _check_array(store: FeatureStore, shard: int, name: str, file: ArrayFile, deep: bool) -> Iterator[Fault]:
-    path, header = store.path / name, store.header
-    if not path.exists():
-        yield _fault(store, "missing", shard, path, "it is not there")
-        return
-    if path.stat().st_size != file.size_bytes:
-        yield _fault(store, "size", shard, path,
-                     f"it has {path.stat().st_size:,} bytes, committed with {file.size_bytes:,}")
-        return
+def _check_array(
+    store: FeatureStore, shard: int, name: str, path: Path, file: ArrayFile, deep: bool
+) -> Iterator[Fault]:
+    header = store.header
     chunks = list(range(len(file.checksums)))
     if not deep:
         chunks = sorted({*chunks[:1], *chunks[-1:]})
     wrong, sound = _compare_chunks(path, header, file, chunks)
     if wrong and sound == len(wrong):
-        yield _fault(store, "swapped", shard, path,
+        yield _fault(store, "swapped", shard, name,
                      f"{len(wrong)} of {len(chunks)} chunks read are sound but not those of this shard: "
                      "another file is in its place")
     elif wrong:
-        yield _fault(store, "bit_flip", shard, path, f"chunk {wrong[0]} is not the one that was committed"
+        yield _fault(store, "bit_flip", shard, name, f"chunk {wrong[0]} is not the one that was committed"
                      + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     if not _has_expected_index(path, header, len(file.checksums)):
-        yield _fault(store, "shard_index", shard, path, "the Zarr shard index at its end is damaged")
+        yield _fault(store, "shard_index", shard, name, "the Zarr shard index at its end is damaged")
 
 
 def _compare_chunks(path: Path, header: Header, file: ArrayFile, chunks: list[int]) -> tuple[list[int], int]:
@@ -275,8 +278,8 @@ def _note(store: FeatureStore, shards: set[int]) -> None:
             place(path, [b""])
 
 
-def _fault(store: FeatureStore, kind: Kind, shard: int | None, path: Path, found: str) -> Fault:
-    name = path.relative_to(store.path).as_posix()
+def _fault(store: FeatureStore, kind: Kind, shard: int | None, path: Path | str, found: str) -> Fault:
+    name = path if isinstance(path, str) else path.relative_to(store.path).as_posix()
     where = name if shard is None else f"{name} (shard {shard})"
     again = "everything else stays" if shard is None else "exactly this shard is made again"
     return Fault(kind=kind, shard=shard, path=name, message=(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cache.blocks import Rows
 from cache.claims import Claim
 from cache.commits import ArrayFile, Commit, PlainFile
 from cache.durable import (
@@ -104,21 +105,37 @@ class ShardWriter:
             UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
         """
         assert features.shape[1:] == (self._header.dim,), (features.shape, self._header.dim)
+        return self._store(utterance_id, len(features), lambda row: self._put(row, features), {
+            "num_samples": num_samples, "duration_s": duration_s, "transcript": transcript, "speaker": speaker,
+            "source": source, "extra": None if extra is None else json.dumps(extra, sort_keys=True)})
+
+    def append_rows(self, rows: Rows, entry: Mapping[str, Any]) -> bool:
+        """Store one utterance as another store of the same encoding and calibration holds it, bit for bit.
+
+        Args:
+            rows: what a reader's `read_rows` gave.
+            entry: its row of that reader's index.
+        """
+        kept = ("num_samples", "duration_s", "transcript", "speaker", "source", "extra")
+        return self._store(entry["utterance_id"], len(rows.features), lambda row: self._put_rows(row, rows),
+                           {name: entry[name] for name in kept})
+
+    def _store(
+        self, utterance_id: str, length: int, put: Callable[[int], bool], entry: Mapping[str, Any]
+    ) -> bool:
         self._check_planned(utterance_id)
         if utterance_id in self._rows:
             return self.quarantine(utterance_id, "duplicate_id", "stored once already; the later copy was left out")
-        if not len(features):
+        if not length:
             return self.quarantine(utterance_id, "no_frames", "the encoder gave no frames")
-        row = self._place(utterance_id, len(features))
+        row = self._place(utterance_id, length)
         if row is None:
-            return self.quarantine(utterance_id, "longer_than_planned", f"{len(features)} frames do not fit")
-        if not self._put(row, features):
+            return self.quarantine(utterance_id, "longer_than_planned", f"{length} frames do not fit")
+        if not put(row):
             return self.quarantine(utterance_id, "non_finite", "the features hold NaN or infinity")
         self._rows[utterance_id] = {
             "utterance_id": utterance_id, "split": self.split, "shard": self.shard,
-            "start": self.shard * self._header.rows_per_shard + row, "num_frames": len(features),
-            "num_samples": num_samples, "duration_s": duration_s, "transcript": transcript, "speaker": speaker,
-            "source": source, "extra": None if extra is None else json.dumps(extra, sort_keys=True)}
+            "start": self.shard * self._header.rows_per_shard + row, "num_frames": length, **entry}
         return True
 
     def quarantine(self, utterance_id: str, reason: str, detail: str = "") -> bool:
@@ -188,6 +205,13 @@ class ShardWriter:
             return False
         self._num_clamped += int(np.count_nonzero(~np.isfinite(stored)))
         stored[...] = np.clip(features, -FLOAT16_MAX, FLOAT16_MAX)
+        return True
+
+    def _put_rows(self, row: int, rows: Rows) -> bool:
+        place = slice(row, row + len(rows.features))
+        self._features[place] = rows.features
+        if self._scales is not None:
+            self._scales[place] = rows.scales
         return True
 
     def _commit(self) -> None:

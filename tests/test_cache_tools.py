@@ -1,0 +1,139 @@
+"""Looking into stores, comparing, joining and cutting them. Run: pytest tests/test_cache_tools.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_stores import create, fill, make_features, sealed
+
+from cache import (
+    FeatureReader,
+    FeatureStore,
+    Quantized,
+    feature_moments,
+    store_diff,
+    store_export,
+    store_info,
+    store_merge,
+    store_verify,
+)
+from cache.errors import CorruptShardError, StoreMismatchError
+
+FEATURES = make_features([30] * 7 + [65, 20])
+SPLITS = ["train"] * 6 + ["dev"] * 3
+
+
+def test_info_counts_what_is_stored_and_what_is_not(tmp_path: Path) -> None:
+    features = dict(FEATURES)
+    features["u3"] = features["u3"] * np.nan
+    store = sealed(tmp_path / "store", features, splits=SPLITS)
+    info = store_info(store.path)
+    assert (info.num_planned, info.num_utterances, info.num_shards, info.is_sealed) == (9, 7, store.num_shards, True)
+    assert info.quarantine == {"longer_than_shard": 1, "non_finite": 1}
+    assert {name: part["utterances"] for name, part in info.splits.items()} == {"train": 5, "dev": 2}
+    assert info.durations["0-1 s"] == 7
+    assert info.hours == pytest.approx((6 * 30 + 20) / 50 / 3600)
+    assert json.loads(json.dumps(info.to_dict()))["num_frames"] == 200
+    for words in ("7 utterances", "sealed", "non_finite", "dev", info.fingerprint_id[:12]):
+        assert words in info.to_table()
+
+
+def test_info_of_an_unfinished_store_says_how_far_it_is(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    fill(store, FEATURES, [0])
+    info = store_info(store.path)
+    assert (info.num_committed, info.is_sealed) == (1, False)
+    assert f"1 of {store.num_shards} shards, not sealed" in info.to_table()
+
+
+def test_diff_names_the_fields_that_differ(tmp_path: Path) -> None:
+    sealed(tmp_path / "a", FEATURES)
+    sealed(tmp_path / "b", FEATURES, fingerprint={"encoder": {"id": "tiny", "layer": 4}})
+    assert store_diff(tmp_path / "a", tmp_path / "a") == {}
+    assert store_diff(tmp_path / "a", tmp_path / "b")["fingerprint.encoder.layer"] == (3, 4)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_parts_made_on_three_machines_merge_into_the_store_of_one(tmp_path: Path, encoding: str) -> None:
+    whole = sealed(tmp_path / "whole", FEATURES, encoding=encoding)
+    parts = [create(tmp_path / f"part{i}", FEATURES, encoding=encoding) for i in range(3)]
+    for i, part in enumerate(parts):
+        fill(part, FEATURES, part.pending_shards(part=(i, 3)))
+    first = store_merge(tmp_path / "merged", [parts[0].path, parts[1].path])
+    assert first.pending == list(range(2, whole.num_shards, 3))
+    second = store_merge(tmp_path / "merged", [part.path for part in parts])
+    assert (second.adopted, second.present, second.pending) == (first.pending, first.adopted, [])
+    merged = FeatureStore.open(tmp_path / "merged")
+    assert merged.is_sealed
+    assert store_verify(merged, deep=True) == []
+    for shard in range(whole.num_shards):
+        for name in whole.layout.files_of(shard, whole.header):
+            assert (merged.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_merging_another_extraction_is_refused(tmp_path: Path) -> None:
+    sealed(tmp_path / "a", FEATURES)
+    sealed(tmp_path / "b", FEATURES, fingerprint={"encoder": "other"})
+    with pytest.raises(StoreMismatchError, match=r"fingerprint\.encoder"):
+        store_merge(tmp_path / "a", [tmp_path / "b"])
+
+
+def test_a_damaged_shard_is_not_adopted(tmp_path: Path) -> None:
+    source = sealed(tmp_path / "a", FEATURES)
+    path = source.layout.array("features", 1)
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptShardError, match="shard 1"):
+        store_merge(tmp_path / "merged", [source.path])
+    merged = FeatureStore.open(tmp_path / "merged")
+    assert merged.committed_shards() == [0]
+    assert store_verify(merged, deep=True) == []
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_an_exported_subset_holds_the_same_bits(tmp_path: Path, encoding: str) -> None:
+    source = sealed(tmp_path / "store", FEATURES, splits=SPLITS, encoding=encoding)
+    reader = FeatureReader(source)
+    subset = FeatureReader(store_export(source.path, tmp_path / "small", ids={"u0", "u4", "u8"}))
+    assert set(subset.index["utterance_id"].to_pylist()) == {"u0", "u4", "u8"}
+    for utterance_id in ("u0", "u4", "u8"):
+        mine, theirs = subset.get(utterance_id), reader.get(utterance_id)
+        if isinstance(mine, Quantized):
+            np.testing.assert_array_equal(mine.codes, theirs.codes)
+            np.testing.assert_array_equal(mine.scales, theirs.scales)
+        else:
+            np.testing.assert_array_equal(mine, theirs)
+    assert subset.store.fingerprint == source.fingerprint
+    for column in ("transcript", "num_samples", "duration_s", "speaker", "split"):
+        wanted = dict(zip(reader.index["utterance_id"].to_pylist(), reader.index[column].to_pylist(), strict=True))
+        for name, value in zip(subset.index["utterance_id"].to_pylist(), subset.index[column].to_pylist(), strict=True):
+            assert value == wanted[name]
+
+
+def test_an_export_is_limited_by_split_and_hours_and_repeatable(tmp_path: Path) -> None:
+    source = sealed(tmp_path / "store", FEATURES, splits=SPLITS)
+    small = store_export(source.path, tmp_path / "small", split="train", max_hours=2.0 / 3600, seed=5)
+    index = FeatureReader(small).index
+    assert set(index["split"].to_pylist()) == {"train"}
+    assert len(index) == 3
+    again = store_export(source.path, tmp_path / "again", split="train", max_hours=2.0 / 3600, seed=5)
+    assert index["utterance_id"].to_pylist() == FeatureReader(again).index["utterance_id"].to_pylist()
+    with pytest.raises(ValueError, match="no utterance"):
+        store_export(source.path, tmp_path / "none", ids=set())
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_moments_are_those_of_all_stored_frames(tmp_path: Path, encoding: str) -> None:
+    features = {name: frames + 50 for name, frames in make_features([30] * 12).items()}
+    reader = FeatureReader(sealed(tmp_path / "store", features, encoding=encoding))
+    counted: list[int] = []
+    moments = feature_moments(reader, progress=counted.append)
+    stored = [each.dequantize() if isinstance(each, Quantized) else each for each in reader.read(range(len(reader)))]
+    frames = np.concatenate(stored).astype(np.float64)
+    assert (moments.num_frames, moments.num_utterances, sum(counted)) == (360, 12, 360)
+    np.testing.assert_allclose(moments.mean, frames.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.std, frames.std(axis=0), rtol=1e-9)

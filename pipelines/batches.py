@@ -153,6 +153,7 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
         self.reader, self.targets, self.costs = reader, targets, costs
         self.budget, self.seed, self.num_batches = budget, seed, num_batches
         self.chosen = np.arange(len(reader)) if chosen is None else chosen
+        self.num_ahead = BATCHES_AHEAD
         self.waited_s = 0.0  # time that the training loop has spent waiting for batches
         self._durations = np.asarray(reader.index["duration_s"], dtype=np.float64)
         self._world_size, self._is_pinned = world_size, is_pinned
@@ -167,7 +168,7 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Give a batch as `collate` does, with its `num_tokens` (decoder positions), `num_targets` and `duration_s`."""
         started = time.monotonic()
-        wanted = range(number, min(number + 1 + BATCHES_AHEAD * self._world_size, self.num_batches), self._world_size)
+        wanted = range(number, min(number + 1 + self.num_ahead * self._world_size, self.num_batches), self._world_size)
         self._ahead = {n: self._ahead.get(n) or self._pool.submit(self._make, n) for n in wanted}
         batch = self._ahead.pop(number).result()
         self.waited_s += time.monotonic() - started

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 
-# Logits alive at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the product is
-# 261 x 2048 x 128,256, still bound by arithmetic on an A100), larger saves less than a quarter of a batch of 4,096.
+# Logits alive at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the
+# product is 261 x 2048 x 128,256, still bound by arithmetic on an A100); larger saves too little on a small batch.
 CHUNK_ENTRIES = 2**25
 
 

@@ -1,0 +1,104 @@
+"""What `bench train` measures with: ways to compute one loss that agree, and meters that tell the truth."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipelines import bench_losses
+from pipelines.bench_train import format_table, loss_memory_vs_full
+from pipelines.peak_memory import CountFlops, measuring_peak
+from tinyaudio.prompt import transcript_ids
+
+CPU = torch.device("cpu")
+TRANSCRIPTS = ["the cat sat", "", "a dog", "on the mat"]
+
+
+@pytest.fixture
+def batch(model, processor, noise, tokenizer):
+    features, num_frames = model.encode(**processor([noise(s) for s in (1.0, 0.31, 0.01, 2.2)]))
+    rows = [torch.tensor(transcript_ids(tokenizer, text)) for text in TRANSCRIPTS]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    return {"features": features.detach(), "num_frames": num_frames, "labels": labels}
+
+
+def one_by_one(model, batch):
+    """Reference: every utterance by itself, without any padding."""
+    total, count = 0.0, 0
+    for i, frames in enumerate(batch["num_frames"].tolist()):
+        labels = batch["labels"][i][batch["labels"][i] != -100][None]
+        alone = {"features": batch["features"][i : i + 1, :frames], "num_frames": batch["num_frames"][i : i + 1]}
+        total = total + bench_losses.own(model, {**alone, "labels": labels}) * labels.numel()
+        count += labels.numel()
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        bench_losses.own,
+        bench_losses.full_logits,
+        bench_losses.one_chunk,
+        bench_losses.with_mask,
+        bench_losses.packed,
+        bench_losses.as_a_user_would,
+    ],
+)
+def test_unmasked_masked_and_packed_batches_equal_single_utterances(model, batch, loss):
+    def value_and_gradient(way):
+        model.projector.zero_grad()
+        value = way(model, batch)
+        value.backward()
+        return value.detach(), [p.grad.clone() for p in model.projector.parameters()]
+
+    expected, gradients = value_and_gradient(one_by_one)
+    found, others = value_and_gradient(loss)
+    assert abs(found - expected) < 1e-5
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(gradients, others, strict=True))
+
+
+def test_packing_with_a_cache_would_let_utterances_see_each_other(model, batch, monkeypatch):
+    """Why `packed` says use_cache=False: this test fails on the day transformers makes the default safe."""
+    decoder = model.decoder.get_decoder()
+    right = bench_losses.packed(model, batch)
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda **kwargs: forward(**{**kwargs, "use_cache": True}))
+    assert abs(bench_losses.packed(model, batch) - right) > 1e-4
+
+
+def test_peak_counts_what_lives_at_the_same_time():
+    with measuring_peak(CPU) as peak:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+        del b, c
+        torch.ones(1000)
+    assert peak.size_bytes == 2 * 4000
+
+
+def test_flops_are_those_of_the_products():
+    a, b = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7)
+    with CountFlops() as counter:
+        (a @ b).sum().backward()
+    assert counter.flops == 2 * 2 * 3 * 5 * 7  # forward, and backward to a alone
+
+
+def test_loss_part_takes_at_most_a_quarter_of_the_memory_of_full_logits():
+    assert loss_memory_vs_full(CPU) <= 0.25
+
+
+@pytest.mark.slow
+def test_bench_train_reaches_its_ratios_on_the_stand_ins(tmp_path):
+    command = [sys.executable, "-m", "tinyaudio", "bench", "train", "--json", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["vs_plain"] >= 2
+    assert result["vs_live"] >= 1.3
+    assert result["loss_memory_vs_full"] <= 0.25
+    assert result["loader_share"] <= 0.02
+    assert result["matmul_share"] is None
+    assert result["peak_bytes"] > 0
+    assert format_table(result) in done.stdout

@@ -1,0 +1,49 @@
+"""The loss through a frozen head: equal to full logits in value and gradient, without ever holding them."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tinyaudio.errors import ModelError
+from tinyaudio.loss import liger_cross_entropy, summed_cross_entropy
+
+
+def parts(rows: int, width: int, vocabulary: int):
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    return hidden, head, torch.randint(0, vocabulary, (rows,))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 60, 1000, None])
+def test_chunked_loss_equals_full_logits_in_value_and_gradient(chunk_rows):
+    hidden, head, targets = parts(60, 32, 500)
+    full = cross_entropy(head(hidden), targets, reduction="sum") / 60
+    (expected,) = torch.autograd.grad(full, hidden)
+    loss = summed_cross_entropy(hidden, head, targets, chunk_rows) / 60
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert abs(loss - full) < 1e-5
+    assert (gradient - expected).abs().max() < 1e-5
+
+
+def test_loss_without_gradient_is_the_same_value():
+    hidden, head, targets = parts(30, 16, 100)
+    with torch.no_grad():
+        assert torch.equal(
+            summed_cross_entropy(hidden, head, targets, 8), summed_cross_entropy(hidden, head, targets, 8)
+        )
+    assert not summed_cross_entropy(hidden.detach(), head, targets, 8).requires_grad
+
+
+def test_head_that_is_not_linear_works_too():
+    hidden, linear, targets = parts(20, 16, 50)
+    head = torch.nn.Sequential(linear, torch.nn.Tanh())
+    assert (
+        abs(summed_cross_entropy(hidden, head, targets, 3) - cross_entropy(head(hidden), targets, reduction="sum"))
+        < 1e-4
+    )
+
+
+def test_liger_where_it_cannot_run_says_what_it_needs():
+    with pytest.raises(ModelError, match=r"train.liger needs"):
+        liger_cross_entropy(*parts(4, 8, 10))

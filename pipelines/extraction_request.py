@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from cache import FeatureStore, store_repair
 from cache.errors import CacheError
 from cache.plan import plan_digest
@@ -64,7 +66,7 @@ def pinned(recipe: Recipe, store: Path) -> Recipe:
     """Replace branch names by commits: those of the store if it was asked for the same, else what the hub says now.
 
     Raises:
-        CorpusError, MissingModelError: a data set or model that cannot be found.
+        CorpusError: a data set or model that cannot be found.
     """
     recorded = _read(store)
     is_same = recorded.get("revisions") == _revisions(recipe)
@@ -92,22 +94,21 @@ def _dataset_commit(recipe: Recipe) -> str | None:
 
 
 def _model_commit(model_id: str, revision: str | None) -> str | None:
-    # imported here: torch and transformers take seconds, which a finished store need not wait for
-    from tinyaudio.errors import MissingModelError
-    from tinyaudio.frozen import load_config
-
-    def ask() -> Any:
-        try:
-            return load_config(model_id, revision)
-        except MissingModelError as error:  # look at what the hub client itself said: it may pass
-            raise (error.__cause__ or error) from error
-
+    """Ask for the commit that a model's revision means now; offline, that of the copy in the hub client's cache."""
     try:
-        config = patiently(ask, f"model {model_id!r}", OPENING_PATIENCE_S)
-    except OSError:
-        config = load_config(model_id, revision)  # once more, for its own message
-    commit: str | None = getattr(config, "_commit_hash", None) or revision
-    return commit
+        path = patiently(
+            lambda: hf_hub_download(model_id, "config.json", revision=revision),
+            f"model {model_id!r}",
+            OPENING_PATIENCE_S,
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorpusError(
+            f"model {model_id!r} (revision {revision or 'main'!r}) cannot be found: {reason}; check encoder.id, the "
+            "network and HF_TOKEN, or set encoder.id to a local folder"
+        ) from error
+    commit = Path(path).parent.name
+    return commit if is_commit(commit) else revision
 
 
 # ------------------------------------------------------------------------------------------- asking again
@@ -148,8 +149,9 @@ def save_request(store: Path, asked: Recipe, recipe: Recipe, splits: Sequence[st
         "revisions": _revisions(asked),
         "pinned": {"corpus": recipe.corpus.revision, "encoder": recipe.encoder.revision},
     }
-    if _read(store) == document and (store / RECIPE).exists():
-        return
+    recorded = _read(store)
+    if (store / RECIPE).exists() and all(recorded.get(key) == document[key] for key in ("request", "splits", "pinned")):
+        return  # also when it was asked for by commit this time and by branch name before
     temporary = store / f".{REQUEST}.{os.getpid()}"
     recipe.save(temporary)
     temporary.replace(store / RECIPE)

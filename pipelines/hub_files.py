@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import get_session, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipelines.errors import CorpusError, FetchError
@@ -54,16 +54,15 @@ class ShortAnswerError(ConnectionError):
     """Fewer bytes came than were asked for."""
 
 
-def is_passing(error: BaseException) -> bool:
-    """Say whether trying again may help."""
+def is_passing(error: BaseException | None) -> bool:
+    """Say whether trying again may help, by the error or by what caused it."""
+    if error is None or constants.HF_HUB_OFFLINE:
+        return False
     if isinstance(error, HfHubHTTPError):
         response = getattr(error, "response", None)
         return response is not None and response.status_code in _LATER
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    if isinstance(error, LocalEntryNotFoundError):  # "neither in the cache nor reachable"
-        return not isinstance(error.__cause__, OfflineModeIsEnabled)
-    return isinstance(error, (ConnectionError, TimeoutError, *_CLIENT_ERRORS))
+    kinds = (LocalEntryNotFoundError, ConnectionError, TimeoutError, *_CLIENT_ERRORS)  # the first: no way to the hub
+    return isinstance(error, kinds) or is_passing(error.__cause__)
 
 
 def patiently(call: Callable[[], Result], what: str, patience_s: float) -> Result:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
 from pipelines.extraction_request import encoder_name, is_local
+from pipelines.hub_files import OPENING_PATIENCE_S, patiently
 from pipelines.recipes import EncoderSection
 from tinyaudio.encoder import load_encoder, load_feature_extractor
 from tinyaudio.frozen import resolved_revision, weights_digest
@@ -37,9 +38,10 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def open_encoder(section: EncoderSection, device: torch.device) -> LoadedEncoder:
-    """Load the encoder of a recipe; errors as `tinyaudio.encoder.load_encoder`."""
-    model = load_encoder(section.id, section.revision)
-    extractor = load_feature_extractor(section.id, section.revision)
+    """Load the encoder of a recipe; errors as `tinyaudio.encoder.load_encoder`; FetchError: no way to the hub."""
+    what = f"encoder {section.id!r}"
+    model = patiently(lambda: load_encoder(section.id, section.revision), what, OPENING_PATIENCE_S)
+    extractor = patiently(lambda: load_feature_extractor(section.id, section.revision), what, OPENING_PATIENCE_S)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
         "id": encoder_name(section.id),

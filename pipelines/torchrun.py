@@ -30,6 +30,17 @@ def place() -> Place:
     return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
+def use_all_cores() -> None:
+    """Undo what launchers do to CPU threads.
+
+    torchrun and Ray give each process one thread. How many there are changes the last bits of a matrix product on a CPU,
+    and every process is to compute what one process alone would have computed.
+    """
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def wait_for_all() -> None:
     """Return when every process of the group has come here."""
     if place().world > 1:

@@ -77,7 +77,7 @@ def _work(
     """Extract; the report, or None in a process that another one speaks for."""
     from pipelines.extract import extract as stage_one
     from pipelines.extract import read_report
-    from pipelines.torchrun import place, wait_for_all
+    from pipelines.torchrun import place, use_all_cores, wait_for_all
 
     splits = _splits(recipe, path, split)
     if ray:
@@ -85,6 +85,8 @@ def _work(
 
         return ray_extract(recipe, path, splits=splits, part=part, num_actors=ray, max_bad=max_bad)
     here = place()
+    if here.world > 1:
+        use_all_cores()
     with _ProgressBar(is_shown=here.rank == 0) as bar:
         report = stage_one(
             recipe,

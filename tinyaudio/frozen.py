@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from .errors import MissingModelError, ModelError
@@ -34,7 +35,9 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
         ModelError: files that do not make such a model.
     """
     if not Path(model_id).is_dir() and (model_id.startswith((".", "/", "~")) or model_id.count("/") != 1):
-        raise MissingModelError(f"{model_id!r} is not a folder; expected a model folder or a hub id such as 'owner/name'")
+        raise MissingModelError(
+            f"{model_id!r} is not a folder; expected a model folder or a hub id such as 'owner/name'"
+        )
     try:
         return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
     except OSError as error:
@@ -56,8 +59,14 @@ def load_config(model_id: str, revision: str | None = None) -> Any:
 
 def resolved_revision(model: Any, revision: str | None) -> str | None:
     """Return the hub commit a model was loaded from; the revision as asked for where there is none (local folders)."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return str(commit) if commit else revision
+    commit = getattr(model.config, "_commit_hash", None)  # older transformers; 5.23 does not say
+    if commit:
+        return str(commit)
+    name = model.config.name_or_path
+    if not name or Path(name).is_dir():
+        return revision
+    config = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return Path(config).parent.name if isinstance(config, str) else revision
 
 
 def freeze(module: ModuleT) -> ModuleT:

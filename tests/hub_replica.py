@@ -1,0 +1,350 @@
+"""A replica of the hub on 127.0.0.1: the endpoints that huggingface_hub and datasets use, and the faults of a real one.
+
+    with Hub(tmp_path) as hub:
+        hub.add("models", "facebook/hubert-large-ls960-ft", {"config.json": path, ...})
+        subprocess.run([...], env=hub.environment(tmp_path / "home"))
+
+Serves files with ETags, commits, branches and byte ranges; keeps a log of every request; answers wrongly when told to:
+`hub.faults.append(Fault("resolve", "disconnect", times=2))`. Also a script: `python tests/hub_replica.py FOLDER` serves
+the stand-ins of pipelines/demo under the real names until interrupted, for trying commands by hand.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DEMO = Path(__file__).parents[1] / "pipelines" / "demo"
+ENCODER, DECODER = "facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-Base"
+CORPUS = "speechbrain/LoquaciousSet"
+DEV_FILES = 6
+ROWS_PER_GROUP = 20
+
+
+@dataclass
+class Repo:
+    """One repository: files by path, at one commit that `main` points to."""
+
+    kind: str  # "models" or "datasets"
+    name: str
+    files: dict[str, Path]
+    commit: str
+    is_gated: bool = False
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        revision = unquote(revision)
+        return self.commit if revision == self.commit else self.branches.get(revision)
+
+    def sha256(self, path: str) -> str:
+        return hashlib.sha256(self.files[path].read_bytes()).hexdigest()
+
+    def entry(self, path: str) -> dict[str, object]:
+        size = self.files[path].stat().st_size
+        entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": self.sha256(path)[:40]}
+        if path.endswith((".parquet", ".safetensors")):
+            entry["lfs"] = {"oid": self.sha256(path), "sha256": self.sha256(path), "size": size, "pointerSize": 130}
+        return entry
+
+
+@dataclass
+class Fault:
+    """A wrong answer: an HTTP status, "slow", "disconnect" (half of the body), "short" (fewer bytes than asked for)."""
+
+    pattern: str  # searched in the request's path
+    kind: int | str
+    times: int = 1  # how often; -1: for ever
+    share: float = 1.0  # of the matching requests
+    method: str = "GET"
+    retry_after: str = "0"
+
+
+@dataclass
+class Request:
+    """One line of the log."""
+
+    method: str
+    path: str
+    range: tuple[int, int] | None
+    status: int
+    num_bytes: int
+
+
+class Hub:
+    """The replica, running while its `with` block does."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.faults: list[Fault] = []
+        self.log: list[Request] = []
+        self.random = random.Random(seed)
+        self.lock = threading.Lock()
+        hub = self
+
+        class Handler(_Handler):
+            replica = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self._server.serve_forever, name="hub", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, kind: str, name: str, files: dict[str, Path]) -> Repo:
+        """Serve files as a repository; its commit is a digest of them."""
+        digest = hashlib.sha1(f"{kind}/{name}".encode())
+        for path in sorted(files):
+            digest.update(path.encode() + files[path].read_bytes())
+        repo = Repo(kind, name, files, digest.hexdigest())
+        repo.branches["main"] = repo.commit
+        self.repos[kind, name] = repo
+        return repo
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Give the environment of a fresh machine whose hub is this one."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
+        return {
+            **kept,
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                is_hit = fault.times and fault.method == method and re.search(fault.pattern, path)
+                if is_hit and self.random.random() < fault.share:
+                    fault.times -= 1
+                    return dataclasses.replace(fault)
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    replica: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(body)
+
+    def _answer(self, body: bytes = b"") -> None:
+        fault = self.replica.take_fault(self.command, self.path)
+        if fault is not None and isinstance(fault.kind, int):
+            return self._send(fault.kind, b"not now", {"Retry-After": fault.retry_after})
+        if fault is not None and fault.kind == "slow":
+            time.sleep(0.5)
+        path = unquote(urlsplit(self.path).path)
+        match = re.match(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", path)
+        if match:
+            kind = "datasets" if match[1] else "models"
+            return self._file(self.replica.repos.get((kind, match[2])), match[3], match[4], fault)
+        match = re.match(
+            r"^/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(/.*)?)?)?$", path
+        )
+        if match:
+            repo = self.replica.repos.get((match[1], match[2]))
+            return self._api(repo, match[3], match[4] or "main", (match[5] or "").strip("/"), body)
+        return self._missing("EntryNotFound")
+
+    def _missing(self, code: str) -> None:
+        self._send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not here"})
+
+    def _api(self, repo: Repo | None, what: str | None, revision: str, folder: str, body: bytes) -> None:
+        if repo is None:
+            return self._missing("RepoNotFound")
+        commit = repo.resolve(revision)
+        if commit is None:
+            return self._missing("RevisionNotFound")
+        if what == "refs":
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.branches.items()]
+            return self._json({"branches": branches, "tags": [], "converts": []})
+        if what == "tree":
+            return self._json(self._tree(repo, folder))
+        if what == "paths-info":
+            return self._json([entry for path in _paths(body) for entry in self._info(repo, path)])
+        siblings = [{"rfilename": path, **repo.entry(path)} for path in sorted(repo.files)]
+        info = {"_id": "0" * 24, "id": repo.name, "sha": commit, "private": False, "gated": False, "disabled": False}
+        return self._json({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings, "cardData": {}})
+
+    def _tree(self, repo: Repo, folder: str) -> list[dict[str, object]]:
+        is_recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
+        prefix = f"{folder}/" if folder else ""
+        inside = [path for path in sorted(repo.files) if path.startswith(prefix)]
+        entries = [repo.entry(path) for path in inside if is_recursive or "/" not in path[len(prefix) :]]
+        folders = {prefix + path[len(prefix) :].split("/")[0] for path in inside if "/" in path[len(prefix) :]}
+        return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries
+
+    def _info(self, repo: Repo, path: str) -> list[dict[str, object]]:
+        if path in repo.files:
+            return [repo.entry(path)]
+        if any(file.startswith(f"{path}/") for file in repo.files):
+            return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0}]
+        return []
+
+    def _file(self, repo: Repo | None, revision: str, path: str, fault: Fault | None) -> None:
+        if repo is None:
+            return self._missing("RepoNotFound")
+        commit = repo.resolve(revision)
+        if commit is None:
+            return self._missing("RevisionNotFound")
+        if path not in repo.files:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        size = repo.files[path].stat().st_size
+        headers = {"ETag": f'"{repo.sha256(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        span = _span(self.headers.get("Range"), size)
+        start, end = span or (0, size)
+        with repo.files[path].open("rb") as file:
+            file.seek(start)
+            body = file.read(end - start)
+        if span:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        if fault is not None and fault.kind == "short":
+            body = body[: len(body) // 2]
+        half = fault is not None and fault.kind == "disconnect"
+        return self._send(206 if span else 200, body, headers, span=span, half=half)
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str],
+        span: tuple[int, int] | None = None,
+        half: bool = False,
+    ) -> None:
+        self.replica.log.append(Request(self.command, self.path, span, status, len(body)))
+        try:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[: len(body) // 2] if half else body)
+            if half:
+                self.close_connection = True
+        except (BrokenPipeError, ConnectionResetError):  # the client was killed
+            self.close_connection = True
+
+
+def _span(header: str | None, size: int) -> tuple[int, int] | None:
+    match = re.match(r"bytes=(\d*)-(\d*)$", header or "")
+    if match is None:
+        return None
+    if not match[1]:
+        return max(0, size - int(match[2])), size
+    return int(match[1]), min(size, int(match[2]) + 1 if match[2] else size)
+
+
+def _paths(body: bytes) -> list[str]:
+    try:
+        paths = json.loads(body)["paths"]
+    except (ValueError, KeyError):
+        paths = parse_qs(body.decode()).get("paths", [])
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+# ------------------------------------------------------------------------------------------- what it serves
+
+CARD = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: small/train*}
+  - {split: dev, path: dev/dev*}
+  - {split: test, path: test/test*}
+- config_name: medium
+  data_files:
+  - {split: train, path: medium/train*}
+  - {split: dev, path: dev/dev*}
+  - {split: test, path: test/test*}
+dataset_info:
+- config_name: small
+  features:
+  - {name: ID, dtype: string}
+  - {name: duration, dtype: float32}
+  - name: wav
+    dtype: {audio: {sample_rate: 16000, decode: false}}
+  - {name: spk_id, dtype: string}
+  - {name: sex, dtype: string}
+  - {name: text, dtype: string}
+---
+# A replica of LoquaciousSet's layout, filled with the bundled synthetic speech
+"""
+
+
+def loquacious_files(folder: Path, num_train: int = 120, num_other: int = 48) -> dict[str, Path]:
+    """Write the bundled corpus in LoquaciousSet's file layout: two training files, six of dev, six of test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(CARD)
+    files = {"README.md": folder / "README.md"}
+    layout = {
+        "small/train": ("train", num_train, 2),
+        "dev/dev": ("dev", num_other, 6),
+        "test/test": ("test", num_other, 6),
+    }
+    for prefix, (split, count, parts) in layout.items():
+        table = pq.read_table(DEMO / "corpus" / f"{split}-00000-of-00001.parquet").slice(0, count)
+        for part in range(parts):
+            first, last = part * count // parts, (part + 1) * count // parts
+            name = f"{prefix}-{part:05}-of-{parts:05}.parquet"
+            files[name] = write_rows(folder / name, table.slice(first, last - first))
+    return files
+
+
+def write_rows(path: Path, table: pa.Table) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
+    return path
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "README.md"}
+
+
+def fill(hub: Hub, folder: Path, num_train: int = 120, num_other: int = 48) -> Hub:
+    """Serve the stand-ins and the bundled corpus under the real names."""
+    hub.add("models", ENCODER, model_files(DEMO / "encoder"))
+    hub.add("models", DECODER, model_files(DEMO / "decoder"))
+    hub.add("datasets", CORPUS, loquacious_files(folder, num_train, num_other))
+    return hub
+
+
+if __name__ == "__main__":
+    with fill(Hub(), Path(sys.argv[1]), 2400, 120) as served:
+        print(f"export HF_ENDPOINT={served.endpoint} HF_HUB_DISABLE_XET=1 HF_HOME=$(mktemp -d)", flush=True)
+        threading.Event().wait()

@@ -1,0 +1,210 @@
+"""The unmodified commands against a loopback replica of the hub: what is fetched, pinned, retried and refused.
+
+One process runs a whole session, so that its imports are paid once; between commands it calls `/mark/<name>`, at which
+the replica changes its faults.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hub_replica import CORPUS, DECODER, ENCODER, Fault, Hub, fill
+
+from cache import FeatureReader, FeatureStore
+from pipelines.extract import extract
+from pipelines.recipes import load_recipe
+
+SESSION = """
+import json, os, sys, urllib.request
+from tinyaudio.cli import main
+for name, arguments in json.loads(sys.argv[1]):
+    try:
+        urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mark/" + name)
+    except Exception:
+        pass
+    sys.argv = ["tinyaudio", *arguments]
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    print(f"<<{name} {code}>>", flush=True)
+    print(f"<<{name}>>", file=sys.stderr, flush=True)
+"""
+
+
+class Session:
+    """What a session of commands left: per command exit code, stdout, stderr and the replica's log."""
+
+    def __init__(self, hub: Hub, folder: Path, commands: dict[str, list[object]]) -> None:
+        listed = json.dumps([(name, [str(a) for a in arguments]) for name, arguments in commands.items()])
+        environment = {**hub.environment(folder / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", SESSION, listed],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        self.codes = dict(re.findall(r"<<(\S+) (\S+)>>", done.stdout))
+        self.stdout = dict(zip(commands, re.split(r"<<\S+ \S+>>\n", done.stdout), strict=False))
+        self.stderr = dict(zip(commands, re.split(r"<<\S+>>\n", done.stderr), strict=False))
+        self._log = hub.log
+
+    def requests(self, name: str) -> list[object]:
+        marks = [i for i, request in enumerate(self._log) if request.path.startswith("/mark/")]
+        first = next(i for i in marks if self._log[i].path == f"/mark/{name}")
+        return self._log[first + 1 : next((i for i in marks if i > first), len(self._log))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One session: plan, a hub that stays away, a hub with faults, nothing to do, training, scoring, transcribing."""
+    folder = tmp_path_factory.mktemp("hub")
+    with fill(Hub(), folder / "served", num_train=60, num_other=60) as hub:
+        away = Fault(r"resolve/.*small/train-00001.*parquet", 503, times=-1)
+        passing = [
+            Fault(r"resolve/.*train-00000.*parquet", "disconnect", times=3),
+            Fault(r"resolve/.*train-00001.*parquet", "short", times=2),
+            Fault(r"resolve/.*dev-00002.*parquet", 429, times=2, retry_after="1"),
+            Fault(r"resolve/.*dev-00003.*parquet", 500, times=2),
+            Fault(r"resolve/.*dev-00004.*parquet", "slow", times=2),
+            Fault(r"resolve/.*/model.safetensors", 500, times=1),
+        ]
+        faults = {"away": [away], "faulty": passing, "gone": [Fault(r"resolve/.*parquet", 404, times=-1)]}
+        take = hub.take_fault
+
+        def marked(method: str, path: str) -> Fault | None:
+            if path.startswith("/mark/"):
+                hub.faults[:] = faults.get(path.removeprefix("/mark/"), [])
+            return take(method, path)
+
+        hub.take_fault = marked
+        name = "loquacious-small"
+        clip = folder / "clip.wav"
+        soundfile.write(clip, 0.1 * np.sin(np.arange(16_000) / 20), 16_000)
+        extract_it = ["extract", "--recipe", name, "--store", "store"]
+        train = ["train", "--recipe", name, "--store", "store", "--run", "run", "--device", "cpu"]
+        for key in ("steps=2", "warmup_steps=1", "eval_every=2", "eval_utterances=2", "save_every=2"):
+            train += ["--set", f"train.{key}"]
+        commands = {
+            "plan": [*extract_it, "--plan", "--json"],
+            "away": [*extract_it, "--set", "corpus.fetch_patience_s=1.0"],
+            "faulty": extract_it,
+            "again": extract_it,
+            "gone": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.no_speech=0"],
+            "unknown": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.name=nobody/nothing"],
+            "train": train,
+            "eval": ["eval", "runs/run", "--corpus", "loquacious", "--split", "test", "--max-samples", "2", "--json"],
+            "transcribe": ["transcribe", "--model", "runs/run", "--max-new-tokens", "5", "clip.wav"],
+        }
+        yield folder, hub, Session(hub, folder, commands)
+
+
+def test_plan_reads_metadata_columns_and_not_a_byte_of_audio(world):
+    _, hub, session = world
+    assert session.codes["plan"] == "0", session.stderr["plan"]
+    plan = json.loads(session.stdout["plan"].splitlines()[-1])
+    assert plan["splits"] == ["train", "dev"]
+    assert plan["utterances"] - plan["no_speech"] == 120
+    repo = hub.repos["datasets", CORPUS]
+    assert plan["revisions"][CORPUS] == repo.commit
+    touched = 0
+    for request in session.requests("plan"):
+        match = re.search(rf"/resolve/{repo.commit}/(.+\.parquet)$", request.path)
+        if match and request.method == "GET":
+            assert request.range is not None, "a whole Parquet file was fetched"
+            for start, end in audio_spans(repo.files[match[1]]):
+                assert request.range[1] <= start or request.range[0] >= end, f"audio of {match[1]} was fetched"
+            touched += 1
+    assert touched > 10
+    assert not any(
+        "model.safetensors" in request.path and request.method == "GET" for request in session.requests("plan")
+    )
+
+
+def audio_spans(path: Path) -> list[tuple[int, int]]:
+    footer, spans = pq.read_metadata(path), []
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            chunk = footer.row_group(group).column(column)
+            if chunk.path_in_schema == "wav.bytes":
+                start = chunk.dictionary_page_offset or chunk.data_page_offset
+                spans.append((start, start + chunk.total_compressed_size))
+    assert spans
+    return spans
+
+
+def test_a_hub_that_stays_away_is_one_line_and_keeps_what_is_done(world):
+    _, _, session = world
+    assert session.codes["away"] == "1"
+    last = session.stderr["away"].strip().splitlines()[-1]
+    assert "train-00001" in last
+    assert "503" in last
+    assert "type the same again" in last
+    assert "Traceback" not in session.stderr["away"]
+
+
+def test_passing_faults_change_nothing_that_is_stored(world, tmp_path):
+    folder, _, session = world
+    assert session.codes["faulty"] == "0", session.stderr["faulty"]
+    assert "complete" in session.stdout["faulty"] or "written now" in session.stdout["faulty"]
+    (tmp_path / "train").mkdir()
+    for split, at in (("train", "small"), ("dev", "dev")):
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        for path in (folder / "served" / at).glob("*.parquet"):
+            (tmp_path / "corpus" / split / path.name).symlink_to(path)
+    local = load_recipe("loquacious-small", [f"corpus.path={tmp_path / 'corpus'}", f"encoder.id={ENCODER_FOLDER}"])
+    extract(local, tmp_path / "store", splits=["train", "dev"], device="cpu")
+    one, other = FeatureReader(folder / "store"), FeatureReader(tmp_path / "store")
+    ids = one.index["utterance_id"].to_pylist()
+    assert sorted(ids) == sorted(other.index["utterance_id"].to_pylist())
+    assert all(np.array_equal(one.get(i), other.get(i)) for i in ids)
+
+
+ENCODER_FOLDER = Path(__file__).parents[1] / "pipelines" / "demo" / "encoder"
+
+
+def test_branches_become_commits_in_recipe_fingerprint_and_requests(world):
+    folder, hub, session = world
+    corpus, encoder = hub.repos["datasets", CORPUS], hub.repos["models", ENCODER]
+    fingerprint = FeatureStore.open(folder / "store").fingerprint
+    assert {split["revision"] for split in fingerprint["corpus"]["splits"].values()} == {corpus.commit}
+    assert fingerprint["encoder"]["revision"] == encoder.commit
+    saved = load_recipe(str(folder / "store" / "recipe.toml"))
+    assert (saved.corpus.revision, saved.encoder.revision) == (corpus.commit, encoder.commit)
+    fetched = [r.path for r in session.requests("faulty") if r.path.endswith((".parquet", ".safetensors"))]
+    assert fetched
+    assert all(corpus.commit in path or encoder.commit in path for path in fetched)
+
+
+def test_a_finished_store_asks_the_hub_nothing(world):
+    _, _, session = world
+    assert session.codes["again"] == "0"
+    assert "nothing to do" in session.stderr["again"]
+    assert session.requests("again") == []
+
+
+@pytest.mark.parametrize("name", ["gone", "unknown"])
+def test_what_is_not_there_is_one_line_at_once(world, name):
+    _, _, session = world
+    assert session.codes[name] == "1"
+    assert "Traceback" not in session.stderr[name]
+    assert "HF_TOKEN" in session.stderr[name].strip().splitlines()[-1]
+
+
+def test_training_scoring_and_transcribing_meet_the_same_hub(world):
+    folder, hub, session = world
+    for name in ("train", "eval", "transcribe"):
+        assert session.codes[name] == "0", session.stderr[name]
+    config = json.loads((folder / "runs" / "run" / "config.json").read_text())
+    assert config["encoder_revision"] == hub.repos["models", ENCODER].commit
+    assert config["decoder_revision"] == hub.repos["models", DECODER].commit

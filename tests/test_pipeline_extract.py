@@ -1,0 +1,340 @@
+"""Stage one on tiny random parts: nothing lost, nothing twice, the same rows whoever computes them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cache import FeatureReader, FeatureStore
+from pipelines import shard_line
+from pipelines.corpora import open_corpus
+from pipelines.encoding import cut_batches
+from pipelines.errors import CorpusError, DiskError, PipelineError, TooManyBadError
+from pipelines.extract import extract, wanted_splits
+from pipelines.extraction_request import finished
+from pipelines.recipes import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def stage_one(recipe_file: Path, store: Path, *overrides: str, split: str | None = None, **options):
+    recipe = load_recipe(str(recipe_file), overrides)
+    splits, _ = wanted_splits(recipe, open_corpus(recipe.corpus), split)
+    return extract(recipe, store, splits=splits, device="cpu", **options)
+
+
+def content(store: Path) -> dict[str, np.ndarray]:
+    reader = FeatureReader(store)
+    return {i: reader.get(i) for i in reader.index["utterance_id"].to_pylist()}
+
+
+def same_content(one: Path, other: Path) -> bool:
+    a, b = content(one), content(other)
+    return a.keys() == b.keys() and all(np.array_equal(a[i], b[i]) for i in a)
+
+
+def quarantine_of(store: Path) -> dict[str, str]:
+    lines = [line for path in sorted((store / "quarantine").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return {entry["utterance_id"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+@pytest.fixture
+def store(recipe_file, tmp_path):
+    stage_one(recipe_file, tmp_path / "store")
+    return tmp_path / "store"
+
+
+# ------------------------------------------------------------------------------------------- the same, whoever works
+
+
+def test_decoding_processes_store_what_threads_store(recipe_file, store, tmp_path):
+    stage_one(recipe_file, tmp_path / "processes", "extract.decode_workers=2")
+    assert same_content(store, tmp_path / "processes")
+
+
+def test_parts_write_disjoint_shards_of_one_plan_and_the_last_one_seals(recipe_file, store, tmp_path):
+    reports = [stage_one(recipe_file, tmp_path / "parts", part=(i, 3)) for i in range(3)]
+    assert [report.is_complete for report in reports] == [False, False, True]
+    assert sum(report.shards_written for report in reports) == reports[0].shards_total
+    assert same_content(store, tmp_path / "parts")
+
+
+@pytest.mark.slow  # two interpreters with torch each, half a minute
+def test_torchrun_with_two_processes_stores_what_one_stores(recipe_file, store, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    arguments = ["-m", "tinyaudio", "extract", "--recipe", recipe_file, "--store", tmp_path / "group", "--json"]
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == 1
+    assert reports[0]["is_complete"]
+    assert reports[0]["utterances"] == 48
+    assert same_content(store, tmp_path / "group")
+
+
+@pytest.mark.slow  # a Ray cluster of this machine, half a minute
+def test_ray_with_two_actors_stores_what_one_process_stores(recipe_file, store, tmp_path):
+    pytest.importorskip("ray", reason="the optional extra `ray` is not installed")
+    from pipelines.ray_extract import ray_extract
+
+    recipe = load_recipe(str(recipe_file))
+    report = ray_extract(recipe, tmp_path / "ray", splits=["train", "dev"], num_actors=2)
+    assert report.is_complete
+    assert report.shards_written == report.shards_total
+    assert same_content(store, tmp_path / "ray")
+
+
+def test_ray_absent_is_one_line(recipe_file, tmp_path, monkeypatch):
+    from pipelines.ray_extract import ray_extract
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PipelineError, match=r"tinyaudio\[ray\]"):
+        ray_extract(load_recipe(str(recipe_file)), tmp_path / "ray", splits=["train"], num_actors=2)
+
+
+# ------------------------------------------------------------------------------------------- again
+
+
+def test_a_finished_store_answers_without_torch(recipe_file, store):
+    script = (
+        "import sys; from pathlib import Path; from pipelines.extraction_request import finished\n"
+        "from pipelines.recipes import load_recipe\n"
+        f"report = finished(load_recipe({str(recipe_file)!r}), Path({str(store)!r}))\n"
+        "assert report.is_complete and report.utterances == 48, report\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_question_is_not_answered_by_a_finished_store(recipe_file, store):
+    assert finished(load_recipe(str(recipe_file)), store) is not None
+    assert finished(load_recipe(str(recipe_file)), store, "dev") is None
+    assert finished(load_recipe(str(recipe_file), ["corpus.max_duration_s=2.0"]), store) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap", "record"])
+def test_extracting_again_repairs_exactly_the_damaged_shards(recipe_file, store, tmp_path, damage):
+    undamaged = tmp_path / "undamaged"
+    shutil.copytree(store, undamaged)
+    first, second = store / "features" / "c.0.0", store / "features" / "c.1.0"
+    if damage == "flip":
+        data = bytearray(first.read_bytes())
+        data[1000] ^= 1
+        first.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(first, 100)
+    elif damage == "delete":
+        first.unlink()
+    elif damage == "swap":
+        first.rename(tmp_path / "aside"), second.rename(first), (tmp_path / "aside").rename(second)
+    else:
+        (store / "commits" / "000000.json").write_text("{}")
+    untouched = (store / "features" / "c.2.0").stat().st_mtime_ns
+    report = stage_one(recipe_file, store)
+    assert report.is_complete
+    assert report.shards_written == (2 if damage == "swap" else 1)
+    assert (store / "features" / "c.2.0").stat().st_mtime_ns == untouched
+    assert same_content(store, undamaged)
+    assert stage_one(recipe_file, store).shards_written == 0
+
+
+def test_an_unfinished_store_goes_on_without_listing_the_corpus_again(recipe_file, tmp_path, monkeypatch):
+    stage_one(recipe_file, tmp_path / "store", part=(0, 2))
+    monkeypatch.setattr("pipelines.extract.plan_corpus", lambda *_: pytest.fail("the corpus was listed again"))
+    assert stage_one(recipe_file, tmp_path / "store").is_complete
+
+
+# ------------------------------------------------------------------------------------------- bad data
+
+
+def test_a_corpus_of_bad_rows_is_quarantined_row_by_row(recipe_file, tmp_path, noise):
+    """Parquet as of LoquaciousSet with every kind of bad row between good ones."""
+    rows = [parquet_row(f"good-{i}", wav(noise(1.0)), 1.0, "the cat") for i in range(20)]
+    bad = {
+        "dead": (None, 1.0, "the cat", "no_audio"),
+        "text-not-audio": (b"this is no audio", 1.0, "the cat", "undecodable"),
+        "cut-header": (wav(noise(1.0))[:30], 1.0, "the cat", "undecodable"),
+        "lies-long": (wav(noise(0.5)), 3.0, "the cat", "other_duration"),
+        "lies-short": (wav(noise(3.0)), 1.0, "the cat", "other_duration"),
+        "nan": (wav(np.full(16_000, np.nan, np.float32), "FLOAT"), 1.0, "the cat", "undecodable"),
+        "empty-text": (wav(noise(1.0)), 1.0, " ", "no_text"),
+        "null-text": (wav(noise(1.0)), 1.0, None, "no_text"),
+        "novel": (wav(noise(1.0)), 1.0, "word " * 400, "text_too_long"),
+        "long": (wav(noise(6.0)), 6.0, "the cat", "too_long"),
+        "short": (wav(noise(0.05)), 0.05, "the cat", "too_short"),
+        "unstated-short": (wav(noise(0.05)), None, "the cat", "too_short"),
+        "good-3": (wav(noise(1.0)), 1.0, "the cat", "duplicate_id"),
+    }
+    rows += [parquet_row(name, audio, duration, text) for name, (audio, duration, text, _) in bad.items()]
+    write_parquet(tmp_path / "bad" / "train-00000-of-00001.parquet", rows[::-1])
+    report = stage_one(
+        recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'bad'}", "corpus.max_duration_s=5.0", max_bad=0.4
+    )
+    assert report.is_complete
+    assert report.utterances == 20
+    assert quarantine_of(tmp_path / "store") == {name: reason for name, (_, _, _, reason) in bad.items()}
+    assert {f"good-{i}" for i in range(20)} == set(content(tmp_path / "store"))
+    assert sum(report.quarantined.values()) + sum(report.planned_out.values()) == len(bad)
+
+
+def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder, tmp_path, monkeypatch):
+    whole = shard_line.EncoderLine.encode
+
+    def poisoned(self, inputs):
+        encoded = whole(self, inputs)
+        encoded._features.numpy()[0, 0, 0] = np.nan
+        return encoded
+
+    monkeypatch.setattr(shard_line.EncoderLine, "encode", poisoned)
+    report = stage_one(recipe_file, tmp_path / "store", max_bad=1.0)
+    assert set(report.quarantined) == {"non_finite"}
+    assert report.utterances + report.quarantined["non_finite"] == 48
+
+
+def test_a_handful_of_bad_recordings_stops_nothing_unless_max_bad_says_so(recipe_file, corpus_folder, tmp_path):
+    for path in sorted((corpus_folder / "train").glob("*.wav"))[:3]:
+        path.write_bytes(b"no audio")
+    with pytest.raises(TooManyBadError, match=r"3 of 48 .*3 undecodable; expected at most 5 %"):
+        stage_one(recipe_file, tmp_path / "strict", max_bad=0.05)
+    assert stage_one(recipe_file, tmp_path / "store").quarantined == {"undecodable": 3}
+    assert stage_one(recipe_file, tmp_path / "exact", max_bad=3 / 48).is_complete
+
+
+def test_a_damaged_source_file_costs_its_own_rows_only(recipe_file, tmp_path, noise):
+    rows = [parquet_row(f"u{i:03}", wav(noise(1.0)), 1.0, "the cat") for i in range(20)]
+    whole, cut = tmp_path / "c" / "train-00000-of-00002.parquet", tmp_path / "c" / "train-00001-of-00002.parquet"
+    write_parquet(whole, rows[:10])
+    write_parquet(cut, rows[10:])
+    data = bytearray(cut.read_bytes())
+    footer = pq.read_metadata(cut).row_group(0)
+    start = next(footer.column(c).data_page_offset for c in range(6) if footer.column(c).path_in_schema == "wav.bytes")
+    data[start : start + 40] = b"\xff" * 40
+    cut.write_bytes(data)
+    report = stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}")
+    assert report.quarantined == {"unreadable": 10}
+    assert set(content(tmp_path / "store")) == {f"u{i:03}" for i in range(10)}
+
+
+def test_a_truncated_source_file_is_named(recipe_file, tmp_path, noise):
+    path = tmp_path / "c" / "train-00000-of-00001.parquet"
+    write_parquet(path, [parquet_row("u", wav(noise(1.0)), 1.0, "the cat")])
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(CorpusError, match=r"train-00000-of-00001.*cut short"):
+        stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}")
+
+
+def wav(samples: np.ndarray, subtype: str = "PCM_16") -> bytes:
+    import io
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def parquet_row(name: str, audio: bytes | None, duration: float | None, text: str | None) -> dict[str, object]:
+    cell = None if audio is None else {"bytes": audio, "path": f"{name}.wav"}
+    return {"ID": name, "duration": duration, "wav": cell, "spk_id": None, "sex": None, "text": text}
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names = {"ID": pa.string(), "duration": pa.float32(), "wav": cell, "spk_id": pa.string(), "sex": pa.string()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*names.items(), ("text", pa.string())])), path)
+
+
+# ------------------------------------------------------------------------------------------- disk, interrupts, bounds
+
+
+def test_a_disk_nearly_full_stops_before_the_next_shard_and_goes_on_when_there_is_room(
+    recipe_file, store, tmp_path, monkeypatch
+):
+    usage, left = shutil.disk_usage(tmp_path), iter([True] * 2)
+    nearly = type(usage)(usage.total, usage.used, 10)
+    monkeypatch.setattr(shard_line.shutil, "disk_usage", lambda _: usage if next(left, None) else nearly)
+    with pytest.raises(DiskError, match="make room and type the same again"):
+        stage_one(recipe_file, tmp_path / "full")
+    assert FeatureStore.open(tmp_path / "full").committed_shards() == [0, 1]
+    monkeypatch.undo()
+    assert stage_one(recipe_file, tmp_path / "full").is_complete
+    assert same_content(store, tmp_path / "full")
+
+
+def test_an_error_under_way_gives_every_claim_back(recipe_file, tmp_path, monkeypatch):
+    whole, calls = shard_line.EncoderLine.encode, iter(range(100))
+
+    def failing(self, inputs):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, inputs)
+
+    monkeypatch.setattr(shard_line.EncoderLine, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        stage_one(recipe_file, tmp_path / "store")
+    assert not list((tmp_path / "store" / "claims").glob("[0-9]*"))
+    monkeypatch.undo()
+    assert stage_one(recipe_file, tmp_path / "store").is_complete
+
+
+def test_decoding_processes_end_when_their_parent_is_killed(recipe_file, tmp_path):
+    script = (
+        "import multiprocessing, os, time\n"
+        "from pipelines.corpora import open_corpus\n"
+        "from pipelines.decoding import Decoder\n"
+        "from pipelines.recipes import load_recipe\n"
+        "if __name__ == '__main__':\n"
+        f"    corpus = open_corpus(load_recipe({str(recipe_file)!r}).corpus)\n"
+        "    decoder = Decoder(corpus, 1)\n"
+        "    decoder.collect(decoder.submit(corpus.scan('dev')['source_id'].to_pylist()))\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "parent.py"], capture_output=True, text=True, env=environment)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -9, done.stderr
+    assert pids
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() and is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a decoding process outlived its parent"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_batches_cost_the_least_padding_within_their_budget():
+    random = np.random.default_rng(0)
+    durations = [d for d in random.lognormal(np.log(7), 0.55, 400) if 2 <= d <= 30]  # mean about 8 s
+    lengths = {str(i): int(d * 16_000) for i, d in enumerate(durations)}
+    batches = cut_batches(lengths, 320.0)
+    assert sorted(i for batch in batches for i in batch) == sorted(lengths)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 320 * 16_000 for batch in batches)
+    assert 1 - sum(lengths.values()) / padded < 0.03
+    assert cut_batches(dict(reversed(lengths.items())), 320.0) == batches
+    assert cut_batches({"long": 999 * 16_000, "a": 400}, 320.0) == [["a"], ["long"]]
+    assert cut_batches({}, 320.0) == []

@@ -182,15 +182,28 @@ def test_an_unknown_id_is_a_failure_with_the_services_words(fake: FakeAssemblyAI
     assert fake.posts == []
 
 
+class KilledError(BaseException):
+    """Stands for kill -9."""
+
+
 def test_a_job_whose_id_was_lost_is_found_by_its_upload(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     killed = provider(tmp_path)
-    lost = killed._submit(clip(10))
+    note = killed.ledger.note
+
+    def die_before_the_id_is_noted(utterance_id: str, job: Job) -> None:
+        if job.job_id is not None:
+            raise KilledError
+        note(utterance_id, job)
+
+    killed.ledger.note = die_before_the_id_is_noted  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        killed._submit(clip(10))
+    [lost] = fake.jobs
+    other = provider(tmp_path / "other")
     for tenths in range(20, 40):
-        killed._submit(clip(tenths))
-    ledger = Ledger(tmp_path / JOBS_FILE)
-    ledger.note("utt-10", Job(upload=ledger.job("utt-10").upload))  # as if killed between the reply and the note
+        other._submit(clip(tenths))
     answer = answer_one(tmp_path)
-    assert answer.provider_id == lost
+    assert (answer.provider_id, answer.text) == (lost, "clip of 10")
     assert len(fake.posts) == 21
 
 

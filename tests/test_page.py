@@ -1,0 +1,102 @@
+"""The page: what it says about good, broken and silent recordings; and, in a browser, that a file comes out as text."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tinyaudio.errors import MissingModelError
+from tinyaudio.page import build_page, describe_recording
+from tinyaudio.transcribe import Transcriber
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SPACE = Path(__file__).parent.parent / "pipelines" / "space"
+
+
+@pytest.fixture
+def transcriber(model, processor):
+    model.generation_config.update(num_beams=1, max_new_tokens=6)
+    return Transcriber(model, processor, name="tiny")
+
+
+@pytest.fixture
+def files(tmp_path, spoken):
+    soundfile.write(tmp_path / "talk.wav", spoken[0][0], 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "silence.wav", np.zeros(48_000), 16_000)
+    (tmp_path / "broken.wav").write_text("no sound here, only words\n" * 20)
+    return tmp_path
+
+
+def test_recording_gives_text_segments_and_warnings_in_words(transcriber, files, spoken):
+    text, rows, notes = describe_recording(transcriber, str(files / "talk.wav"))
+    assert text
+    assert rows == [[rows[0][0], rows[0][1], text]]
+    assert rows[0][1] == pytest.approx(len(spoken[0][0]) / 16_000, abs=0.15)
+    assert "token budget" in notes, "the random model never ends by itself"
+
+
+def test_silence_is_explained(transcriber, files):
+    assert describe_recording(transcriber, str(files / "silence.wav"))[:2] == ("", [])
+    assert "no speech was found" in describe_recording(transcriber, str(files / "silence.wav"))[2]
+
+
+def test_broken_file_is_explained_without_the_servers_folders(transcriber, files):
+    text, rows, notes = describe_recording(transcriber, str(files / "broken.wav"))
+    assert (text, rows) == ("", [])
+    assert "could not be read" in notes
+    assert "'broken.wav'" in notes
+    assert str(files) not in notes
+
+
+def test_no_recording_asks_for_one(transcriber):
+    assert "Record something" in describe_recording(transcriber, None)[2]
+
+
+def test_page_without_gradio_says_how_to_get_it(transcriber, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MissingModelError, match=r"tinyaudio\[demo\]"):
+        build_page(transcriber)
+
+
+def test_space_folder_has_what_a_space_needs():
+    header = (SPACE / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in header
+    assert "app_file: app.py" in header
+    assert (SPACE / "app.py").exists()
+    assert "tinyaudio" in (SPACE / "requirements.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+def test_in_a_browser_a_file_goes_in_and_the_text_comes_out(transcriber, files, tmp_path):
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    page = build_page(transcriber, [files / "talk.wav"])
+    page.launch(server_port=None, quiet=True, prevent_thread_lock=True)
+    try:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1100, "height": 1000})
+            tab.goto(page.local_url)
+            seen = {}
+            for name in ("talk.wav", "silence.wav", "broken.wav"):
+                tab.reload()
+                tab.locator("#recording input[type=file]").first.set_input_files(str(files / name))
+                tab.wait_for_timeout(3000)
+                tab.locator("#go").click()
+                tab.locator("#notes", has_text="audio" if name != "broken.wav" else "could not").wait_for(
+                    timeout=60_000
+                )
+                tab.wait_for_timeout(1000)
+                seen[name] = (tab.locator("#transcript textarea").input_value(), tab.locator("#notes").inner_text())
+                tab.screenshot(path=str(tmp_path / f"{name}.png"))
+            browser.close()
+    finally:
+        page.close()
+    assert seen["talk.wav"][0] == describe_recording(transcriber, str(files / "talk.wav"))[0]
+    assert "no speech" in seen["silence.wav"][1]
+    assert "could not be read" in seen["broken.wav"][1]

@@ -3,8 +3,8 @@
     order = epoch_order(reader.starts, costs, budget=4096, block_rows=store.header.block_rows, seed=0, epoch=3)
     for number, positions in order.batches(start=1200, rank=2, world=8): ...
 
-Blocks are dealt to canonical streams once and for all (by the seed). In an epoch each stream shuffles its blocks and
-takes them by the window: some blocks of about one length. The utterances of a window are parted at random into pools,
+In each epoch the blocks are dealt to canonical streams. Each stream shuffles its blocks and takes them by the window:
+some blocks of about one length. The utterances of a window are parted at random into pools,
 each pool sorted by cost and cut into batches by the budget, and the batches of the window shuffled. Batch `n` is of
 stream `n % num_streams`, so rank `r` of any `world` that divides the streams finds all it needs in its own blocks: each
 block is read by one rank, and once (but for the last few batches of an epoch, where some streams have run dry).
@@ -26,8 +26,8 @@ from cache.layout import BLOCK_ROWS
 
 NUM_STREAMS = 8  # ranks of one machine; a power of two
 WINDOW_BLOCKS = 16  # of a stream; 8 x 16 blocks are 4 GiB at float16, 2 GiB at int8, over all ranks together
-SUPER_WINDOW_BLOCKS = 256  # shuffled blocks among which windows gather those of one length
-POOL_UTTERANCES = 2048  # sorted together; more pads less and shuffles less
+WINDOWS_TOGETHER = 8  # most windows that share out their shuffled blocks by length; more pads less and shuffles less
+POOL_UTTERANCES = 1024  # sorted together; as above
 
 Ints = NDArray[np.int64]
 
@@ -99,12 +99,13 @@ def epoch_order(
         raise ValueError(f"costs reach from {costs.min()} to {costs.max()} and a batch may take {budget}: costs must "
                          "be from 1 to the budget. Raise the budget, or leave the longest utterances out.")
     block, num_blocks = _blocks(starts, block_rows)
-    num_streams = _usable_streams(num_streams, num_blocks, window_blocks)
-    if num_streams == 1 and num_blocks <= NUM_STREAMS * window_blocks:
-        window_blocks = num_blocks  # all of it fits: shuffle all of it
+    if num_blocks <= num_streams * window_blocks:  # all of it fits in memory: shuffle all of it
+        num_streams, window_blocks = 1, num_blocks
+    else:
+        num_streams = _usable_streams(num_streams, num_blocks, window_blocks)
     mean_cost = np.bincount(block, weights=costs) / np.bincount(block)
-    stream_of_block = _deal(mean_cost, num_streams, np.random.default_rng([seed]))
     rng = np.random.default_rng([seed, epoch])
+    stream_of_block = _deal(mean_cost, num_streams, rng)
     window_of_block, stream_of_window = _windows(mean_cost, stream_of_block, window_blocks, rng)
     positions, sorted_costs, pools, pool_windows = _pools(window_of_block[block], costs, rng)
     ends = _cut(sorted_costs, pools, budget)
@@ -148,7 +149,8 @@ def _windows(
     num_blocks = len(stream_of_block)
     order = _grouped(stream_of_block, rng.permutation(num_blocks))
     rank = _rank_in_group(stream_of_block[order])
-    super_window = rank // max(SUPER_WINDOW_BLOCKS, window_blocks)
+    together = min(WINDOWS_TOGETHER, int(rank.max()) // (3 * window_blocks) + 1)
+    super_window = rank // (together * window_blocks)
     order = order[np.lexsort((order, mean_cost[order], super_window, stream_of_block[order]))]
     group = stream_of_block[order] * num_blocks + super_window
     changes = (np.diff(group, prepend=-1) != 0) | (_rank_in_group(group) % window_blocks == 0)

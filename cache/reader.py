@@ -27,7 +27,7 @@ from cache.index import INDEX_SCHEMA, decode_index, read_committed
 from cache.quantize import Calibration, Quantized
 from cache.store import FeatureStore
 
-CACHE_BYTES = 2 << 30
+CACHE_BYTES = 5 << 30  # the windows of `cache.order` and an eighth more; over all ranks of a machine together
 
 
 class FeatureReader:
@@ -47,7 +47,8 @@ class FeatureReader:
             store: the store or its path.
             split: only its utterances; None for all.
             num_threads: threads that read blocks.
-            cache_bytes: bound on the blocks kept in memory; views still in use keep theirs alive beyond it.
+            cache_bytes: bound on the blocks kept in memory; views still in use keep theirs alive beyond it. One of
+                several ranks needs its share of `CACHE_BYTES` only.
 
         Raises:
             StoreNotFoundError: there is no store.

@@ -85,7 +85,7 @@ def test_padding_is_small_at_the_default_budget(large: tuple[np.ndarray, np.ndar
     assert epoch_order(starts, costs, budget=4096, seed=0, epoch=0).padding(costs) <= 0.02
 
 
-@pytest.mark.parametrize(("world", "most"), [(1, 1.02), (8, 1.08)])  # 60,000 utterances: the dry end weighs 100 times
+@pytest.mark.parametrize(("world", "most"), [(1, 1.02), (8, 1.1)])  # 60,000 utterances: the dry end weighs 100 times
 def test_each_block_is_read_by_one_rank_and_once(
     large: tuple[np.ndarray, np.ndarray], world: int, most: float
 ) -> None:
@@ -111,11 +111,11 @@ def test_each_block_is_read_by_one_rank_and_once(
 def test_batches_mix_many_blocks_and_change_with_the_epoch(large: tuple[np.ndarray, np.ndarray]) -> None:
     starts, _ = large
     order, other = make(large), make(large, epoch=1)
-    distinct = [len(np.unique(starts[order[n]] // BLOCK)) / len(order[n]) for n in range(0, len(order), 7)]
-    assert np.mean(distinct) >= 0.5
+    distinct = [len(np.unique(starts[order[n]] // BLOCK)) for n in range(0, len(order), 7)]
+    assert np.mean(distinct) >= 7
     neighbours = [{frozenset(pair) for n in range(len(each)) for pair in zip(each[n], each[n][1:], strict=False)}
                   for each in (order, other)]
-    assert len(neighbours[0] & neighbours[1]) < 0.02 * len(neighbours[0])
+    assert len(neighbours[0] & neighbours[1]) < 0.1 * len(neighbours[0])
 
 
 def test_a_small_corpus_is_shuffled_as_a_whole() -> None:

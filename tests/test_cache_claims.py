@@ -1,0 +1,287 @@
+"""Writers side by side: claims, the dead, the janitor, the full disk. Run: pytest tests/test_cache_claims.py"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_stores import create, fill, make_features, sealed
+
+from cache import FeatureReader, FeatureStore, ShardWriter, store_verify
+from cache.claims import Claim, read_owner, sweep
+from cache.durable import LEASE_S, Owner, place, temporary_of
+from cache.errors import (
+    DiskFullError,
+    IncompleteShardError,
+    LostClaimError,
+    UnplannedUtteranceError,
+    UnsealableStoreError,
+)
+
+FEATURES = make_features([30] * 8)
+
+
+def write(store: FeatureStore, shard: int) -> None:
+    fill(store, FEATURES, [shard])
+
+
+def append(writer: ShardWriter, utterance_id: str) -> None:
+    writer.append(utterance_id, FEATURES[utterance_id], num_samples=1, duration_s=1.0, transcript="")
+
+
+def a_dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def claim_as(store: FeatureStore, shard: int, **changes: object) -> Path:
+    """Leave the claim of another writer behind."""
+    mine = Owner.me()
+    fields = {"host": mine.host, "boot": mine.boot, "pid": mine.pid, "token": "0123456789abcdef"} | changes
+    path = store.layout.claim(shard)
+    path.write_text(str(Owner(**fields)))  # type: ignore[arg-type]
+    return path
+
+
+def test_a_shard_in_hand_is_nobody_elses(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    claim = Claim.take(store.layout, 0)
+    assert FeatureStore.open(store.path).write_shard(0) is None
+    claim.release()
+    assert store.write_shard(0) is not None
+
+
+def test_a_committed_shard_is_not_written_again(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    write(store, 0)
+    assert store.write_shard(0) is None
+
+
+@pytest.mark.parametrize(("changes", "silent_s", "is_taken_over"), [
+    ({}, 2 * LEASE_S, False),  # this very process lives, however long it is silent
+    ({"pid": "dead"}, 0, True),
+    ({"boot": "00000000"}, 0, True),  # the machine was started again
+    ({"host": "elsewhere"}, 0, False),
+    ({"host": "elsewhere"}, LEASE_S / 2, False),
+    ({"host": "elsewhere"}, 2 * LEASE_S, True),
+])
+def test_a_claim_expires_with_its_writer(
+    tmp_path: Path, changes: dict[str, object], silent_s: float, is_taken_over: bool
+) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    if changes.get("pid") == "dead":
+        changes = {"pid": a_dead_pid()}
+    path = claim_as(store, 0, **changes)
+    then = path.stat().st_mtime - silent_s
+    os.utime(path, (then, then))
+    assert (store.write_shard(0) is not None) == is_taken_over
+
+
+def test_a_living_claim_beats_its_heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.claims.LEASE_S", 0.05)
+    store = create(tmp_path / "store", FEATURES)
+    claim = Claim.take(store.layout, 0)
+    os.utime(claim.path, (0, 0))
+    beat = threading.Event()
+    for _ in range(200):
+        if claim.path.stat().st_mtime > 1:
+            break
+        beat.wait(0.01)
+    assert claim.path.stat().st_mtime > 1
+    claim.release()
+    assert not claim.path.exists()
+
+
+def test_a_late_writer_drops_its_copy(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    late = store.write_shard(0)
+    store.layout.claim(0).unlink()  # as if its lease had run out
+    write(FeatureStore.open(store.path), 0)
+    before = store.layout.array("features", 0).stat()
+    for utterance_id in store.plan(0)["utterance_id"].to_pylist():
+        append(late, utterance_id)
+    with pytest.raises(LostClaimError, match="its work stands"):
+        late.__exit__(None, None, None)
+    assert store.layout.array("features", 0).stat().st_ino == before.st_ino
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_late_writer_does_not_release_the_claim_of_its_successor(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    late = Claim.take(store.layout, 0)
+    path = claim_as(store, 0)
+    late.release()
+    assert read_owner(path).token == "0123456789abcdef"
+
+
+def test_an_exception_leaves_nothing_but_a_free_shard(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    before = {path for path in store.path.rglob("*") if path.name != "lock"}
+    with contextlib.suppress(KeyboardInterrupt), store.write_shard(0) as writer:
+        append(writer, "u0")
+        raise KeyboardInterrupt
+    assert {path for path in store.path.rglob("*") if path.name != "lock"} == before
+    write(store, 0)
+
+
+def test_nothing_is_skipped_in_silence(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    with pytest.raises(IncompleteShardError, match=r"1 of 2 planned utterances neither.*'u1'"), \
+            store.write_shard(0) as writer:
+        append(writer, "u0")
+    assert store.committed_shards() == []
+    with store.write_shard(0) as writer:
+        append(writer, "u0")
+        writer.quarantine("u1", "undecodable", "no sync word")
+    assert store.commit(0).num_quarantined == 1
+
+
+def test_an_unplanned_utterance_is_refused(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    with pytest.raises(UnplannedUtteranceError, match="'u7' is not planned for shard 0"), \
+            store.write_shard(0) as writer:
+        append(writer, "u7")
+
+
+def test_an_unfinished_store_cannot_be_sealed(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    write(store, 2)
+    with pytest.raises(UnsealableStoreError, match=r"3 of 4 shards.*the first being 0"):
+        store.seal()
+
+
+def test_sealing_again_changes_nothing(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    before = store.layout.sealed.read_bytes()
+    assert store.seal() in before.decode()
+    assert store.layout.sealed.read_bytes() == before
+
+
+def test_the_janitor_removes_only_what_is_nobodys(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    write(store, 0)
+    alive, dead = Owner.me(), Owner(host=Owner.me().host, boot=Owner.me().boot, pid=a_dead_pid(), token="0" * 16)
+    claimed = Claim.take(store.layout, 1)
+    kept = [store.layout.array("features", 0), store.layout.array("features", 1),
+            temporary_of(store.layout.array("features", 1), alive), store.path / "notes.txt"]
+    gone = [store.layout.array("features", 2), store.layout.index(3),
+            temporary_of(store.layout.array("features", 3), dead)]
+    skeleton = temporary_of(store.path, dead)
+    skeleton.mkdir()
+    for path in [*kept[1:], *gone]:
+        path.write_bytes(b"x")
+    assert set(sweep(store.layout, store.header)) == {*gone, skeleton}
+    assert all(path.exists() for path in kept)
+    claimed.release()
+
+
+def test_many_threads_share_one_store(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+
+    def work() -> None:
+        mine = FeatureStore.open(store.path)
+        for shard in mine.pending_shards():
+            if (writer := mine.write_shard(shard)) is not None:
+                with writer:
+                    for utterance_id in writer.plan["utterance_id"].to_pylist():
+                        append(writer, utterance_id)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.seal()
+    assert store_verify(store, deep=True) == []
+    assert len(FeatureReader(store)) == 8
+
+
+def test_a_placed_file_is_never_replaced(tmp_path: Path) -> None:
+    place(tmp_path / "file", [b"first"])
+    with pytest.raises(FileExistsError):
+        place(tmp_path / "file", [b"second"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first"
+
+
+# ------------------------------------------------------------------------------------------- no space left
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_shard_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    write(store, 0)
+    before = {path for path in store.path.rglob("*") if path.name != "lock"}
+    writev = os.writev
+
+    def full(fd: int, buffers: list[memoryview]) -> int:
+        if len(buffers) > 1:  # the shard file; its first bytes still fit
+            writev(fd, buffers[:1])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writev(fd, buffers)
+
+    monkeypatch.setattr("os.writev", full)
+    with pytest.raises(DiskFullError, match="Free some space and type the same command again"):
+        write(store, 1)
+    monkeypatch.undo()
+    assert {path for path in store.path.rglob("*") if path.name != "lock"} == before
+    fill(store, FEATURES)
+    store.seal()
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
+    features = make_features([1000], dim=64)
+    store = create(tmp_path / "store", features, dim=64, rows_per_shard=1024)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(DiskFullError):
+            fill(store, features)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.pending_shards() == [0]
+    fill(store, features)
+    assert store_verify(store, deep=True) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """Mount a disk of four megabytes."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path],
+                                           capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_disk_is_survived_and_continued_when_space_is_back(small_disk: Path) -> None:
+    features = make_features([4000] * 4, dim=128)  # a megabyte each
+    store = create(small_disk / "store", features, dim=128, rows_per_shard=4096)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1 << 20))
+    with pytest.raises(DiskFullError, match="no space left"):
+        fill(store, features)
+    done = store.committed_shards()
+    assert len(done) in (1, 2)
+    assert store_verify(store, deep=True) == []
+    assert not list(store.path.rglob("*.tmp"))
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    fill(create(small_disk / "store", features, dim=128, rows_per_shard=4096), features)
+    store.seal()
+    assert store_verify(store, deep=True) == []
+    for utterance_id, frames in features.items():
+        np.testing.assert_array_equal(FeatureReader(store).get(utterance_id), frames.astype(np.float16))

@@ -86,10 +86,10 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         ends.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=2.5)
         ends.annotate(f"{mean:.1f}", (max(finals), row), xytext=(9, 0), textcoords="offset points", va="center")
     curves.set(xlabel="optimizer steps", ylabel="dev WER, %", title="while training", ylim=(0, None))
-    ends.set(xlabel="dev WER, %", title="at the end; dots are seeds, bars their mean", xlim=(0, None))
+    ends.set(xlabel="dev WER, %", title="at the end; dots are seeds, bars their mean")
+    ends.set_xlim(0, 1.18 * max(_percent(one.report.dev_wer) for one in outcomes))  # room for the numbers
     ends.set_yticks(range(len(groups)), [label(group) for group in groups])
     ends.invert_yaxis()
-    ends.margins(x=0.18)
     for axes in (curves, ends):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -175,7 +175,7 @@ def _with_weight_gradients(model: Any, batch: Batch) -> Tensor:
 
 def _checkpointed(model: Any, batch: Batch) -> Tensor:
     """Recompute activations in the backward pass."""
-    model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model.checkpoint_activations()
     model.decoder.train()
     return losses.own(model, batch)
 
@@ -209,7 +209,8 @@ class _Step:
         decoder: Any = self.model.decoder
         decoder.zero_grad()
         decoder.requires_grad_(False)
-        decoder.gradient_checkpointing_disable()
+        disable = getattr(decoder, "activation_checkpointing_disable", None) or decoder.gradient_checkpointing_disable
+        disable()  # transformers 5.17 knows the second name only
         decoder.eval()
 
     def wait(self) -> None:

@@ -38,9 +38,12 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 
 def build_model(
-    recipe: Recipe, store: FeatureStore, device: torch.device
+    recipe: Recipe, store: FeatureStore, device: torch.device, *, is_fresh: bool = True
 ) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
     """Make the model that stage two trains; the seed decides the projector.
+
+    Args:
+        is_fresh: the projector starts here, so whiten it if the recipe says so; that reads the whole split once.
 
     Raises:
         MissingModelError, ModelError: a part cannot be loaded.
@@ -77,7 +80,7 @@ def build_model(
     )
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
-    if recipe.projector.whiten:
+    if recipe.projector.whiten and is_fresh:
         fold_whitening(model.projector, *feature_statistics(FeatureReader(store, split=recipe.corpus.train_split)))
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, recipe.encoder.revision), tokenizer)
     return model.to(device), processor

@@ -27,6 +27,7 @@ from pipelines.runs import Run
 from pipelines.trainer import (
     PROGRESS,
     ProjectorTrainer,
+    check_reporters,
     is_main_process,
     last_checkpoint,
     num_processes,
@@ -99,15 +100,17 @@ def train(
         return TrainReport(**run.state["report"])
     store = FeatureStore.open(store_path)
     check_encoder(recipe.encoder, store.fingerprint, store_path)
+    check_reporters(recipe)
     if resume:
         run.check_resumable(recipe, store.fingerprint_id)
-    stage = _Stage(recipe, store, run, _device_of_process(device), say if is_main_process() else _say_nothing)
+    checkpoint = last_checkpoint(run) if resume else None
+    told = say if is_main_process() else _say_nothing
+    stage = _Stage(recipe, store, run, checkpoint, _device_of_process(device), told)
     if not resume and is_main_process():
         made_from = {"store": str(store_path.resolve()), "store_fingerprint": store.fingerprint_id}
         run.begin(recipe, made_from, is_latest=is_latest)
     with counting_encoder_passes() as count:
-        checkpoint = last_checkpoint(run) if resume else None
-        report = stage.run_to_the_end(checkpoint, lambda: count.passes, stop_after)
+        report = stage.run_to_the_end(lambda: count.passes, stop_after)
     if not report.is_finished:
         say(
             f"stopped at step {report.steps} of {recipe.train.steps}, saved; "
@@ -138,9 +141,12 @@ def _device_of_process(device: str) -> torch.device:
 class _Stage:
     """Stage two with everything loaded."""
 
-    def __init__(self, recipe: Recipe, store: FeatureStore, run: Run, device: torch.device, say: Say) -> None:
-        self.recipe, self.store, self.run, self.device, self.say = recipe, store, run, device, say
-        self.model, self.processor = build_model(recipe, store, device)
+    def __init__(
+        self, recipe: Recipe, store: FeatureStore, run: Run, checkpoint: Path | None, device: torch.device, say: Say
+    ) -> None:
+        self.recipe, self.store, self.run, self.checkpoint = recipe, store, run, checkpoint
+        self.device, self.say = device, say
+        self.model, self.processor = build_model(recipe, store, device, is_fresh=checkpoint is None)
         self.reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
         self.batches = self._plan_batches()
         self.dev = DevSet.open(recipe, store, self.processor)
@@ -167,9 +173,8 @@ class _Stage:
             is_pinned=self.device.type == "cuda",
         )
 
-    def run_to_the_end(
-        self, checkpoint: Path | None, count_passes: Callable[[], int], stop_after: int | None
-    ) -> TrainReport:
+    def run_to_the_end(self, count_passes: Callable[[], int], stop_after: int | None) -> TrainReport:
+        checkpoint = self.checkpoint
         watch = Watch(self.run, self.dev, self.recipe.train, self.say, stop_after)
         first_step = 0 if checkpoint is None else step_of(checkpoint)
         if is_main_process() and self.run.state:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from pipelines.batches import Dequantizer, TrainingBatches
@@ -223,6 +224,21 @@ def tensorboard(recipe: Recipe, run: Run, first_step: int) -> list[TrainerCallba
 
     purge = first_step + 1 if first_step else None
     return [TensorBoardCallback(SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=purge))]
+
+
+def check_reporters(recipe: Recipe) -> None:
+    """Find out before a run begins that what it reports to is there.
+
+    Raises:
+        RunError: a name in `train.report_to` that transformers does not know, or whose package is not installed.
+    """
+    available = {"tensorboard", *get_available_reporting_integrations()}
+    missing = [name for name in recipe.train.report_to if name not in available]
+    if missing:
+        raise RunError(
+            f"train.report_to names {', '.join(missing)}, which is not installed; expected some of "
+            f"{', '.join(sorted(available))} (pip install {' '.join(missing)} adds it)"
+        )
 
 
 def is_main_process() -> bool:

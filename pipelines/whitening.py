@@ -10,18 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache import FeatureReader, Moments
+from cache import FeatureReader, feature_moments
 from pipelines.errors import RunError
 from tinyaudio.projectors import Projector
 
 
 def feature_statistics(reader: FeatureReader) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Compute mean and standard deviation per dimension over all frames of a split: (D,) each, std positive."""
-    moments = Moments(reader.store.dim)
-    for position in range(len(reader)):
-        (one,) = reader.read([position])
-        moments.update(one if isinstance(one, np.ndarray) else one.dequantize())
-    calibration = moments.calibration()
+    moments = feature_moments(reader)
+    calibration = moments.calibration()  # its std is positive where a dimension never moves
     return calibration.mean, calibration.std
 
 

@@ -39,13 +39,14 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_bench, cli_eval, cli_extract, cli_tour, cli_train, cli_transcribe
+    from tinyaudio import cli_bench, cli_eval, cli_extract, cli_store, cli_tour, cli_train, cli_transcribe
 
     cli_extract.add_to(app)
     cli_train.add_to(app)
     cli_eval.add_to(app)
     cli_tour.add_to(app)
     cli_transcribe.add_to(app)
+    cli_store.add_to(app)
     cli_bench.add_to(app)
 
 

@@ -1,0 +1,127 @@
+"""The `store` commands: look into, check, compare, join and cut out feature stores. Part of the roof."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyaudio.cli_options import JsonOption, say
+
+StoreArgument = Annotated[Path, typer.Argument(help="Feature store.", metavar="STORE")]
+
+store = typer.Typer(help="Look into, check, compare, join and cut out feature stores.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.add_typer(store, name="store")
+
+
+@store.command("info")
+def info(path: StoreArgument, json: JsonOption = False) -> None:
+    """Say what is in a store, by whom, how complete, and who is in quarantine and why."""
+    from cache import store_info
+
+    found = store_info(path)
+    print(found.to_table())
+    if json:
+        print(json_module.dumps(found.to_dict()))
+
+
+@store.command("verify")
+def verify(
+    path: StoreArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte, not only sizes and records.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Name every fault: flipped bits (--deep), truncated, missing or swapped files, records of another store.
+
+    Exits 1 if there is one. `tinyaudio extract`, typed again, repairs exactly the damaged shards.
+    """
+    from cache import FeatureStore, store_verify
+
+    opened = FeatureStore.open(path)
+    faults = store_verify(opened, deep=deep)
+    for fault in faults:
+        print(fault.message)
+    if json:
+        print(json_module.dumps({"faults": [fault.to_dict() for fault in faults], "deep": deep}))
+    elif not faults:
+        checked = "every byte" if deep else "records and sizes; --deep reads every byte"
+        print(f"{path} is sound: {len(opened.committed_shards())} of {opened.num_shards} shards, checked {checked}")
+    if faults:
+        say(f"tinyaudio: {len(faults)} faults in {path}; type the `tinyaudio extract` that made it again to repair it")
+        raise typer.Exit(1)
+
+
+@store.command("diff")
+def diff(
+    path: StoreArgument,
+    other: Annotated[Path, typer.Argument(help="The store to compare with.", metavar="OTHER")],
+    json: JsonOption = False,
+) -> None:
+    """List the settings in which two extractions differ. Exits 1 if they do."""
+    from cache import store_diff
+
+    differences = store_diff(path, other)
+    for name, (one, two) in differences.items():
+        print(f"{name}: {one!r} in {path}, {two!r} in {other}")
+    if json:
+        print(json_module.dumps({name: list(values) for name, values in differences.items()}))
+    elif not differences:
+        print(f"{path} and {other} hold the same extraction")
+    if differences:
+        raise typer.Exit(1)
+
+
+@store.command("merge")
+def merge(
+    destination: Annotated[Path, typer.Argument(help="Store to fill; made if absent.", metavar="DESTINATION")],
+    sources: Annotated[list[Path], typer.Argument(help="Stores of the same plan.", metavar="SOURCE...")],
+    json: JsonOption = False,
+) -> None:
+    """Adopt the finished shards of stores that several machines made with `extract --shard i/N`."""
+    from cache import store_merge
+
+    merged = store_merge(destination, sources)
+    state = f"{len(merged.pending)} still missing" if merged.pending else "complete and sealed"
+    print(f"{destination}: {len(merged.adopted)} shards adopted, {len(merged.present)} were there; {state}")
+    if json:
+        print(json_module.dumps(merged.to_dict()))
+
+
+@store.command("export")
+def export(
+    source: StoreArgument,
+    destination: Annotated[Path, typer.Argument(help="The smaller store to make.", metavar="DESTINATION")],
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", min=0.0, help="At most so many hours of each split, drawn at random.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Only this split.")] = None,
+    ids: Annotated[Path | None, typer.Option("--ids", help="A file of utterance ids, one a line.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
+) -> None:
+    """Copy some utterances into a smaller store, for quick ablations; frames stay bit for bit the same."""
+    from cache import store_export, store_info
+
+    wanted = None if ids is None else _read_ids(ids)
+    try:
+        made = store_export(source, destination, max_hours=max_hours, split=split, ids=wanted, seed=seed)
+    except ValueError as error:
+        if isinstance(error, _cache_error()):
+            raise
+        raise typer.BadParameter(str(error)) from error
+    print(store_info(made.path).to_table())
+
+
+def _cache_error() -> type[Exception]:
+    from cache import CacheError
+
+    return CacheError
+
+
+def _read_ids(path: Path) -> list[str]:
+    if not path.is_file():
+        raise typer.BadParameter(f"{str(path)!r} does not exist; expected a file of utterance ids", param_hint="--ids")
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -64,7 +64,13 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     def _stream(self, inputs: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
         kwargs.pop("num_workers", None)
-        settings = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        # Since transformers 5.23 generation options given at construction are set aside under a name of their own.
+        at_construction = {**getattr(self, "_generate_kwargs", {}), **self._forward_params}
+        settings = {**at_construction, **self._sanitize_parameters(**kwargs)[1]}
+        config = settings.pop("generation_config", None)
+        if config is not None:
+            given = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+            settings = {**given, **settings}
         with_times = settings.pop("return_timestamps", None)
         own = {name: settings.pop(name) for name in _OWN if name in settings}
         options = Options(

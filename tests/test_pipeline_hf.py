@@ -1,0 +1,64 @@
+"""`transformers.pipeline`: every way in, every option, and the text of the command line."""
+
+import numpy as np
+import pytest
+import soundfile
+from transformers import pipeline
+
+from tinyaudio.transcribe import Transcriber
+
+FEW = {"num_beams": 1, "max_new_tokens": 4}
+
+
+@pytest.fixture
+def asr(checkpoint):
+    return pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True)
+
+
+@pytest.fixture
+def expected(model, processor, spoken):
+    return [t.text for t in Transcriber(model, processor).transcribe([s for s, _ in spoken[:5]], **FEW)]
+
+
+def test_lists_generators_and_single_inputs_give_the_text_of_the_command_line(asr, spoken, expected):
+    sources = [samples for samples, _ in spoken[:5]]
+    assert all(expected)
+    for batch_size in (1, 4, 16):
+        assert [output["text"] for output in asr(sources, batch_size=batch_size, **FEW)] == expected
+    assert [output["text"] for output in asr((s for s in sources), **FEW)] == expected
+    assert asr(sources[0], generate_kwargs=FEW)["text"] == expected[0]
+
+
+def test_paths_bytes_and_dicts_of_any_rate_are_inputs(asr, spoken, expected, tmp_path):
+    samples = spoken[0][0]
+    soundfile.write(tmp_path / "x.wav", samples, 16_000, subtype="FLOAT")
+    given = {"raw": samples, "sampling_rate": 16_000}
+    for source in (str(tmp_path / "x.wav"), tmp_path / "x.wav", (tmp_path / "x.wav").read_bytes(), given):
+        assert asr(source, **FEW)["text"] == expected[0]
+    assert set(given) == {"raw", "sampling_rate"}, "the caller's dict stays as it is"
+    doubled = np.repeat(samples, 2)
+    assert asr({"array": doubled, "sampling_rate": 32_000, "path": None}, **FEW)["text"]
+    with pytest.raises(ValueError, match="expected 'raw'"):
+        asr({"array": samples})
+    with pytest.raises(ValueError, match="does not exist"):
+        asr("nowhere.wav")
+
+
+def test_timestamps_are_segments_and_chunk_length_is_the_window(asr, spoken):
+    joined = np.concatenate([part for s, _ in spoken[:4] for part in (s, np.zeros(9600, np.float32))])
+    output = asr(joined, chunk_length_s=4.0, return_timestamps=True, **FEW)
+    assert len(output["chunks"]) == 4
+    starts = [chunk["timestamp"][0] for chunk in output["chunks"]]
+    assert starts == sorted(starts)
+    assert output["text"] == " ".join(chunk["text"] for chunk in output["chunks"])
+
+
+def test_options_at_construction_hold_for_every_call(checkpoint, spoken, expected):
+    asr = pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True, batch_size=3, **FEW)
+    assert [o["text"] for o in asr([s for s, _ in spoken[:5]])] == expected
+
+
+def test_silence_is_empty_text_with_a_warning(asr):
+    with pytest.warns(UserWarning, match="no_speech"):
+        output = asr(np.zeros(32_000, np.float32))
+    assert output == {"text": "", "warnings": ["no_speech"]}

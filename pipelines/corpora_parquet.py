@@ -85,8 +85,10 @@ class ParquetCorpus:
             ) from error
 
     def _scan_file(self, split: str, number: int, file: str) -> pa.Table:
-        with self._parquet(file, whole=self.columns.duration is None) as parquet:
+        with self._parquet(file) as parquet:
             self._check_columns(file, parquet.schema_arrow)
+            states_durations = self.columns.duration in parquet.schema_arrow.names
+        with self._parquet(file, whole=not states_durations) as parquet:
             try:
                 groups = range(parquet.num_row_groups)
                 parts = [self._scan_group(parquet, f"{split}:{number}:{group}", group) for group in groups]

@@ -18,7 +18,7 @@ from pipelines.identity import LoadedEncoder
 from tinyaudio.audio import SAMPLING_RATE, Samples, num_frames
 from tinyaudio.encoder import encode, encoder_inputs
 
-CPU_BATCH_S = 60.0  # seconds; HuBERT-large on two cores: 30 to 60 is fastest, 320 s would take 8 GB of activations
+CPU_BATCH_S = 30.0  # seconds; 15 to 120 are alike within noise on two cores, and activations grow with it
 
 BATCH_PRICE_S = 2.0  # seconds of audio that could be encoded while a batch is started; with it padding stays below 3 %
 

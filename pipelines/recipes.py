@@ -95,7 +95,7 @@ class StoreSection(Section):
 class ExtractSection(Section):
     """How stage one works; nothing here may change more of what is stored than the last bits of a value."""
 
-    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 60 on a CPU
+    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 30 on a CPU
     decode_workers: Annotated[int, Field(ge=0)] | None = None  # processes; 0: threads; None: processes for a GPU only
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the planned utterances that may fail
     disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # stop before less than this is free

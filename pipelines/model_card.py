@@ -178,7 +178,8 @@ def _training(facts: CardFacts) -> list[Block]:
     if recipe is not None:
         corpus, settings = recipe.corpus, recipe.train
         lines += [
-            f"data: {corpus.name or public_name(str(corpus.path))} {corpus.config or ''}, split {corpus.train_split}",
+            f"data: {' '.join(filter(None, (corpus.name or public_name(str(corpus.path)), corpus.config)))}, "
+            f"split {corpus.train_split}",
             f"optimizer: AdamW, learning rate {settings.learning_rate:g}, {settings.warmup_steps} warm-up steps, "
             f"cosine, weight decay {settings.weight_decay:g}, gradient norm clipped at {settings.max_grad_norm:g}",
             f"batches: {settings.batch_tokens} decoder positions, {settings.accumulate} in a step",

@@ -18,6 +18,7 @@ from .voice import FRAME_LENGTH, FRAME_S, VoiceActivity
 SPEECH_BEGINS, SPEECH_ENDS = 0.5, 0.35
 MIN_GAP = 3  # frames, 96 ms: shorter dips are stops inside words
 MIN_SPEECH = 3  # frames: shorter bursts are clicks
+LAST_STOP = 8  # frames, 0.26 s: a short burst so close behind speech is its last consonant, not a click
 LATENESS = 1  # frames by which detection misses an onset (median 0.5, worst 5 frames on 200 utterances joined)
 MAX_OVERLAP_S = 2.0  # of two windows that have no gap to be cut at: five to eight words
 WORDS_PER_SECOND = 5  # fast speech; how far from a seam the same words can stand in both texts
@@ -145,7 +146,9 @@ class _Cutter:
     def _end_span(self) -> None:
         self._is_speech = False
         if self._spans[-1].end - self._spans[-1].start < MIN_SPEECH:
-            self._spans.pop()
+            burst = self._spans.pop()
+            if self._spans and burst.start - self._spans[-1].end <= LAST_STOP:
+                self._spans[-1].end = burst.end
 
     def pieces(self, is_final: bool) -> Iterator[Piece]:
         """Hand out every piece whose end is certain by now."""

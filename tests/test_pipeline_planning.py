@@ -1,0 +1,125 @@
+"""Planning: from metadata alone, with every reason counted, and items without speech strewn evenly."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.corpora import SCAN_SCHEMA, open_corpus
+from pipelines.errors import CorpusError
+from pipelines.extraction_request import pinned
+from pipelines.forecast import forecast, spell_duration
+from pipelines.planning import plan_corpus
+from pipelines.recipes import CorpusSection, load_recipe, recipe_names
+from pipelines.transcripts import prepare_transcript
+
+
+class Listed:
+    """A corpus that is its list."""
+
+    def __init__(self, rows: list[tuple[str, float | None, str | None]]) -> None:
+        names = ("utterance_id", "duration_s", "transcript")
+        full = [{**dict(zip(names, row, strict=True)), "source_id": f"train:{i}"} for i, row in enumerate(rows)]
+        self.table = pa.Table.from_pylist(full, schema=SCAN_SCHEMA)
+
+    def scan(self, split: str) -> pa.Table:
+        return self.table
+
+    def provenance(self, split: str) -> dict[str, str]:
+        return {"split": split}
+
+
+def plan_of(rows, *overrides: str):
+    recipe = load_recipe("demo", ["store.rows_per_shard=2048", *overrides])
+    return plan_corpus(recipe, Listed(rows), ["train"])
+
+
+def reasons(plan) -> dict[str, str]:
+    return dict(zip(plan.table["utterance_id"].to_pylist(), plan.table["reason"].to_pylist(), strict=True))
+
+
+def test_every_filter_has_its_reason():
+    plan = plan_of(
+        [
+            ("good", 5.0, "hello there"),
+            ("unknown", None, ""),
+            ("short", 0.05, "a"),
+            ("long", 31.0, "a"),
+            ("mute", 5.0, "  "),
+            ("null", 5.0, None),
+            ("novel", 2.0, "x" * 500),
+            ("good", 5.0, "again"),
+            ("nan", float("nan"), "a"),
+        ]
+    )
+    assert reasons(plan) | {"good": ""} == {
+        **dict.fromkeys(("good", "unknown", "nan"), ""),
+        **{"short": "too_short", "long": "too_long", "mute": "no_text", "null": "no_text", "novel": "text_too_long"},
+    }
+    assert plan.rejected() == {"no_text": 2, "too_short": 1, "too_long": 1, "text_too_long": 1, "duplicate_id": 1}
+    assert plan.rejected_hours()["too_long"] == pytest.approx(31 / 3600)
+
+
+def test_nothing_to_store_is_an_error():
+    with pytest.raises(CorpusError, match=r"nothing to store .*too_long"):
+        plan_of([("long", 100.0, "a")])
+
+
+def test_items_without_speech_are_the_share_asked_for_strewn_evenly_and_as_long_as_speech():
+    rows = [(f"u{i}", 2.0 + i % 5, "words") for i in range(1000)]
+    plan = plan_of(rows, "corpus.no_speech=0.03")
+    silent = np.array(plan.table["source"].to_pylist()) == "no-speech"
+    assert silent.sum() == 30
+    assert set(np.array(plan.table["transcript"].to_pylist())[silent]) == {""}
+    assert plan.rejected() == {}
+    by_source = plan.table.take(np.argsort(plan.table["shard"].to_numpy(), kind="stable"))["source"].to_pylist()
+    places = np.flatnonzero(np.array(by_source) == "no-speech")
+    assert np.diff(places).max() < 80
+    durations = plan.table["duration_s"].to_numpy()
+    assert set(durations[silent]) <= set(durations[~silent])
+
+
+def test_dev_and_test_get_no_items_without_speech():
+    recipe = load_recipe("demo", ["corpus.no_speech=0.5"])
+    plan = plan_corpus(recipe, Listed([("u", 2.0, "words"), ("v", 2.0, "words")]), ["dev"])
+    assert len(plan.table) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "expected"),
+    [
+        ("It's  3.5, OK?", {"text_case": "lower", "text_punctuation": "remove"}, "it's 3.5 ok"),
+        ("AND <COMMA> SO [noise] ON", {"text_tags": "remove"}, "AND SO ON"),
+        ("<MUSIC>", {"text_tags": "remove"}, ""),
+        ("snake_case \u2014 r\u00e9sum\u00e9", {"text_punctuation": "remove"}, "snake case r\u00e9sum\u00e9"),
+        ("As it is!", {}, "As it is!"),
+    ],
+)
+def test_text_policy(text, policy, expected):
+    assert prepare_transcript(text, CorpusSection(path="x", **policy)) == expected
+
+
+def test_forecast_says_sizes_time_and_whether_it_fits(recipe_file, tmp_path):
+    recipe = pinned(load_recipe(str(recipe_file)), tmp_path / "store")
+    corpus = open_corpus(recipe.corpus)
+    plan = plan_corpus(recipe, corpus, ["train", "dev"])
+    found = forecast(recipe, corpus, plan, tmp_path / "store", "cpu")
+    assert found.utterances == 48
+    assert found.bytes["float16"] == plan.num_shards * 1024 * 32 * 2
+    assert found.bytes["int8"] == plan.num_shards * 1024 * (32 + 2)
+    assert found.fits
+    assert found.seconds > 0
+    assert found.encoder_speed > 0
+    assert found.audio_bytes > 0
+    assert not (tmp_path / "store").exists()
+    crowded = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"disk_margin_gb": 1e9})})
+    assert "TOO LITTLE" in str(forecast(crowded, corpus, plan, tmp_path / "store", "cpu"))
+
+
+def test_durations_are_spelt_as_one_says_them():
+    assert [spell_duration(s) for s in (40, 720, 12_600, 181_440)] == ["40 s", "12 min", "3.5 h", "2.1 days"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_real_ones_teach_silence(name):
+    recipe = load_recipe(name)
+    assert recipe.corpus.name is None or recipe.corpus.no_speech == 0.03

@@ -1,6 +1,6 @@
 """Ablations, the reason for the store: train every cell of a grid, then put what came of it into a table and a plot.
 
-    <output>/<cell>/         one run each; log.txt holds what it said
+    <output>/<cell>/         one run each; .log.txt holds what it said
     <output>/table.md, table.csv, plot.png
 
 What is finished is skipped and what was interrupted goes on, so the same command again continues after a kill. The

@@ -144,7 +144,7 @@ class Run:
     def adopt_model(self, checkpoint: Path) -> None:
         """Copy a checkpoint's model files into the run folder, weights last, each one replaced as a whole."""
         files = [path for pattern in _MODEL_FILES for path in checkpoint.glob(pattern)]
-        files = [path for path in files if not path.name.startswith(("trainer_", "training_"))]
+        files = [path for path in files if not path.name.startswith(("trainer_", "training_", "progress"))]
         for path in sorted(files, key=lambda p: p.suffix == ".safetensors"):
             temporary = self.folder / f".{path.name}.tmp"
             shutil.copyfile(path, temporary)

@@ -71,7 +71,7 @@ def ablate(
         Path | None, typer.Option("--store", help="Feature store.  [default: the grid's, else data/<recipe>]")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of runs and tables.  [default: ablations/<grid>]")
+        Path | None, typer.Option("--output", help="Folder of runs and tables.  [default: runs/ablate-<grid>]")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
     set_: SetOption = None,
@@ -86,7 +86,7 @@ def ablate(
     from pipelines.grids import load_grid
 
     loaded = load_grid(grid, set_ or [])
-    done = run_grid(loaded, store, output or Path("ablations") / loaded.name, jobs=jobs, device=device, say=say)
+    done = run_grid(loaded, store, output or Path("runs") / f"ablate-{loaded.name}", jobs=jobs, device=device, say=say)
     print(done)
     if json:
         print(json_module.dumps(done.to_dict()))

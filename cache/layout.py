@@ -10,14 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from cache.durable import canonical_json
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
@@ -167,24 +168,32 @@ def read_header(root: Path) -> Header:
     return header
 
 
-def create_arrays(root: Path, header: Header, calibration: NDArray[np.float32] | None) -> None:
-    """Write the Zarr metadata of an empty store; zarr itself does, so that what results is plain Zarr."""
-    group = zarr.create_group(store=root, attributes=header.to_attributes())
-    rows = header.num_shards * header.rows_per_shard
-    shapes: dict[str, tuple[int, ...]] = {"features": (rows, header.dim), "scales": (rows,)}
-    for name in header.arrays:
-        width = shapes[name][1:]
-        dtype = header.dtype if name == "features" else np.dtype("<f2")
+def zarr_metadata(header: Header) -> dict[str, bytes]:
+    """Write the `zarr.json` documents of a store, by their names inside it."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": header.to_attributes()}
+    return {"zarr.json": json.dumps(group, indent=2).encode(), **_array_metadata(
+        header.arrays, header.dim, header.encoding, header.rows_per_shard, header.chunk_rows, header.num_shards)}
+
+
+@cache
+def _array_metadata(
+    names: tuple[str, ...], dim: int, encoding: Encoding, rows_per_shard: int, chunk_rows: int, num_shards: int
+) -> dict[str, bytes]:
+    """Let zarr itself describe the arrays, so that what results is plain Zarr."""
+    memory: dict[str, Buffer] = {}
+    group = zarr.create_group(store=MemoryStore(memory))
+    naming = {"name": "default", "separator": "."}  # no folder for every shard
+    for name in names:
+        width = (dim,) if name == "features" else ()
+        dtype = ENCODINGS[encoding] if name == "features" else np.dtype("<f2")
         group.create_array(
-            name, shape=shapes[name], dtype=dtype, shards=(header.rows_per_shard, *width),
-            chunks=(header.chunk_rows, *width), compressors=[Crc32cCodec()],
+            name, shape=(num_shards * rows_per_shard, *width), dtype=dtype, shards=(rows_per_shard, *width),
+            chunks=(chunk_rows, *width), compressors=[Crc32cCodec()],
             serializer=BytesCodec(endian="little" if dtype.itemsize > 1 else None),
-            fill_value=FILL[header.encoding] if name == "features" else float("nan"),
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("row", "dim")[:1 + len(width)])
-    if calibration is not None:
-        array = group.create_array(
-            "calibration", shape=calibration.shape, dtype="<f4", chunks=calibration.shape, compressors=[Crc32cCodec()],
-            serializer=BytesCodec(endian="little"), chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("mean_or_std", "dim"))
-        array[...] = calibration
+            fill_value=FILL[encoding] if name == "features" else float("nan"),
+            chunk_key_encoding=naming, dimension_names=("row", "dim")[:1 + len(width)])
+    if encoding == "int8":
+        group.create_array(
+            "calibration", shape=(2, dim), dtype="<f4", chunks=(2, dim), compressors=[Crc32cCodec()],
+            serializer=BytesCodec(endian="little"), chunk_key_encoding=naming, dimension_names=("mean_or_std", "dim"))
+    return {f"{name}/zarr.json": memory[f"{name}/zarr.json"].to_bytes() for name, _ in group.members()}

@@ -127,6 +127,7 @@ def _pack(needed: NDArray[np.int64], rows_per_shard: int) -> tuple[NDArray[np.in
     lengths: list[int] = needed.tolist()
     shards, rows = [0] * len(lengths), [0] * len(lengths)
     queue, shard = deque(range(len(lengths))), 0
+    held: set[int] = set()
     while queue:
         chosen = [queue.popleft()]
         total = lengths[chosen[0]]
@@ -135,12 +136,13 @@ def _pack(needed: NDArray[np.int64], rows_per_shard: int) -> tuple[NDArray[np.in
             total += lengths[chosen[-1]]
         free = [block_rows] * (rows_per_shard // block_rows)
         left = []
-        for index in sorted(chosen, key=lambda index: -lengths[index]):
+        for index in sorted(chosen, key=lambda index: (index not in held, -lengths[index])):
             row = _fit(free, lengths[index], block_rows)
             if row is None:
                 left.append(index)
             else:
                 shards[index], rows[index] = shard, row
+        held = set(left)  # they come first in the next shard
         queue.extendleft(sorted(left, reverse=True))
         shard += 1
     return np.array(shards, dtype=np.int32), np.array(rows, dtype=np.int32), shard

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,10 @@ class FeatureReader:
         layout, header = self.store.layout, self.store.header
         if not self.store.is_sealed:
             return {shard: self.store.commit(shard) for shard in self.store.committed_shards()}
-        lines = layout.sealed_commits.read_bytes().splitlines(keepends=True)
+        lines = self._sealed(layout.sealed_commits).splitlines(keepends=True)
+        if len(lines) != header.num_shards:
+            found = f"commits.jsonl has {len(lines)} of {header.num_shards} records"
+            raise CorruptShardError(self.store.path, None, found)
         return {shard: check_commit(layout, header, shard, line) for shard, line in enumerate(lines)}
 
     @cached_property
@@ -92,10 +96,20 @@ class FeatureReader:
 
     def _sealed_index(self) -> bytes:
         layout = self.store.layout
-        content = layout.sealed_index.read_bytes()
-        if hashlib.sha256(content).hexdigest() != json.loads(layout.sealed.read_text())["index_sha256"]:
+        content = self._sealed(layout.sealed_index)
+        try:
+            sealed_sha256 = json.loads(self._sealed(layout.sealed))["index_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptShardError(self.store.path, None, f"SEALED.json is unreadable ({error})") from error
+        if hashlib.sha256(content).hexdigest() != sealed_sha256:
             raise CorruptShardError(self.store.path, None, "index.parquet is not the one that was sealed")
         return content
+
+    def _sealed(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise CorruptShardError(self.store.path, None, f"it is sealed and {path.name} is missing") from None
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

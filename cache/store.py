@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import zarr
 from numpy.typing import NDArray
 
 from cache.claims import Claim, sweep
@@ -31,6 +30,7 @@ from cache.index import INDEX_SCHEMA, decode_index, encode_table, read_committed
 from cache.layout import ROWS_PER_SHARD, Encoding, Header, Layout, read_header
 from cache.plan import read_plan
 from cache.quantize import Calibration
+from cache.shards import CRC_BYTES
 from cache.skeleton import build, compare_fields, describe, mend, require
 from cache.writer import ShardWriter
 
@@ -147,7 +147,8 @@ class FeatureStore:
         if self.header.calibration_id is None:
             return None
         try:
-            calibration = Calibration.from_array(np.asarray(zarr.open_array(self.path / "calibration", mode="r")[...]))
+            content = self.layout.calibration.read_bytes()[:-CRC_BYTES]
+            calibration = Calibration.from_array(np.frombuffer(content, "<f4").reshape(2, self.dim))
         except (OSError, ValueError) as error:
             raise CorruptShardError(self.path, None, f"its calibration is unreadable ({error})") from error
         if calibration.id != self.header.calibration_id:

@@ -214,11 +214,11 @@ def _has_expected_index(path: Path, header: Header, num_chunks: int) -> bool:
 def _store_faults(store: FeatureStore) -> Iterator[Fault]:
     layout, header = store.layout, store.header
     try:
-        calibration = store.calibration
-        for name in metadata_faults(store.path, header, calibration):
-            yield _fault(store, "metadata", None, store.path / name, "it does not describe the array of this store")
+        store.calibration  # noqa: B018  # reads and checks it
     except CorruptShardError:
         yield _fault(store, "calibration", None, layout.calibration, "it is not the calibration that the header names")
+    for name in metadata_faults(store.path, header):
+        yield _fault(store, "metadata", None, name, "it does not describe the array of this store")
     try:
         plan = read_plan(layout.plan)
     except (OSError, pa.ArrowException) as error:
@@ -261,6 +261,8 @@ def _take_back(store: FeatureStore, shards: list[int]) -> None:
         for path in (layout.sealed, layout.sealed_commits, layout.sealed_index):
             remove(path)
         for shard in shards:
+            if not layout.commit(shard).exists() or not check_shard(store, shard, deep=True):
+                continue  # another process has made it again in the meantime
             remove(layout.commit(shard))
             for path in layout.files_of(shard, store.header).values():
                 remove(path)

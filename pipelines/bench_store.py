@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +334,8 @@ def _race_writers(corpus: _Corpus, folder: Path, rounds: int) -> dict[str, list[
         size = store.commit(number + 1).num_frames * DIM * 2 / 1e6
         speeds["store"].append(size / commit_s)
         speeds["store with append"].append(size / (append_s + commit_s))
-        speeds["plain"].append(_speed(lambda path=plain: _write_plainly(path, corpus.rows)))
-        speeds["zarr"].append(_speed(lambda array=array, path=theirs: _write_zarr(array, path, corpus.rows)))
+        speeds["plain"].append(_speed(partial(_write_plainly, plain, corpus.rows)))
+        speeds["zarr"].append(_speed(partial(_write_zarr, array, theirs, corpus.rows)))
         plain.unlink()
         shutil.rmtree(theirs)
         store.layout.array("features", number + 1).unlink()

@@ -21,6 +21,12 @@ from cache.verify import Fault
 FEATURES = make_features([30] * 8)
 
 
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the disk out of it: what these tests plant is there however the file came to be."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+
+
 @pytest.fixture(params=["float16", "int8"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureStore:
     """A sealed store of four shards with two utterances each."""
@@ -181,6 +187,9 @@ def test_what_belongs_to_no_shard_is_found_and_mended_without_losing_one(tmp_pat
     elif (name, how) != ("SEALED.json", "deleted"):  # that store is merely not sealed
         faults = store_verify(FeatureStore.open(store.path))
         assert {fault.shard for fault in faults} == {None}
+        if path.parent == store.path and name != "plan.parquet":
+            with pytest.raises(CorruptShardError, match="tinyaudio extract"):
+                assert len(FeatureReader(store.path).index)
     assert make_again(store, FEATURES) == []
     assert store_verify(FeatureStore.open(store.path), deep=True) == []
 

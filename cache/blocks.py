@@ -74,7 +74,8 @@ def read_rows(
             fd = os.open(path, os.O_RDONLY)
             try:
                 rows, _, computed = read_chunks(
-                    fd, first, last - first, shape, dtype, buffer if name == "features" else None)
+                    fd, first, last - first, shape, dtype, buffer if name == "features" else None
+                )
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -83,7 +84,8 @@ def read_rows(
             raise CorruptShardError(layout.root, commit.shard, f"in {name} {error}") from error
         if (wrong := np.flatnonzero(computed != file.checksums[first:last])).size:
             raise CorruptShardError(
-                layout.root, commit.shard, f"chunk {first + wrong[0]} of {name} is not the one that was committed")
+                layout.root, commit.shard, f"chunk {first + wrong[0]} of {name} is not the one that was committed"
+            )
         rows.flags.writeable = False
         arrays.append(rows)
     offset = first * header.chunk_rows
@@ -164,7 +166,7 @@ class BlockCache:
 
     def _evict(self, wanted: Mapping[int, Future[Rows]]) -> None:
         surplus = len(self._kept) - self.capacity
-        for block in [block for block in self._kept if block not in wanted][:max(surplus, 0)]:
+        for block in [block for block in self._kept if block not in wanted][: max(surplus, 0)]:
             self._kept.pop(block).cancel()
 
     def _read(self, block: int) -> Rows:

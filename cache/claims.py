@@ -85,8 +85,11 @@ def sweep(layout: Layout, header: Header) -> list[Path]:
     folders = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
     now = clock_of(layout.lock.parent)
     removed = [path for folder in folders for path in _dead_temporaries(folder, now)]
-    skeletons = [path for path in _dead_temporaries(layout.root.parent, now)
-                 if path.is_dir() and path.name.startswith(f".{layout.root.name}~")]
+    skeletons = [
+        path
+        for path in _dead_temporaries(layout.root.parent, now)
+        if path.is_dir() and path.name.startswith(f".{layout.root.name}~")
+    ]
     with exclusive(layout.lock):
         removed += [path for path in sorted(layout.lock.parent.glob("[0-9]*")) if is_free(path)]
         removed += _orphans(layout, header)

@@ -124,9 +124,11 @@ def check_commit(layout: Layout, header: Header, shard: int, line: bytes) -> Com
         commit = Commit.decode(line)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShardError(layout.root, shard, f"its commit record is unreadable ({error})") from error
-    wrong = {name: (getattr(commit, name), expected) for name, expected in (
-        ("shard", shard), ("plan_id", header.plan_id), ("fingerprint_id", header.fingerprint_id))
-        if getattr(commit, name) != expected}
+    wrong = {
+        name: (getattr(commit, name), expected)
+        for name, expected in (("shard", shard), ("plan_id", header.plan_id), ("fingerprint_id", header.fingerprint_id))
+        if getattr(commit, name) != expected
+    }
     if wrong:
         found = "; ".join(f"{name} {found!r} instead of {expected!r}" for name, (found, expected) in wrong.items())
         raise CorruptShardError(layout.root, shard, f"its commit record is of another store or shard: {found}")
@@ -154,4 +156,5 @@ def check_sizes(root: Path, commit: Commit) -> None:
             raise CorruptShardError(root, commit.shard, f"{name} is missing") from None
         if size != file.size_bytes:
             raise CorruptShardError(
-                root, commit.shard, f"{name} has {size:,} bytes, committed with {file.size_bytes:,}")
+                root, commit.shard, f"{name} has {size:,} bytes, committed with {file.size_bytes:,}"
+            )

@@ -42,11 +42,19 @@ class StoreMismatchError(CacheError, ValueError):
     def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
         self.path = path
         self.differences = dict(differences)
-        lines = [f"  {name}: the store has {found!r}, asked for {asked!r}"
-                 for name, (found, asked) in sorted(self.differences.items())]
-        super().__init__("\n".join([
-            f"feature store {str(path)!r} does not hold what was asked for; these fields differ:", *lines,
-            "Ask for what the store holds, or extract into a new store with --store."]))
+        lines = [
+            f"  {name}: the store has {found!r}, asked for {asked!r}"
+            for name, (found, asked) in sorted(self.differences.items())
+        ]
+        super().__init__(
+            "\n".join(
+                [
+                    f"feature store {str(path)!r} does not hold what was asked for; these fields differ:",
+                    *lines,
+                    "Ask for what the store holds, or extract into a new store with --store.",
+                ]
+            )
+        )
 
 
 class PlanError(CacheError, ValueError):
@@ -81,7 +89,8 @@ class CorruptShardError(CacheError, OSError):
         what = "feature store" if shard is None else f"shard {shard} of feature store"
         super().__init__(
             f"{what} {str(store)!r} is damaged: {found}. Type `tinyaudio store verify {store}` to list every fault, "
-            "then the `tinyaudio extract` command that made it: it repairs exactly what is damaged.")
+            "then the `tinyaudio extract` command that made it: it repairs exactly what is damaged."
+        )
 
 
 class DiskFullError(CacheError, OSError):
@@ -91,4 +100,5 @@ class DiskFullError(CacheError, OSError):
         needed = "" if size_bytes is None else f" of {size_bytes:,} bytes"
         super().__init__(
             f"no space left while writing {str(path)!r}{needed}; the unfinished file was removed and nothing of it was "
-            "committed. Free some space and type the same command again: it continues where it stopped.")
+            "committed. Free some space and type the same command again: it continues where it stopped."
+        )

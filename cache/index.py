@@ -17,19 +17,21 @@ import pyarrow.parquet as pq
 from cache.commits import Commit, PlainFile
 from cache.errors import CorruptShardError
 
-INDEX_SCHEMA = pa.schema([
-    pa.field("utterance_id", pa.string(), nullable=False),
-    pa.field("split", pa.string(), nullable=False),
-    pa.field("shard", pa.int32(), nullable=False),
-    pa.field("start", pa.int64(), nullable=False),  # row of the tall array
-    pa.field("num_frames", pa.int32(), nullable=False),
-    pa.field("num_samples", pa.int64(), nullable=False),
-    pa.field("duration_s", pa.float64(), nullable=False),
-    pa.field("transcript", pa.string(), nullable=False),
-    pa.field("speaker", pa.string()),
-    pa.field("source", pa.string()),
-    pa.field("extra", pa.string()),  # a JSON object, if the writer had more to say
-])
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("utterance_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),  # row of the tall array
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("num_samples", pa.int64(), nullable=False),
+        pa.field("duration_s", pa.float64(), nullable=False),
+        pa.field("transcript", pa.string(), nullable=False),
+        pa.field("speaker", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("extra", pa.string()),  # a JSON object, if the writer had more to say
+    ]
+)
 
 
 class Quarantined(TypedDict):

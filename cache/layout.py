@@ -156,11 +156,15 @@ def read_header(root: Path) -> Header:
         header = Header.from_attributes(document["attributes"])
     except (FileNotFoundError, NotADirectoryError):
         found = "holds no feature store" if root.exists() else "does not exist"
-        raise StoreNotFoundError(f"{str(root)!r} {found}. Make one with `tinyaudio extract --store {root}`, "
-                                 "or name an existing one with --store.") from None
+        raise StoreNotFoundError(
+            f"{str(root)!r} {found}. Make one with `tinyaudio extract --store {root}`, "
+            "or name an existing one with --store."
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreNotFoundError(f"{str(root / 'zarr.json')!r} is not the header of a feature store "
-                                 f"({type(error).__name__}: {error}). Name another folder with --store.") from error
+        raise StoreNotFoundError(
+            f"{str(root / 'zarr.json')!r} is not the header of a feature store "
+            f"({type(error).__name__}: {error}). Name another folder with --store."
+        ) from error
     if header.format > FORMAT_VERSION:
         raise StoreMismatchError(root, {"format": (header.format, FORMAT_VERSION)})
     if document["attributes"]["feature_store"].get("fingerprint_id") != header.fingerprint_id:
@@ -171,8 +175,12 @@ def read_header(root: Path) -> Header:
 def zarr_metadata(header: Header) -> dict[str, bytes]:
     """Write the `zarr.json` documents of a store, by their names inside it."""
     group = {"zarr_format": 3, "node_type": "group", "attributes": header.to_attributes()}
-    return {"zarr.json": json.dumps(group, indent=2).encode(), **_array_metadata(
-        header.arrays, header.dim, header.encoding, header.rows_per_shard, header.chunk_rows, header.num_shards)}
+    return {
+        "zarr.json": json.dumps(group, indent=2).encode(),
+        **_array_metadata(
+            header.arrays, header.dim, header.encoding, header.rows_per_shard, header.chunk_rows, header.num_shards
+        ),
+    }
 
 
 @cache
@@ -187,13 +195,26 @@ def _array_metadata(
         width = (dim,) if name == "features" else ()
         dtype = ENCODINGS[encoding] if name == "features" else np.dtype("<f2")
         group.create_array(
-            name, shape=(num_shards * rows_per_shard, *width), dtype=dtype, shards=(rows_per_shard, *width),
-            chunks=(chunk_rows, *width), compressors=[Crc32cCodec()],
+            name,
+            shape=(num_shards * rows_per_shard, *width),
+            dtype=dtype,
+            shards=(rows_per_shard, *width),
+            chunks=(chunk_rows, *width),
+            compressors=[Crc32cCodec()],
             serializer=BytesCodec(endian="little" if dtype.itemsize > 1 else None),
             fill_value=FILL[encoding] if name == "features" else float("nan"),
-            chunk_key_encoding=naming, dimension_names=("row", "dim")[:1 + len(width)])
+            chunk_key_encoding=naming,
+            dimension_names=("row", "dim")[: 1 + len(width)],
+        )
     if encoding == "int8":
         group.create_array(
-            "calibration", shape=(2, dim), dtype="<f4", chunks=(2, dim), compressors=[Crc32cCodec()],
-            serializer=BytesCodec(endian="little"), chunk_key_encoding=naming, dimension_names=("mean_or_std", "dim"))
+            "calibration",
+            shape=(2, dim),
+            dtype="<f4",
+            chunks=(2, dim),
+            compressors=[Crc32cCodec()],
+            serializer=BytesCodec(endian="little"),
+            chunk_key_encoding=naming,
+            dimension_names=("mean_or_std", "dim"),
+        )
     return {f"{name}/zarr.json": memory[f"{name}/zarr.json"].to_bytes() for name, _ in group.members()}

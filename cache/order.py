@@ -45,7 +45,7 @@ class EpochOrder:
 
     def __getitem__(self, number: int) -> Ints:
         """Give the utterances of batch `number`, as positions in the index."""
-        return self.positions[self.bounds[number]:self.bounds[number + 1]]
+        return self.positions[self.bounds[number] : self.bounds[number + 1]]
 
     def batches(self, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Ints]]:
         """Go through one rank's batches with their numbers, from `start` on; nothing is replayed."""
@@ -96,8 +96,10 @@ def epoch_order(
     if not len(costs):
         return EpochOrder(np.zeros(0, np.int64), np.zeros(1, np.int64), 1)
     if costs.max() > budget or costs.min() < 1:
-        raise ValueError(f"costs reach from {costs.min()} to {costs.max()} and a batch may take {budget}: costs must "
-                         "be from 1 to the budget. Raise the budget, or leave the longest utterances out.")
+        raise ValueError(
+            f"costs reach from {costs.min()} to {costs.max()} and a batch may take {budget}: costs must "
+            "be from 1 to the budget. Raise the budget, or leave the longest utterances out."
+        )
     block, num_blocks = _blocks(starts, block_rows)
     if num_blocks <= num_streams * window_blocks:  # all of it fits in memory: shuffle all of it
         num_streams, window_blocks = 1, num_blocks
@@ -134,7 +136,7 @@ def _deal(mean_cost: NDArray[np.float64], num_streams: int, rng: np.random.Gener
     order = np.argsort(mean_cost, kind="stable")
     hands = rng.random((-(-len(order) // num_streams), num_streams)).argsort(axis=1, kind="stable")
     stream = np.empty(len(order), np.int64)
-    stream[order] = hands.reshape(-1)[:len(order)]
+    stream[order] = hands.reshape(-1)[: len(order)]
     return stream
 
 
@@ -227,9 +229,7 @@ def _shuffle_batches(
     return stream, order[np.argsort(stream[order], kind="stable")]
 
 
-def _interleave(
-    positions: Ints, ends: Ints, stream: Ints, sequence: Ints, num_streams: int
-) -> EpochOrder:
+def _interleave(positions: Ints, ends: Ints, stream: Ints, sequence: Ints, num_streams: int) -> EpochOrder:
     """Deal the batches of all streams in turn, and halve a few so that an epoch ends with all streams level."""
     begins = np.append(0, ends[:-1])[sequence]
     ends = ends[sequence]

@@ -158,8 +158,8 @@ def _fit(free: list[int], length: int, block_rows: int) -> int | None:
         return None
     blocks = -(-length // block_rows)
     for first in range(len(free) - blocks + 1):
-        if all(rows == block_rows for rows in free[first:first + blocks]):
-            free[first:first + blocks] = [0] * (blocks - 1) + [blocks * block_rows - length]
+        if all(rows == block_rows for rows in free[first : first + blocks]):
+            free[first : first + blocks] = [0] * (blocks - 1) + [blocks * block_rows - length]
             return first * block_rows
     return None
 
@@ -184,8 +184,8 @@ def _content(column: pa.ChunkedArray) -> list[bytes | memoryview]:
         joined = pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
         lengths = pc.binary_length(joined).to_numpy(zero_copy_only=False).astype("<u4")
         offsets, data = joined.buffers()[1:]
-        bounds = np.frombuffer(offsets, dtype="<i8")[joined.offset:joined.offset + len(joined) + 1]
-        text = memoryview(data)[int(bounds[0]):int(bounds[-1])] if data is not None and len(joined) else b""
+        bounds = np.frombuffer(offsets, dtype="<i8")[joined.offset : joined.offset + len(joined) + 1]
+        text = memoryview(data)[int(bounds[0]) : int(bounds[-1])] if data is not None and len(joined) else b""
         return [lengths.tobytes(), text]
     values: NDArray[Any] = pc.fill_null(column, pa.scalar(0, column.type)).to_numpy()
     return [values.astype(values.dtype.newbyteorder("<")).tobytes()]

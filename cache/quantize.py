@@ -75,9 +75,7 @@ class Moments:
         if other.num_frames:
             self._merge(other.num_frames, other.num_utterances, other.mean, other._squares)
 
-    def _merge(
-        self, frames: int, utterances: int, mean: NDArray[np.float64], squares: NDArray[np.float64]
-    ) -> None:
+    def _merge(self, frames: int, utterances: int, mean: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
         total = self.num_frames + frames
         delta = mean - self.mean
         self.mean = self.mean + delta * (frames / total)
@@ -100,9 +98,7 @@ class Moments:
         return Calibration(mean=self.mean.astype(np.float32), std=np.where(std > 0, std, np.float32(1)))
 
 
-def quantize(
-    features: NDArray[np.floating], calibration: Calibration
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+def quantize(features: NDArray[np.floating], calibration: Calibration) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Turn finite features (T, dim) into codes (T, dim) int8 in -127..127 and scales (T,) float16.
 
     The step is rounded to float16 before it is used, so the codes match the scale that is stored. Codes saturate where

@@ -62,8 +62,10 @@ class FeatureReader:
             check_sizes(self.store.path, commit)
         splits = {commit.split for commit in self.commits.values()}
         if split is not None and split not in splits:
-            raise ValueError(f"split {split!r} has no finished shard in {str(self.store.path)!r}; it holds "
-                             f"{', '.join(map(repr, sorted(splits))) or 'nothing yet'}.")
+            raise ValueError(
+                f"split {split!r} has no finished shard in {str(self.store.path)!r}; it holds "
+                f"{', '.join(map(repr, sorted(splits))) or 'nothing yet'}."
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.store.path), self.split, self.num_threads, self.cache_bytes)
@@ -180,8 +182,10 @@ class FeatureReader:
         """
         position = pc.index(self.index["utterance_id"], utterance_id).as_py()
         if position < 0:
-            raise KeyError(f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
-                           "its quarantine may say why (`tinyaudio store info`).")
+            raise KeyError(
+                f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
+                "its quarantine may say why (`tinyaudio store info`)."
+            )
         shard, start = divmod(int(self.starts[position]), self.store.rows_per_shard)
         stop = start + int(self.num_frames[position])
         return self._present(read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop))

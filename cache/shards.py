@@ -68,7 +68,11 @@ def expected_index(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> 
 
 
 def read_chunks(
-    fd: int, first: int, count: int, shape: tuple[int, ...], dtype: np.dtype[np.generic],
+    fd: int,
+    first: int,
+    count: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype[np.generic],
     buffer: NDArray[np.uint8] | None = None,
 ) -> tuple[NDArray[np.generic], NDArray[np.uint32], NDArray[np.uint32]]:
     """Read a run of chunks, payload and checksums parted by the kernel, and compute the checksums of what was read.
@@ -88,7 +92,7 @@ def read_chunks(
         EOFError: the file ends inside the run.
     """
     chunk_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    raw = np.empty(count * chunk_bytes, np.uint8) if buffer is None else buffer[:count * chunk_bytes]
+    raw = np.empty(count * chunk_bytes, np.uint8) if buffer is None else buffer[: count * chunk_bytes]
     chunks = raw.reshape(count, chunk_bytes)
     found, computed = np.empty(count, dtype="<u4"), np.empty(count, dtype="<u4")
     at_once = max(1, HOT_BYTES // chunk_bytes)
@@ -103,7 +107,7 @@ def read_chunks(
 def _parts(array: NDArray[np.generic]) -> list[memoryview]:
     flat: memoryview = array.reshape(-1).view(np.uint8).data
     size = len(flat) // max(len(array), 1)
-    return [flat[i * size:(i + 1) * size] for i in range(len(array))]
+    return [flat[i * size : (i + 1) * size] for i in range(len(array))]
 
 
 def _read_into(fd: int, views: list[memoryview], offset: int) -> None:

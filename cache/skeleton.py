@@ -28,12 +28,24 @@ from cache.shards import CRC_BYTES, crc32c
 
 FOLDERS = ("index", "quarantine", "commits", "claims")
 METADATA_FIELDS = (
-    "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
-    "attributes")
+    "zarr_format",
+    "node_type",
+    "shape",
+    "data_type",
+    "chunk_grid",
+    "chunk_key_encoding",
+    "fill_value",
+    "codecs",
+    "attributes",
+)
 
 
 def describe(
-    plan: pa.Table, dim: int, fingerprint: Mapping[str, Any], encoding: Encoding, rows_per_shard: int,
+    plan: pa.Table,
+    dim: int,
+    fingerprint: Mapping[str, Any],
+    encoding: Encoding,
+    rows_per_shard: int,
     calibration: Calibration | None,
 ) -> Header:
     """Write the header of the store that is asked for.
@@ -52,9 +64,18 @@ def describe(
     calibration_id = None if calibration is None else calibration.id
     store = {"format": FORMAT_VERSION, "encoding": encoding, "calibration_id": calibration_id, "dim": dim}
     return Header(
-        format=FORMAT_VERSION, dim=dim, encoding=encoding, rows_per_shard=rows_per_shard, chunk_rows=chunk_rows,
-        block_rows=block_rows, num_shards=_num_shards(plan, rows_per_shard), num_planned=len(plan),
-        plan_id=plan_digest(plan), calibration_id=calibration_id, fingerprint={**fingerprint, "store": store})
+        format=FORMAT_VERSION,
+        dim=dim,
+        encoding=encoding,
+        rows_per_shard=rows_per_shard,
+        chunk_rows=chunk_rows,
+        block_rows=block_rows,
+        num_shards=_num_shards(plan, rows_per_shard),
+        num_planned=len(plan),
+        plan_id=plan_digest(plan),
+        calibration_id=calibration_id,
+        fingerprint={**fingerprint, "store": store},
+    )
 
 
 def _num_shards(plan: pa.Table, rows_per_shard: int) -> int:
@@ -63,8 +84,10 @@ def _num_shards(plan: pa.Table, rows_per_shard: int) -> int:
     shards, rows = plan["shard"].to_numpy(), plan["row"].to_numpy()
     ends = rows.astype(np.int64) + plan["num_frames"].to_numpy()
     if len(plan) and int(np.where(shards >= 0, ends, 0).max()) > rows_per_shard:
-        raise PlanError(f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
-                        f"make_plan(..., rows_per_shard={rows_per_shard}).")
+        raise PlanError(
+            f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
+            f"make_plan(..., rows_per_shard={rows_per_shard})."
+        )
     return int(shards.max(initial=-1)) + 1
 
 
@@ -142,7 +165,8 @@ def _recognise(root: Path, header: Header) -> None:
     layout = Layout(root)
     if not layout.plan.exists() or not (root / "commits").is_dir():
         raise StoreNotFoundError(
-            f"{str(root)!r} holds something else than a feature store. Name a new folder with --store.")
+            f"{str(root)!r} holds something else than a feature store. Name a new folder with --store."
+        )
     for shard in committed_shards(layout)[:1]:
         read_commit(layout, header, shard)
 
@@ -177,9 +201,18 @@ def encode_rejected(plan: pa.Table) -> bytes:
     """Write the quarantine of what the plan refused."""
     rows = plan.filter(pa.array(plan["shard"].to_numpy() < 0))
     lines = rows.select(["utterance_id", "split", "reason", "num_frames"]).to_pylist()
-    return encode_quarantine([
-        Quarantined(utterance_id=line["utterance_id"], split=line["split"], shard=-1, reason=line["reason"],
-                    detail=f"planned at {line['num_frames']} frames") for line in lines])
+    return encode_quarantine(
+        [
+            Quarantined(
+                utterance_id=line["utterance_id"],
+                split=line["split"],
+                shard=-1,
+                reason=line["reason"],
+                detail=f"planned at {line['num_frames']} frames",
+            )
+            for line in lines
+        ]
+    )
 
 
 @contextmanager

@@ -32,5 +32,5 @@ def feature_moments(reader: FeatureReader, *, progress: Callable[[int], None] | 
         for stored in reader.read(positions):
             moments.update(stored.dequantize() if isinstance(stored, Quantized) else stored)
         if progress is not None:
-            progress(int(reader.num_frames[positions.start:positions.stop].sum()))
+            progress(int(reader.num_frames[positions.start : positions.stop].sum()))
     return moments

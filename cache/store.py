@@ -207,7 +207,8 @@ class FeatureStore:
         try:
             if not self.layout.commit(shard).exists():
                 return ShardWriter(
-                    self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare)
+                    self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare
+                )
         except BaseException:
             claim.release()
             raise
@@ -227,21 +228,29 @@ class FeatureStore:
         if pending := self.pending_shards():
             raise UnsealableStoreError(
                 f"{len(pending)} of {self.num_shards} shards of {str(self.path)!r} are not committed yet, the first "
-                f"being {pending[0]}. Finish them with the `tinyaudio extract` command that made the store.")
+                f"being {pending[0]}. Finish them with the `tinyaudio extract` command that made the store."
+            )
         commits = [self.commit(shard) for shard in range(self.num_shards)]
         root = root_digest(commits)
         tables = [decode_index(read_committed(self.path, commit, "index")) for commit in commits]
         index = encode_table(pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table())
-        seal = {"format": self.header.format, "root": root, "num_shards": self.num_shards,
-                "fingerprint_id": self.fingerprint_id, "plan_id": self.header.plan_id,
-                "num_utterances": sum(commit.num_utterances for commit in commits),
-                "num_frames": sum(commit.num_frames for commit in commits),
-                "index_sha256": hashlib.sha256(index).hexdigest()}
+        seal = {
+            "format": self.header.format,
+            "root": root,
+            "num_shards": self.num_shards,
+            "fingerprint_id": self.fingerprint_id,
+            "plan_id": self.header.plan_id,
+            "num_utterances": sum(commit.num_utterances for commit in commits),
+            "num_frames": sum(commit.num_frames for commit in commits),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
         with exclusive(self.layout.lock):
             if not self.is_sealed:
-                for path, content in ((self.layout.sealed_index, index),
-                                      (self.layout.sealed_commits, b"".join(commit.encode() for commit in commits)),
-                                      (self.layout.sealed, canonical_json(seal) + b"\n")):
+                for path, content in (
+                    (self.layout.sealed_index, index),
+                    (self.layout.sealed_commits, b"".join(commit.encode() for commit in commits)),
+                    (self.layout.sealed, canonical_json(seal) + b"\n"),
+                ):
                     path.unlink(missing_ok=True)
                     place(path, [content])
         return root

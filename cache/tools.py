@@ -69,9 +69,12 @@ class StoreInfo:
             f"complete     {self.num_committed:,} of {self.num_shards:,} shards"
             + (", sealed" if self.is_sealed else ", not sealed"),
             f"fingerprint  {self.fingerprint_id[:12]}    plan {self.plan_id[:12]}"
-            + (f"    calibration {self.calibration_id[:12]}" if self.calibration_id else "")]
-        lines += [f"split        {name:<12} {int(part['utterances']):>10,} utterances {part['hours']:>10,.2f} h"
-                  for name, part in self.splits.items()]
+            + (f"    calibration {self.calibration_id[:12]}" if self.calibration_id else ""),
+        ]
+        lines += [
+            f"split        {name:<12} {int(part['utterances']):>10,} utterances {part['hours']:>10,.2f} h"
+            for name, part in self.splits.items()
+        ]
         lines += [f"duration     {name:<12} {count:>10,} utterances" for name, count in self.durations.items() if count]
         lines += [f"quarantine   {reason:<22} {count:>10,}" for reason, count in self.quarantine.items()]
         lines += [f"written by   {host:<22} {count:>10,} shards" for host, count in self.writers.items()]
@@ -98,18 +101,30 @@ def store_info(path: Paths) -> StoreInfo:
         part["shards"] += 1
     finished = sorted(commit.finished_at for commit in commits)
     return StoreInfo(
-        path=str(store.path), format=store.header.format, encoding=store.encoding, dim=store.dim,
-        fingerprint_id=store.fingerprint_id, fingerprint=store.fingerprint, plan_id=store.header.plan_id,
-        calibration_id=store.header.calibration_id, num_shards=store.num_shards, num_committed=len(commits),
-        is_sealed=store.is_sealed, num_planned=store.header.num_planned,
+        path=str(store.path),
+        format=store.header.format,
+        encoding=store.encoding,
+        dim=store.dim,
+        fingerprint_id=store.fingerprint_id,
+        fingerprint=store.fingerprint,
+        plan_id=store.header.plan_id,
+        calibration_id=store.header.calibration_id,
+        num_shards=store.num_shards,
+        num_committed=len(commits),
+        is_sealed=store.is_sealed,
+        num_planned=store.header.num_planned,
         num_utterances=sum(commit.num_utterances for commit in commits),
         num_frames=sum(commit.num_frames for commit in commits),
         num_clamped=sum(commit.num_clamped for commit in commits),
         hours=sum(commit.duration_s for commit in commits) / 3600,
-        size_bytes=sum(commit.size_bytes for commit in commits), splits=splits,
-        quarantine=dict(_quarantine(store, reader).most_common()), durations=_durations(reader),
+        size_bytes=sum(commit.size_bytes for commit in commits),
+        splits=splits,
+        quarantine=dict(_quarantine(store, reader).most_common()),
+        durations=_durations(reader),
         writers=dict(Counter(commit.writer.partition("+")[0] for commit in commits)),
-        first_commit=finished[0] if finished else None, last_commit=finished[-1] if finished else None)
+        first_commit=finished[0] if finished else None,
+        last_commit=finished[-1] if finished else None,
+    )
 
 
 def _quarantine(store: FeatureStore, reader: FeatureReader) -> Counter[str]:
@@ -170,9 +185,14 @@ def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
     if not root.exists():
         like = stores[0]
         FeatureStore.create(
-            root, plan=like.plan(), dim=like.dim, encoding=like.encoding, rows_per_shard=like.rows_per_shard,
+            root,
+            plan=like.plan(),
+            dim=like.dim,
+            encoding=like.encoding,
+            rows_per_shard=like.rows_per_shard,
             calibration=like.calibration,
-            fingerprint={name: value for name, value in like.fingerprint.items() if name != "store"})
+            fingerprint={name: value for name, value in like.fingerprint.items() if name != "store"},
+        )
     store = FeatureStore.open(root)
     present, adopted = store.committed_shards(), []
     for source in stores:
@@ -257,16 +277,28 @@ def store_export(
     reader = FeatureReader(source)
     chosen = _choose(reader, max_hours, split, ids, seed)
     if not len(chosen):
-        raise ValueError(f"no utterance of {str(reader.store.path)!r} is left to export; loosen --split, --max-hours "
-                         "or the list of ids.")
+        raise ValueError(
+            f"no utterance of {str(reader.store.path)!r} is left to export; loosen --split, --max-hours "
+            "or the list of ids."
+        )
     index = reader.index.take(chosen)
-    table = pa.table({"utterance_id": index["utterance_id"], "split": index["split"], "num_frames": index["num_frames"],
-                      "source_id": pa.array(chosen).cast(pa.string())})
+    table = pa.table(
+        {
+            "utterance_id": index["utterance_id"],
+            "split": index["split"],
+            "num_frames": index["num_frames"],
+            "source_id": pa.array(chosen).cast(pa.string()),
+        }
+    )
     store = FeatureStore.create(
-        destination, plan=make_plan(table, rows_per_shard=reader.store.rows_per_shard, margin_frames=0),
-        dim=reader.store.dim, encoding=reader.store.encoding, rows_per_shard=reader.store.rows_per_shard,
+        destination,
+        plan=make_plan(table, rows_per_shard=reader.store.rows_per_shard, margin_frames=0),
+        dim=reader.store.dim,
+        encoding=reader.store.encoding,
+        rows_per_shard=reader.store.rows_per_shard,
         calibration=reader.store.calibration,
-        fingerprint={name: value for name, value in reader.store.fingerprint.items() if name != "store"})
+        fingerprint={name: value for name, value in reader.store.fingerprint.items() if name != "store"},
+    )
     for shard in store.pending_shards():
         _export_shard(reader, store, shard)
     store.seal()

@@ -29,8 +29,20 @@ from cache.skeleton import encode_rejected, metadata_faults
 from cache.store import FeatureStore
 
 Kind = Literal[
-    "missing", "size", "bit_flip", "swapped", "shard_index", "commit_record", "foreign_fingerprint", "stale_plan",
-    "index", "quarantine", "metadata", "calibration", "seal"]
+    "missing",
+    "size",
+    "bit_flip",
+    "swapped",
+    "shard_index",
+    "commit_record",
+    "foreign_fingerprint",
+    "stale_plan",
+    "index",
+    "quarantine",
+    "metadata",
+    "calibration",
+    "seal",
+]
 SMALL_BYTES = 4 << 30  # a store up to this size is repaired by reading all of it: seconds
 
 
@@ -115,8 +127,15 @@ def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], 
         if not path.exists():
             faults.append(_fault(store, "missing", commit.shard, name, "it is not there"))
         elif path.stat().st_size != expected.size_bytes:
-            faults.append(_fault(store, "size", commit.shard, name, f"it has {path.stat().st_size:,} bytes, "
-                                 f"committed with {expected.size_bytes:,}"))
+            faults.append(
+                _fault(
+                    store,
+                    "size",
+                    commit.shard,
+                    name,
+                    f"it has {path.stat().st_size:,} bytes, committed with {expected.size_bytes:,}",
+                )
+            )
         elif isinstance(expected, ArrayFile):
             faults += _check_array(store, commit.shard, name, path, expected, deep)
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected.sha256:
@@ -149,12 +168,21 @@ def _foreign(store: FeatureStore, shard: int, commit: Commit) -> Iterator[Fault]
     if commit.shard != shard:
         yield _fault(store, "swapped", shard, path, f"it is the record of shard {commit.shard}")
     if commit.plan_id != header.plan_id:
-        yield _fault(store, "stale_plan", shard, path,
-                     f"it was written for plan {commit.plan_id[:12]}, the store has plan {header.plan_id[:12]}")
+        yield _fault(
+            store,
+            "stale_plan",
+            shard,
+            path,
+            f"it was written for plan {commit.plan_id[:12]}, the store has plan {header.plan_id[:12]}",
+        )
     if commit.fingerprint_id != header.fingerprint_id:
-        yield _fault(store, "foreign_fingerprint", shard, path,
-                     f"it was written for fingerprint {commit.fingerprint_id[:12]}, the store has "
-                     f"{header.fingerprint_id[:12]}")
+        yield _fault(
+            store,
+            "foreign_fingerprint",
+            shard,
+            path,
+            f"it was written for fingerprint {commit.fingerprint_id[:12]}, the store has {header.fingerprint_id[:12]}",
+        )
 
 
 def _check_array(
@@ -166,12 +194,23 @@ def _check_array(
         chunks = sorted({*chunks[:1], *chunks[-1:]})
     wrong, sound = _compare_chunks(path, header, file, chunks)
     if wrong and sound == len(wrong):
-        yield _fault(store, "swapped", shard, name,
-                     f"{len(wrong)} of {len(chunks)} chunks read are sound but not those of this shard: "
-                     "another file is in its place")
+        yield _fault(
+            store,
+            "swapped",
+            shard,
+            name,
+            f"{len(wrong)} of {len(chunks)} chunks read are sound but not those of this shard: "
+            "another file is in its place",
+        )
     elif wrong:
-        yield _fault(store, "bit_flip", shard, name, f"chunk {wrong[0]} is not the one that was committed"
-                     + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+        yield _fault(
+            store,
+            "bit_flip",
+            shard,
+            name,
+            f"chunk {wrong[0]} is not the one that was committed"
+            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""),
+        )
     if not _has_expected_index(path, header, len(file.checksums)):
         yield _fault(store, "shard_index", shard, name, "the Zarr shard index at its end is damaged")
 
@@ -225,8 +264,13 @@ def _store_faults(store: FeatureStore) -> Iterator[Fault]:
         yield _fault(store, "stale_plan", None, layout.plan, f"it is unreadable ({error})")
         return
     if plan_digest(plan) != header.plan_id:
-        yield _fault(store, "stale_plan", None, layout.plan,
-                     f"it is plan {plan_digest(plan)[:12]}, the store was made with plan {header.plan_id[:12]}")
+        yield _fault(
+            store,
+            "stale_plan",
+            None,
+            layout.plan,
+            f"it is plan {plan_digest(plan)[:12]}, the store was made with plan {header.plan_id[:12]}",
+        )
     elif not layout.rejected.exists() or layout.rejected.read_bytes() != encode_rejected(plan):
         yield _fault(store, "quarantine", None, layout.rejected, "it does not list what the plan rejected")
 
@@ -284,5 +328,9 @@ def _fault(store: FeatureStore, kind: Kind, shard: int | None, path: Path | str,
     name = path if isinstance(path, str) else path.relative_to(store.path).as_posix()
     where = name if shard is None else f"{name} (shard {shard})"
     again = "everything else stays" if shard is None else "exactly this shard is made again"
-    return Fault(kind=kind, shard=shard, path=name, message=(
-        f"{where}: {found}. Type the `tinyaudio extract` command that made the store: {again}."))
+    return Fault(
+        kind=kind,
+        shard=shard,
+        path=name,
+        message=(f"{where}: {found}. Type the `tinyaudio extract` command that made the store: {again}."),
+    )

@@ -47,7 +47,13 @@ class ShardWriter:
     """One shard on its way into the store; a context manager that commits on leaving without an exception."""
 
     def __init__(
-        self, layout: Layout, header: Header, shard: int, plan: pa.Table, calibration: Calibration | None, claim: Claim,
+        self,
+        layout: Layout,
+        header: Header,
+        shard: int,
+        plan: pa.Table,
+        calibration: Calibration | None,
+        claim: Claim,
         spare: list[NDArray[Any]],
     ) -> None:
         """Begin; see `FeatureStore.write_shard`.
@@ -105,9 +111,19 @@ class ShardWriter:
             UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
         """
         assert features.shape[1:] == (self._header.dim,), (features.shape, self._header.dim)
-        return self._store(utterance_id, len(features), lambda row: self._put(row, features), {
-            "num_samples": num_samples, "duration_s": duration_s, "transcript": transcript, "speaker": speaker,
-            "source": source, "extra": None if extra is None else json.dumps(extra, sort_keys=True)})
+        return self._store(
+            utterance_id,
+            len(features),
+            lambda row: self._put(row, features),
+            {
+                "num_samples": num_samples,
+                "duration_s": duration_s,
+                "transcript": transcript,
+                "speaker": speaker,
+                "source": source,
+                "extra": None if extra is None else json.dumps(extra, sort_keys=True),
+            },
+        )
 
     def append_rows(self, rows: Rows, entry: Mapping[str, Any]) -> bool:
         """Store one utterance as another store of the same encoding and calibration holds it, bit for bit.
@@ -117,12 +133,14 @@ class ShardWriter:
             entry: its row of that reader's index.
         """
         kept = ("num_samples", "duration_s", "transcript", "speaker", "source", "extra")
-        return self._store(entry["utterance_id"], len(rows.features), lambda row: self._put_rows(row, rows),
-                           {name: entry[name] for name in kept})
+        return self._store(
+            entry["utterance_id"],
+            len(rows.features),
+            lambda row: self._put_rows(row, rows),
+            {name: entry[name] for name in kept},
+        )
 
-    def _store(
-        self, utterance_id: str, length: int, put: Callable[[int], bool], entry: Mapping[str, Any]
-    ) -> bool:
+    def _store(self, utterance_id: str, length: int, put: Callable[[int], bool], entry: Mapping[str, Any]) -> bool:
         self._check_planned(utterance_id)
         if utterance_id in self._rows:
             return self.quarantine(utterance_id, "duplicate_id", "stored once already; the later copy was left out")
@@ -134,8 +152,13 @@ class ShardWriter:
         if not put(row):
             return self.quarantine(utterance_id, "non_finite", "the features hold NaN or infinity")
         self._rows[utterance_id] = {
-            "utterance_id": utterance_id, "split": self.split, "shard": self.shard,
-            "start": self.shard * self._header.rows_per_shard + row, "num_frames": length, **entry}
+            "utterance_id": utterance_id,
+            "split": self.split,
+            "shard": self.shard,
+            "start": self.shard * self._header.rows_per_shard + row,
+            "num_frames": length,
+            **entry,
+        }
         return True
 
     def quarantine(self, utterance_id: str, reason: str, detail: str = "") -> bool:
@@ -151,8 +174,9 @@ class ShardWriter:
             UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
         """
         self._check_planned(utterance_id)
-        self._quarantined.append(Quarantined(
-            utterance_id=utterance_id, split=self.split, shard=self.shard, reason=reason, detail=detail))
+        self._quarantined.append(
+            Quarantined(utterance_id=utterance_id, split=self.split, shard=self.shard, reason=reason, detail=detail)
+        )
         return False
 
     def __enter__(self) -> Self:
@@ -173,7 +197,8 @@ class ShardWriter:
         if utterance_id not in self._planned:
             raise UnplannedUtteranceError(
                 f"utterance {utterance_id!r} is not planned for shard {self.shard} of {str(self._layout.root)!r}. "
-                "Append only what the plan of this shard names.")
+                "Append only what the plan of this shard names."
+            )
 
     def _place(self, utterance_id: str, length: int) -> int | None:
         """Find rows: those planned, or, if the plan was too short, the end of a room that has enough left."""
@@ -242,13 +267,15 @@ class ShardWriter:
             raise IncompleteShardError(
                 f"shard {self.shard} of {str(self._layout.root)!r} was closed with {len(missing)} of "
                 f"{len(self._planned)} planned utterances neither stored nor quarantined, the first being "
-                f"{missing[0]!r}. Append or quarantine every one; nothing was committed.")
+                f"{missing[0]!r}. Append or quarantine every one; nothing was committed."
+            )
 
     def _check_uncontested(self) -> None:
         if not self._claim.is_mine() or self._layout.commit(self.shard).exists():
             raise LostClaimError(
                 f"another writer took over shard {self.shard} of {str(self._layout.root)!r} while this one seemed "
-                "dead; its work stands and this copy was dropped. Continue with the next shard.")
+                "dead; its work stands and this copy was dropped. Continue with the next shard."
+            )
 
     def _encode_arrays(self) -> dict[Path, _Encoded]:
         header = self._header
@@ -261,28 +288,38 @@ class ShardWriter:
             if array is not None:
                 _fill_gaps(array[:used], rows, fill)
                 buffers, checksums = encode_shard(
-                    array[:used], header.chunk_rows, header.rows_per_shard // header.chunk_rows)
+                    array[:used], header.chunk_rows, header.rows_per_shard // header.chunk_rows
+                )
                 encoded[self._layout.array(name, self.shard)] = buffers, ArrayFile.of(num_bytes(buffers), checksums)
         return encoded
 
     def _encode_files(self) -> dict[Path, _Encoded]:
         index = encode_index(list(self._rows.values()))
         quarantine = encode_quarantine(self._quarantined)
-        return {self._layout.index(self.shard): ([index], PlainFile.of(index)),
-                self._layout.quarantine(self.shard): ([quarantine], PlainFile.of(quarantine))}
+        return {
+            self._layout.index(self.shard): ([index], PlainFile.of(index)),
+            self._layout.quarantine(self.shard): ([quarantine], PlainFile.of(quarantine)),
+        }
 
     def _record(self, encoded: Mapping[Path, _Encoded]) -> Commit:
         rows, header = self._rows.values(), self._header
         named = {path.relative_to(self._layout.root).as_posix(): file for path, (_, file) in encoded.items()}
         return Commit(
-            format=header.format, shard=self.shard, split=self.split, fingerprint_id=header.fingerprint_id,
-            plan_id=header.plan_id, num_utterances=len(rows), num_frames=sum(row["num_frames"] for row in rows),
-            num_quarantined=len(self._quarantined), num_clamped=self._num_clamped,
+            format=header.format,
+            shard=self.shard,
+            split=self.split,
+            fingerprint_id=header.fingerprint_id,
+            plan_id=header.plan_id,
+            num_utterances=len(rows),
+            num_frames=sum(row["num_frames"] for row in rows),
+            num_quarantined=len(self._quarantined),
+            num_clamped=self._num_clamped,
             duration_s=sum(row["duration_s"] for row in rows),
             arrays={name: file for name, file in named.items() if isinstance(file, ArrayFile)},
             files={name: file for name, file in named.items() if isinstance(file, PlainFile)},
             writer=str(self._claim.owner),
-            finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+            finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
 
 
 def _limits(lengths: Mapping[int, int], block_rows: int) -> dict[int, int]:

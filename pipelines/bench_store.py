@@ -89,17 +89,29 @@ def bench_store(directory: Path, *, size_mb: int = 1024, rounds: int = 5, seed: 
         writes = _race_writers(corpus, folder, rounds)
         order_s, resume_s, agree = _measure_order(corpus, rounds, seed)
         cold_mb_s = {name: statistics.median(speeds) for name, speeds in cold.items()}
-        return asdict(StoreBench(
-            read_warm_vs_zarr=_ratio(warm, "store", "zarr"), read_cold_vs_zarr=_ratio(cold, "store", "zarr"),
-            read_cold_vs_sequential=_ratio(cold, "store", "sequential"),
-            write_vs_plain=_ratio(writes, "store", "plain"), write_vs_zarr=_ratio(writes, "store", "zarr"),
-            read_amplification=_amplification(corpus, seed), padding=_padding(seed), order_6m_s=order_s,
-            resume_s=resume_s, worlds_agree=agree,
-            read_warm_mb_s={name: statistics.median(speeds) for name, speeds in warm.items()},
-            read_cold_mb_s=cold_mb_s, write_mb_s={name: statistics.median(speeds) for name, speeds in writes.items()},
-            break_even_float16=cold_mb_s["store"] * 1e6 / (DIM * 2 * FRAME_RATE),
-            break_even_int8=cold_mb_s["store"] * 1e6 / ((DIM + 2) * FRAME_RATE),
-            size_mb=size_mb, rounds=rounds, load_average=os.getloadavg()[0], skipped=skipped))
+        return asdict(
+            StoreBench(
+                read_warm_vs_zarr=_ratio(warm, "store", "zarr"),
+                read_cold_vs_zarr=_ratio(cold, "store", "zarr"),
+                read_cold_vs_sequential=_ratio(cold, "store", "sequential"),
+                write_vs_plain=_ratio(writes, "store", "plain"),
+                write_vs_zarr=_ratio(writes, "store", "zarr"),
+                read_amplification=_amplification(corpus, seed),
+                padding=_padding(seed),
+                order_6m_s=order_s,
+                resume_s=resume_s,
+                worlds_agree=agree,
+                read_warm_mb_s={name: statistics.median(speeds) for name, speeds in warm.items()},
+                read_cold_mb_s=cold_mb_s,
+                write_mb_s={name: statistics.median(speeds) for name, speeds in writes.items()},
+                break_even_float16=cold_mb_s["store"] * 1e6 / (DIM * 2 * FRAME_RATE),
+                break_even_int8=cold_mb_s["store"] * 1e6 / ((DIM + 2) * FRAME_RATE),
+                size_mb=size_mb,
+                rounds=rounds,
+                load_average=os.getloadavg()[0],
+                skipped=skipped,
+            )
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -133,7 +145,7 @@ def _make_corpus(folder: Path, size_mb: int, seed: int) -> _Corpus:
     rows_per_shard = min(ROWS_PER_SHARD, size_mb * MIB // (2 * DIM))
     total = size_mb * MIB // (2 * DIM)
     lengths = loquacious_like_frames(total // 50, seed)
-    lengths = np.minimum(lengths[:max(1, int(np.searchsorted(np.cumsum(lengths), total * 0.99)))], rows_per_shard)
+    lengths = np.minimum(lengths[: max(1, int(np.searchsorted(np.cumsum(lengths), total * 0.99)))], rows_per_shard)
     rows = np.random.default_rng(seed).standard_normal((rows_per_shard, DIM), dtype=np.float32).astype(np.float16)
     store = _create(folder / "store", lengths, rows_per_shard)
     for shard in store.pending_shards():
@@ -141,17 +153,32 @@ def _make_corpus(folder: Path, size_mb: int, seed: int) -> _Corpus:
     store.seal()
     reader = FeatureReader(store)
     frames = reader.num_frames.astype(np.int64)
-    order = epoch_order(reader.starts, frames, budget=int(max(12_000, frames.max())), seed=seed, epoch=0,
-                        block_rows=store.header.block_rows, window_blocks=WINDOW_BLOCKS)
-    sample = np.random.default_rng(seed).permutation(len(reader))[:max(16, len(reader) // 4)]
+    order = epoch_order(
+        reader.starts,
+        frames,
+        budget=int(max(12_000, frames.max())),
+        seed=seed,
+        epoch=0,
+        block_rows=store.header.block_rows,
+        window_blocks=WINDOW_BLOCKS,
+    )
+    sample = np.random.default_rng(seed).permutation(len(reader))[: max(16, len(reader) // 4)]
     return _Corpus(store=store, rows=rows, starts=reader.starts, num_frames=frames, order=order, sample=sample)
 
 
 def _create(path: Path, lengths: NDArray[np.int64], rows_per_shard: int) -> FeatureStore:
     ids = [f"u{i}" for i in range(len(lengths))]
-    plan = make_plan(rows_per_shard=rows_per_shard, table=pa.table({
-        "utterance_id": ids, "split": ["train"] * len(ids), "source_id": ids,
-        "num_frames": pa.array(lengths, pa.int32())}))
+    plan = make_plan(
+        rows_per_shard=rows_per_shard,
+        table=pa.table(
+            {
+                "utterance_id": ids,
+                "split": ["train"] * len(ids),
+                "source_id": ids,
+                "num_frames": pa.array(lengths, pa.int32()),
+            }
+        ),
+    )
     return FeatureStore.create(path, plan=plan, dim=DIM, rows_per_shard=rows_per_shard, fingerprint={"bench": True})
 
 
@@ -165,7 +192,7 @@ def _write_shard(store: FeatureStore, shard: int, rows: NDArray[np.float16]) -> 
     assert writer is not None
     with writer:
         for utterance_id, row, num_frames in places:
-            writer.append(utterance_id, rows[row:row + num_frames], num_samples=0, duration_s=0.0, transcript="")
+            writer.append(utterance_id, rows[row : row + num_frames], num_samples=0, duration_s=0.0, transcript="")
         appended = time.perf_counter()
     return appended - begun, time.perf_counter() - appended
 
@@ -186,9 +213,14 @@ def _readers(corpus: _Corpus, folder: Path, seed: int) -> dict[str, Reader]:
         "store": (corpus.files, lambda: _read_store(corpus, ours)),
         "sequential": (corpus.files, lambda: _read_sequentially(corpus.files)),
         "zarr": (corpus.files, lambda: _read_zarr(corpus)),
-        "memmap": ([flat], lambda: _read_slices(corpus, np.memmap(flat, np.float16, "r").reshape(-1, DIM)))}
-    for name, prepare in (("tensorstore", _prepare_tensorstore), ("zarrs", _prepare_zarrs), ("h5py", _prepare_h5py),
-                          ("lhotse", _prepare_lhotse)):
+        "memmap": ([flat], lambda: _read_slices(corpus, np.memmap(flat, np.float16, "r").reshape(-1, DIM))),
+    }
+    for name, prepare in (
+        ("tensorstore", _prepare_tensorstore),
+        ("zarrs", _prepare_zarrs),
+        ("h5py", _prepare_h5py),
+        ("lhotse", _prepare_lhotse),
+    ):
         if importlib.util.find_spec(name) is not None:
             readers[name] = prepare(corpus, folder)
     return readers
@@ -231,7 +263,7 @@ def _read_store(corpus: _Corpus, reader: FeatureReader) -> int:
     reader.clear()
     size = 0
     for number, positions in corpus.order.batches():
-        reader.prefetch(corpus.order.positions[corpus.order.bounds[number]:][:PREFETCH_UTTERANCES])
+        reader.prefetch(corpus.order.positions[corpus.order.bounds[number] :][:PREFETCH_UTTERANCES])
         size += sum(rows.features.nbytes for rows in reader.read_rows(positions))
     return size
 
@@ -246,7 +278,7 @@ def _read_sequentially(files: list[Path]) -> int:
 
 
 def _read_slices(corpus: _Corpus, array: Any) -> int:
-    return sum(np.array(array[start:start + length]).nbytes for start, length in _slices(corpus))
+    return sum(np.array(array[start : start + length]).nbytes for start, length in _slices(corpus))
 
 
 def _slices(corpus: _Corpus) -> Iterator[tuple[int, int]]:
@@ -262,9 +294,10 @@ def _prepare_tensorstore(corpus: _Corpus, folder: Path) -> Reader:
     import tensorstore  # optional extra `bench`, as below
 
     def read() -> int:
-        array = tensorstore.open({"driver": "zarr3", "kvstore": {
-            "driver": "file", "path": str(corpus.store.path / "features")}}).result()
-        return sum(array[start:start + length].read().result().nbytes for start, length in _slices(corpus))
+        array = tensorstore.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(corpus.store.path / "features")}}
+        ).result()
+        return sum(array[start : start + length].read().result().nbytes for start, length in _slices(corpus))
 
     return corpus.files, read
 
@@ -285,10 +318,15 @@ def _prepare_h5py(corpus: _Corpus, folder: Path) -> Reader:
     path = folder / "rows.h5"
     with h5py.File(path, "w") as file:
         rows = corpus.rows.shape[0]
-        array = file.create_dataset("features", (corpus.store.num_shards * rows, DIM), "<f2", chunks=(
-            corpus.store.header.chunk_rows, DIM), fletcher32=True)
+        array = file.create_dataset(
+            "features",
+            (corpus.store.num_shards * rows, DIM),
+            "<f2",
+            chunks=(corpus.store.header.chunk_rows, DIM),
+            fletcher32=True,
+        )
         for shard in range(corpus.store.num_shards):
-            array[shard * rows:(shard + 1) * rows] = corpus.rows
+            array[shard * rows : (shard + 1) * rows] = corpus.rows
 
     def read() -> int:
         with h5py.File(path, "r") as file:
@@ -302,8 +340,10 @@ def _prepare_lhotse(corpus: _Corpus, folder: Path) -> Reader:
 
     path = folder / "lhotse"
     with NumpyFilesWriter(path) as writer:
-        keys = [writer.write(f"u{start}", corpus.rows[start % len(corpus.rows):][:length])
-                for start, length in _slices(corpus)]
+        keys = [
+            writer.write(f"u{start}", corpus.rows[start % len(corpus.rows) :][:length])
+            for start, length in _slices(corpus)
+        ]
 
     def read() -> int:
         reader = NumpyFilesReader(path)
@@ -328,8 +368,13 @@ def _race_writers(corpus: _Corpus, folder: Path, rounds: int) -> dict[str, list[
     for number in range(rounds):
         plain, theirs = folder / f"plain{number}", folder / f"zarr{number}"
         array = zarr.create_array(
-            theirs, shape=corpus.rows.shape, dtype="<f2", shards=corpus.rows.shape,
-            chunks=(corpus.store.header.chunk_rows, DIM), compressors=[Crc32cCodec()])
+            theirs,
+            shape=corpus.rows.shape,
+            dtype="<f2",
+            shards=corpus.rows.shape,
+            chunks=(corpus.store.header.chunk_rows, DIM),
+            compressors=[Crc32cCodec()],
+        )
         append_s, commit_s = _write_shard(store, number + 1, corpus.rows)
         size = store.commit(number + 1).num_frames * DIM * 2 / 1e6
         speeds["store"].append(size / commit_s)
@@ -346,7 +391,7 @@ def _write_plainly(path: Path, rows: NDArray[np.float16]) -> int:
     with path.open("wb", buffering=0) as file:
         view = rows.reshape(-1).view(np.uint8).data
         while view:
-            view = view[file.write(view):]
+            view = view[file.write(view) :]
         os.fsync(file.fileno())
     sync_directory(path.parent)
     return rows.nbytes
@@ -370,8 +415,16 @@ def _index_like(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.in
     """Make starts and lengths of a large index out of a planned smaller one, repeated."""
     lengths = loquacious_like_frames(min(count, PADDING_UTTERANCES // 10), seed)
     ids = pa.array(np.arange(len(lengths))).cast(pa.string())
-    plan = make_plan(pa.table({"utterance_id": ids, "split": pa.array(["train"] * len(ids)), "source_id": ids,
-                               "num_frames": pa.array(lengths, pa.int32())}))
+    plan = make_plan(
+        pa.table(
+            {
+                "utterance_id": ids,
+                "split": pa.array(["train"] * len(ids)),
+                "source_id": ids,
+                "num_frames": pa.array(lengths, pa.int32()),
+            }
+        )
+    )
     starts = np.asarray(plan["shard"], np.int64) * ROWS_PER_SHARD + np.asarray(plan["row"])
     order = np.argsort(starts)
     starts, lengths = starts[order], np.asarray(plan["num_frames"], np.int64)[order]
@@ -427,21 +480,35 @@ def _measure_order(corpus: _Corpus, rounds: int, seed: int) -> tuple[float, floa
 def format_table(result: dict[str, Any]) -> str:
     """Write the result as lines for people."""
     width = 20
-    lines = [f"{result['size_mb']:,} MiB, {result['rounds']} rounds, load average {result['load_average']:.1f}", "",
-             f"{'median MB/s':<{width}}{'warm':>10}{'cold':>10}{'write':>10}"]
+    lines = [
+        f"{result['size_mb']:,} MiB, {result['rounds']} rounds, load average {result['load_average']:.1f}",
+        "",
+        f"{'median MB/s':<{width}}{'warm':>10}{'cold':>10}{'write':>10}",
+    ]
     warm, cold, write = result["read_warm_mb_s"], result["read_cold_mb_s"], result["write_mb_s"]
     for name in dict.fromkeys([*warm, *write]):
         cells = [f"{column[name]:,.0f}" if name in column else "-" for column in (warm, cold, write)]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
-    lines += ["", *(f"{name:<26}{result[name]:>8.3f}   {goal}" for name, goal in _GOALS.items()), "",
-              f"Break-even: an encoder faster than {result['break_even_float16']:,.0f} x real time (float16; int8: "
-              f"{result['break_even_int8']:,.0f} x) recomputes faster than this disk reads."]
+    lines += [
+        "",
+        *(f"{name:<26}{result[name]:>8.3f}   {goal}" for name, goal in _GOALS.items()),
+        "",
+        f"Break-even: an encoder faster than {result['break_even_float16']:,.0f} x real time (float16; int8: "
+        f"{result['break_even_int8']:,.0f} x) recomputes faster than this disk reads.",
+    ]
     if result["skipped"]:
         lines.append(f"Not installed, not measured: {', '.join(result['skipped'])} (pip install 'tinyaudio[bench]').")
     return "\n".join(lines)
 
 
 _GOALS = {
-    "read_warm_vs_zarr": "at least 5", "read_cold_vs_zarr": "at least 3", "read_cold_vs_sequential": "at least 0.85",
-    "write_vs_plain": "at least 0.8", "write_vs_zarr": "at least 3", "read_amplification": "at most 1.02",
-    "padding": "at most 0.02", "order_6m_s": "at most 3 s", "resume_s": "at most 5 s"}
+    "read_warm_vs_zarr": "at least 5",
+    "read_cold_vs_zarr": "at least 3",
+    "read_cold_vs_sequential": "at least 0.85",
+    "write_vs_plain": "at least 0.8",
+    "write_vs_zarr": "at least 3",
+    "read_amplification": "at most 1.02",
+    "padding": "at most 0.02",
+    "order_6m_s": "at most 3 s",
+    "resume_s": "at most 5 s",
+}

@@ -43,15 +43,15 @@ NUM_MEL_BANDS = 40
 CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
 """HuBERT's 32 symbols, lower case; 0 is the CTC blank, | the space."""
 
+WORD_LOSS_WEIGHT = 0.5
+"""A word's loss is about that of its letters together; the character losses are means over letters."""
+
 PROMPT_PREFIX = "Speech:"
 PROMPT_SUFFIX = "\nTranscript:"
 """The product's prompt: prefix, audio, suffix, then " " + transcript and end-of-text."""
 
 EOS_TOKEN = "<|end_of_text|>"
 PAD_TOKEN = "<|finetune_right_pad_id|>"
-IGNORED = -100
-"""Label of a position without loss."""
-
 Samples = npt.NDArray[np.float32]
 Log = Callable[[str], None]
 
@@ -80,8 +80,8 @@ class TrainingPlan:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-ENCODER_PLAN = TrainingPlan(steps=2_200, batch_size=16, learning_rate=3e-3, warmup_steps=150)
-DECODER_PLAN = TrainingPlan(steps=2_000, batch_size=32, learning_rate=3e-3, warmup_steps=100)
+ENCODER_PLAN = TrainingPlan(steps=2_600, batch_size=16, learning_rate=3e-3, warmup_steps=150)
+DECODER_PLAN = TrainingPlan(steps=2_500, batch_size=48, learning_rate=3e-3, warmup_steps=100)
 
 
 def _update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, rate: float) -> None:
@@ -111,15 +111,12 @@ def encoder_config() -> HubertConfig:
         do_stable_layer_norm=True,
         num_conv_pos_embeddings=32,
         num_conv_pos_embedding_groups=8,
-        hidden_dropout=0.05,
+        hidden_dropout=0.0,
         activation_dropout=0.0,
         attention_dropout=0.0,
         final_dropout=0.0,
         layerdrop=0.0,
-        mask_time_prob=0.05,
-        mask_time_length=5,
-        mask_feature_prob=0.02,
-        mask_feature_length=8,
+        apply_spec_augment=False,  # at this size and training time every regulariser costs more than it brings
     )
 
 
@@ -159,7 +156,7 @@ def _colour(rng: np.random.Generator, samples: Samples) -> Samples:
     size = -(-(len(samples) + 3_200) // 4_096) * 4_096  # a length that the FFT likes
     spectrum = np.fft.rfft(samples, size)
     hertz = np.linspace(0, SAMPLING_RATE / 2, len(spectrum))
-    decibels = np.interp(hertz, [0, 300, 800, 1_800, 3_500, 8_000], rng.normal(0, 4, 6))
+    decibels = np.interp(hertz, [0, 300, 800, 1_800, 3_500, 8_000], rng.normal(0, 3, 6))
     if rng.random() < 0.3:
         decibels -= np.clip((hertz - rng.uniform(3_300, 4_000)) / 200, 0, 1) * 60
     if rng.random() < 0.25:
@@ -178,14 +175,14 @@ def augment(rng: np.random.Generator, samples: Samples) -> Samples:
         count = int(len(samples) * rng.uniform(0.9, 1.11))
         places = np.linspace(0, len(samples) - 1, count)
         samples = np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
-    if rng.random() < 0.5:
-        samples = _colour(rng, samples)
     if rng.random() < 0.4:
+        samples = _colour(rng, samples)
+    if rng.random() < 0.3:
         lead, tail = (int(rng.exponential(0.25) * SAMPLING_RATE) for _ in range(2))
         samples = np.pad(samples, (min(lead, 16_000), min(tail, 16_000)))
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         power = float(np.sqrt((samples**2).mean()))
-        samples = samples + _random_noise(rng, len(samples)) * power * 10 ** (-rng.uniform(6, 45) / 20)
+        samples = samples + _random_noise(rng, len(samples)) * power * 10 ** (-rng.uniform(10, 45) / 20)
     return samples.astype(np.float32)
 
 
@@ -262,20 +259,43 @@ class MelTeacher(nn.Module):
         return cast(Tensor, error[frame_mask].mean())
 
 
-def _ctc_loss(logits: Tensor, lengths: Tensor, transcripts: Sequence[str]) -> Tensor:
-    """Return the mean CTC loss for each symbol; an utterance without words counts its frames instead.
+def _ctc_loss(logits: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """Return the mean CTC loss for each symbol; an utterance without symbols counts its frames instead.
 
     Args:
         logits: (B, T, V).
         lengths: (B,), valid frames.
-        transcripts: B texts.
+        targets: B sequences of symbol ids; 0 is the blank.
     """
-    ids = {symbol: i for i, symbol in enumerate(CTC_SYMBOLS)}
-    rows = [[ids["|" if c == " " else c] for c in transcript] for transcript in transcripts]
-    targets, counts = torch.tensor([i for row in rows for i in row]), torch.tensor([len(row) for row in rows])
+    counts = torch.tensor([len(row) for row in targets])
+    symbols = torch.tensor([symbol for row in targets for symbol in row])
     log_probs = functional.log_softmax(logits.float(), -1).transpose(0, 1)
-    losses = functional.ctc_loss(log_probs, targets, lengths, counts, blank=0, reduction="none", zero_infinity=True)
+    losses = functional.ctc_loss(log_probs, symbols, lengths, counts, blank=0, reduction="none", zero_infinity=True)
     return (losses / torch.where(counts > 0, counts, lengths)).mean()
+
+
+class CtcHeads:
+    """The two readings that the encoder learns to allow: characters, which stay, and whole words, which do not.
+
+    Characters alone leave each frame with a letter or two. The projector sees a tenth of a second at a time, so
+    the frames must also know their word, as those of a large encoder do.
+    """
+
+    def __init__(self, model: HubertForCTC, transcripts: Sequence[str]) -> None:
+        words = sorted({word for transcript in transcripts for word in transcript.split()})
+        self.character_ids = {" " if s == "|" else s: i for i, s in enumerate(CTC_SYMBOLS)}
+        self.word_ids = {word: i for i, word in enumerate(words, 1)}
+        self.characters = model.lm_head
+        self.words = nn.Linear(model.config.hidden_size, len(words) + 1)
+
+    def loss(self, hidden: Tensor, lengths: Tensor, transcripts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the character and the word loss of (B, T, D) hidden states with (B,) valid frames."""
+        characters = [[self.character_ids[c] for c in transcript] for transcript in transcripts]
+        words = [[self.word_ids[w] for w in transcript.split()] for transcript in transcripts]
+        return (
+            _ctc_loss(self.characters(hidden), lengths, characters),
+            _ctc_loss(self.words(hidden), lengths, words),
+        )
 
 
 def convolve(encoder: HubertFeatureEncoder, samples: Tensor) -> Tensor:
@@ -312,10 +332,9 @@ def train_encoder(
 ) -> HubertForCTC:
     """Train the stand-in HuBERT on (transcript, samples) pairs; return it in eval mode, float32.
 
-    Loss: character CTC, plus the mel teacher while it fades over the first half.
+    Loss: CTC of characters and of words, plus the mel teacher while it fades over the first half.
     """
     torch.manual_seed(seed)
-    np.random.seed(seed)  # transformers draws its SpecAugment masks from numpy's global state
     model = HubertForCTC(encoder_config())
     model.train()
     teacher = MelTeacher(model.config.conv_dim[-1])
@@ -327,21 +346,22 @@ def train_encoder(
         return convolved[0]
 
     convolutions.forward = fast_forward
-    parameters = [*model.parameters(), *teacher.parameters()]
+    heads = CtcHeads(model, [transcript for transcript, _ in corpus])
+    parameters = [*model.parameters(), *teacher.parameters(), *heads.words.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     batches = encoder_batches(corpus, plan, seed)
     for step in range(plan.steps):
         transcripts, samples, mask = next(batches)
-        model.config.apply_spec_augment = step > plan.steps // 4
-        logits = model(samples, attention_mask=mask).logits
+        hidden = model.hubert(samples, attention_mask=mask).last_hidden_state
         lengths = (mask.sum(-1) - WINDOW) // HOP + 1
-        ctc = _ctc_loss(logits, lengths, transcripts)
+        characters, words = heads.loss(hidden, lengths, transcripts)
         fade = max(0.0, 1.0 - 2.0 * step / plan.steps)
-        frame_mask = torch.arange(logits.shape[1])[None] < lengths[:, None]
+        frame_mask = torch.arange(hidden.shape[1])[None] < lengths[:, None]
         mel = teacher(samples, convolved[0], frame_mask) if fade else torch.zeros(())
-        _update(optimizer, parameters, ctc + fade * mel, plan.rate(step))
+        _update(optimizer, parameters, characters + WORD_LOSS_WEIGHT * words + fade * mel, plan.rate(step))
         if step % 100 == 0:
-            log(f"encoder step {step}/{plan.steps} ctc {ctc.item():.3f} mel {mel.item():.3f}")
+            parts = f"characters {characters.item():.3f} words {words.item():.3f} mel {mel.item():.3f}"
+            log(f"encoder step {step}/{plan.steps} {parts}")
     del convolutions.forward
     model.train(False)
     return model
@@ -451,7 +471,7 @@ class DenoiseSequence:
 
 def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list[tuple[int, int, float]]:
     """Spread pieces over 10 Hz frames with blanks between: (token or -1, second token, its share)."""
-    frames: list[tuple[int, int, float]] = [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
+    frames: list[tuple[int, int, float]] = [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 4, 9, 16))
     for position, piece in enumerate(pieces):
         frames += [(-1, -1, 0.0)] * rng.choice((0, 0, 0, 1, 1, 2))
         lost = rng.random() < 0.02
@@ -462,7 +482,7 @@ def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list
             elif draw < 0.4:
                 second, share = rng.randrange(vocab_size), rng.random() * 0.6
             frames.append((-1, -1, 0.0) if lost else (piece, second, share))
-    return frames + [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
+    return frames + [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 4, 9, 16))
 
 
 class DenoiseTask:
@@ -515,26 +535,31 @@ def _pad(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> T
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
 
-def denoise_loss(model: SmolLM3ForCausalLM, batch: Sequence[DenoiseSequence]) -> Tensor:
+def denoise_loss(model: SmolLM3ForCausalLM, batch: Sequence[DenoiseSequence], blur: float) -> Tensor:
     """Return the mean cross entropy of the transcripts and their end-of-text.
 
-    Frames are token embeddings, mixed, scaled by 0.5 to 2 and noised by up to 1.2 of their size; blanks are noise.
+    Frames are token embeddings, mixed, noised by up to 1.2 of their size and scaled by 0.5 to 2; blanks are noise.
+
+    Args:
+        model: the decoder.
+        batch: its sequences.
+        blur: 0 to 1, share of the mixing and of the noise that is applied.
     """
     ids = _pad([s.ids for s in batch], 0, torch.long)
     second = _pad([s.mixed_ids for s in batch], 0, torch.long)
-    mix = _pad([s.mix for s in batch], 0.0, torch.float32)[..., None]
+    mix = _pad([s.mix for s in batch], 0.0, torch.float32)[..., None] * blur
     is_frame = _pad([s.is_frame for s in batch], 0, torch.bool)[..., None]
     has_loss = _pad([s.has_loss for s in batch], 0, torch.bool)
     table: Any = model.get_input_embeddings()
     mixed = (1 - mix) * table(ids.clamp(min=0)) + mix * table(second.clamp(min=0))
     mixed = mixed * (ids >= 0)[..., None]
     size = table.weight.detach().pow(2).mean().sqrt()
-    noise = torch.randn_like(mixed) * size * torch.rand(len(batch), 1, 1) * 1.2
+    noise = torch.randn_like(mixed) * size * torch.rand(len(batch), 1, 1) * 1.2 * blur
     frames = (mixed + noise) * torch.exp2(torch.rand(len(batch), 1, 1) * 2 - 1)
     embedded = torch.where(is_frame, frames, mixed)
-    logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-    labels = torch.where(has_loss, ids, IGNORED)[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
+    wanted = has_loss[:, 1:]
+    return functional.cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted])
 
 
 def train_decoder(
@@ -546,7 +571,8 @@ def train_decoder(
 ) -> SmolLM3ForCausalLM:
     """Train the stand-in SmolLM3; return it in eval mode, float32.
 
-    Text alone would not make it steerable through its embeddings, hence the denoise task.
+    Text alone would not make it steerable through its embeddings, hence the denoise task. The blur grows over the
+    first half: copying is learnt from clean frames, and blurred ones from the start hide it for thousands of steps.
     """
     torch.manual_seed(seed)
     model = SmolLM3ForCausalLM(decoder_config(tokenizer))
@@ -555,7 +581,8 @@ def train_decoder(
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     task = DenoiseTask(tokenizer, sentences, seed)
     for step in range(plan.steps):
-        loss = denoise_loss(model, [task.sequence() for _ in range(plan.batch_size)])
+        blur = min(1.0, 2 * step / plan.steps)
+        loss = denoise_loss(model, [task.sequence() for _ in range(plan.batch_size)], blur)
         _update(optimizer, parameters, loss, plan.rate(step))
         if step % 100 == 0:
             log(f"decoder step {step}/{plan.steps} loss {loss.item():.3f}")

@@ -2,7 +2,7 @@
 
 Sizes come from metadata alone. The time comes from a probe on this machine: some 30 recordings of the plan's own
 lengths (noise, so that no audio is fetched) through an encoder of the recipe's shape (random weights, so that none are
-fetched either), and a file written and flushed where the store will lie. Fetching audio is not in it: that is the network's.
+fetched either), and a file written and flushed where the store will lie. Fetching audio is the network's and not in it.
 """
 
 import os
@@ -78,7 +78,8 @@ class Forecast:
                 f"store       {self.shards:,} shards{done}: {size}; this recipe: {self.encoding}",
                 f"free disk   {self.free_bytes / 1e9:,.2f} GB{room}",
                 f"time        about {spell_duration(self.seconds)} on this machine ({'GPU' if self.is_gpu else 'CPU'}: "
-                f"{self.encoder_speed:,.1f}x real time, {self.write_bytes_per_s / 1e6:,.0f} MB/s to disk), without fetching",
+                f"{self.encoder_speed:,.1f}x real time, {self.write_bytes_per_s / 1e6:,.0f} MB/s to disk), "
+                "without fetching",
             ]
         )
 

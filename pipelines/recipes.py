@@ -1,8 +1,8 @@
 """Recipes: everything a stage may be told, in one TOML file, checked strictly.
 
 A recipe is found by name in `pipelines/recipes/` or by path; `section.key=value` overrides it; the resolved recipe is
-saved with everything it made and is itself a recipe. Unknown keys are errors with a suggestion. Local folders named with
-a leading `./` or `../` are relative to the recipe file.
+saved with everything it made and is itself a recipe. Unknown keys are errors with a suggestion. Local folders named
+with a leading `./` or `../` are relative to the recipe file.
 """
 
 import difflib

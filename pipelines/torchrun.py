@@ -33,7 +33,7 @@ def place() -> Place:
 def use_all_cores() -> None:
     """Undo what launchers do to CPU threads.
 
-    torchrun and Ray give each process one thread. How many there are changes the last bits of a matrix product on a CPU,
+    torchrun and Ray give each process one thread. How many there are changes the last bits of a product on a CPU,
     and every process is to compute what one process alone would have computed.
     """
     import torch

@@ -19,16 +19,20 @@ def make_features(lengths: Sequence[int], dim: int = 8, seed: int = 0) -> Featur
     """Draw frames for utterances u0, u1, ... with loud and quiet dimensions, like those of trained encoders."""
     rng = np.random.default_rng(seed)
     loudness = np.exp(rng.normal(0, 1, dim)).astype(np.float32)
-    return {f"u{i}": (rng.standard_normal((length, dim)) * loudness).astype(np.float32)
-            for i, length in enumerate(lengths)}
+    return {
+        f"u{i}": (rng.standard_normal((length, dim)) * loudness).astype(np.float32) for i, length in enumerate(lengths)
+    }
 
 
 def make_table(features: Features, splits: Sequence[str] | None = None) -> pa.Table:
-    return pa.table({
-        "utterance_id": pa.array(features.keys(), pa.string()),
-        "split": pa.array(splits or ["train"] * len(features), pa.string()),
-        "source_id": pa.array([f"file/{i}" for i in range(len(features))], pa.string()),
-        "num_frames": pa.array([len(frames) for frames in features.values()], pa.int32())})
+    return pa.table(
+        {
+            "utterance_id": pa.array(features.keys(), pa.string()),
+            "split": pa.array(splits or ["train"] * len(features), pa.string()),
+            "source_id": pa.array([f"file/{i}" for i in range(len(features))], pa.string()),
+            "num_frames": pa.array([len(frames) for frames in features.values()], pa.int32()),
+        }
+    )
 
 
 def calibrate(features: Features, dim: int) -> Calibration:
@@ -39,7 +43,12 @@ def calibrate(features: Features, dim: int) -> Calibration:
 
 
 def create(
-    path: Path, features: Features, *, dim: int = 8, rows_per_shard: int = 64, splits: Sequence[str] | None = None,
+    path: Path,
+    features: Features,
+    *,
+    dim: int = 8,
+    rows_per_shard: int = 64,
+    splits: Sequence[str] | None = None,
     **options: Any,
 ) -> FeatureStore:
     """Make an empty store for these utterances."""
@@ -58,8 +67,14 @@ def fill(store: FeatureStore, features: Features, shards: Iterable[int] | None =
         with writer:
             for utterance_id in store.plan(shard)["utterance_id"].to_pylist():
                 frames = features[utterance_id]
-                writer.append(utterance_id, frames, num_samples=320 * len(frames) + 80, duration_s=len(frames) / 50,
-                              transcript=f"words of {utterance_id}", speaker="s1")
+                writer.append(
+                    utterance_id,
+                    frames,
+                    num_samples=320 * len(frames) + 80,
+                    duration_s=len(frames) / 50,
+                    transcript=f"words of {utterance_id}",
+                    speaker="s1",
+                )
 
 
 def sealed(path: Path, features: Features, **options: Any) -> FeatureStore:

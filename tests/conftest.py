@@ -29,20 +29,20 @@ ENCODER_DIM, DECODER_DIM = 32, 48
 
 def tiny_hubert_config(**changes: object) -> HubertConfig:
     """A HuBERT of real kernels and strides (so real frame counts) and toy widths."""
-    settings = dict(
-        hidden_size=ENCODER_DIM,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(8,) * 7,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        conv_bias=True,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        mask_time_prob=0.5,
-        hidden_dropout=0.3,
-    )
+    settings = {
+        "hidden_size": ENCODER_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "conv_dim": (8,) * 7,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "conv_bias": True,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "mask_time_prob": 0.5,
+        "hidden_dropout": 0.3,
+    }
     return HubertConfig(**{**settings, **changes})
 
 
@@ -138,7 +138,7 @@ def checkpoint(model: TinyAudioForConditionalGeneration, processor: TinyAudioPro
 
 @pytest.fixture(scope="session")
 def spoken() -> list[tuple[np.ndarray, str]]:
-    """Twenty bundled test utterances: (samples at 16 kHz, transcript). Voice activity detection hears them as speech."""
+    """Twenty bundled test utterances: (samples at 16 kHz, transcript). Voice activity detection hears speech."""
     import pyarrow.parquet
 
     from tinyaudio.audio import load_audio

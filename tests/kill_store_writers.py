@@ -91,8 +91,11 @@ def committed_bad(store: FeatureStore) -> list[int]:
 def unfinished_of(store: FeatureStore, pid: int) -> list[str]:
     """List the shards that a killed writer leaves half done."""
     owners = {path.name: read_owner(path) for path in (store.path / "claims").glob("[0-9]*")}
-    return [name for name, owner in owners.items() if owner is not None and owner.pid == pid
-            and not store.layout.commit(int(name)).exists()]
+    return [
+        name
+        for name, owner in owners.items()
+        if owner is not None and owner.pid == pid and not store.layout.commit(int(name)).exists()
+    ]
 
 
 def finish(store: FeatureStore) -> dict[str, int]:
@@ -103,13 +106,20 @@ def finish(store: FeatureStore) -> dict[str, int]:
     store.seal()
     reader = FeatureReader(store)
     ids = reader.index["utterance_id"].to_pylist()
-    wrong = sum(not np.array_equal(frames, expected[utterance_id].astype(np.float16))
-                for utterance_id, frames in zip(ids, reader.read(range(len(reader))), strict=True))
+    wrong = sum(
+        not np.array_equal(frames, expected[utterance_id].astype(np.float16))
+        for utterance_id, frames in zip(ids, reader.read(range(len(reader))), strict=True)
+    )
     sweep(store.layout, store.header)
-    litter = [path for folder in (store.path, *store.path.iterdir()) if folder.is_dir()
-              for path, _ in temporaries(folder)]
-    return {"wrong_utterances": wrong, "missing_utterances": len(expected) - len(set(ids)),
-            "faults_at_the_end": len(store_verify(store, deep=True)), "litter": len(litter)}
+    litter = [
+        path for folder in (store.path, *store.path.iterdir()) if folder.is_dir() for path, _ in temporaries(folder)
+    ]
+    return {
+        "wrong_utterances": wrong,
+        "missing_utterances": len(expected) - len(set(ids)),
+        "faults_at_the_end": len(store_verify(store, deep=True)),
+        "litter": len(litter),
+    }
 
 
 def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -117,8 +127,20 @@ def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the fork server imports for all: a writer starts in 0.1 s
     multiprocessing.get_context("forkserver").set_forkserver_preload(["cache", "cache_stores", "kill_store_writers"])
     rng = random.Random(seed)
-    seen = dict.fromkeys(("kills", "stores", "shards_redone", "committed_bad", "more_than_one_shard_lost",
-                          "wrong_utterances", "missing_utterances", "faults_at_the_end", "litter"), 0)
+    seen = dict.fromkeys(
+        (
+            "kills",
+            "stores",
+            "shards_redone",
+            "committed_bad",
+            "more_than_one_shard_lost",
+            "wrong_utterances",
+            "missing_utterances",
+            "faults_at_the_end",
+            "litter",
+        ),
+        0,
+    )
     while seen["kills"] < kills:
         path = folder / f"store{seen['stores']}"
         writers = [start(path, patience_s=0), start(path)]

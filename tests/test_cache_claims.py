@@ -66,14 +66,17 @@ def test_a_committed_shard_is_not_written_again(tmp_path: Path) -> None:
     assert store.write_shard(0) is None
 
 
-@pytest.mark.parametrize(("changes", "silent_s", "is_taken_over"), [
-    ({}, 2 * LEASE_S, False),  # this very process lives, however long it is silent
-    ({"pid": "dead"}, 0, True),
-    ({"boot": "00000000"}, 0, True),  # the machine was started again
-    ({"host": "elsewhere"}, 0, False),
-    ({"host": "elsewhere"}, LEASE_S / 2, False),
-    ({"host": "elsewhere"}, 2 * LEASE_S, True),
-])
+@pytest.mark.parametrize(
+    ("changes", "silent_s", "is_taken_over"),
+    [
+        ({}, 2 * LEASE_S, False),  # this very process lives, however long it is silent
+        ({"pid": "dead"}, 0, True),
+        ({"boot": "00000000"}, 0, True),  # the machine was started again
+        ({"host": "elsewhere"}, 0, False),
+        ({"host": "elsewhere"}, LEASE_S / 2, False),
+        ({"host": "elsewhere"}, 2 * LEASE_S, True),
+    ],
+)
 def test_a_claim_expires_with_its_writer(
     tmp_path: Path, changes: dict[str, object], silent_s: float, is_taken_over: bool
 ) -> None:
@@ -135,8 +138,10 @@ def test_an_exception_leaves_nothing_but_a_free_shard(tmp_path: Path) -> None:
 
 def test_nothing_is_skipped_in_silence(tmp_path: Path) -> None:
     store = create(tmp_path / "store", FEATURES)
-    with pytest.raises(IncompleteShardError, match=r"1 of 2 planned utterances neither.*'u1'"), \
-            store.write_shard(0) as writer:
+    with (
+        pytest.raises(IncompleteShardError, match=r"1 of 2 planned utterances neither.*'u1'"),
+        store.write_shard(0) as writer,
+    ):
         append(writer, "u0")
     assert store.committed_shards() == []
     with store.write_shard(0) as writer:
@@ -147,8 +152,10 @@ def test_nothing_is_skipped_in_silence(tmp_path: Path) -> None:
 
 def test_an_unplanned_utterance_is_refused(tmp_path: Path) -> None:
     store = create(tmp_path / "store", FEATURES)
-    with pytest.raises(UnplannedUtteranceError, match="'u7' is not planned for shard 0"), \
-            store.write_shard(0) as writer:
+    with (
+        pytest.raises(UnplannedUtteranceError, match="'u7' is not planned for shard 0"),
+        store.write_shard(0) as writer,
+    ):
         append(writer, "u7")
 
 
@@ -171,10 +178,17 @@ def test_the_janitor_removes_only_what_is_nobodys(tmp_path: Path) -> None:
     write(store, 0)
     alive, dead = Owner.me(), Owner(host=Owner.me().host, boot=Owner.me().boot, pid=a_dead_pid(), token="0" * 16)
     claimed = Claim.take(store.layout, 1)
-    kept = [store.layout.array("features", 0), store.layout.array("features", 1),
-            temporary_of(store.layout.array("features", 1), alive), store.path / "notes.txt"]
-    gone = [store.layout.array("features", 2), store.layout.index(3),
-            temporary_of(store.layout.array("features", 3), dead)]
+    kept = [
+        store.layout.array("features", 0),
+        store.layout.array("features", 1),
+        temporary_of(store.layout.array("features", 1), alive),
+        store.path / "notes.txt",
+    ]
+    gone = [
+        store.layout.array("features", 2),
+        store.layout.index(3),
+        temporary_of(store.layout.array("features", 3), dead),
+    ]
     skeleton = temporary_of(store.path, dead)
     skeleton.mkdir()
     for path in [*kept[1:], *gone]:
@@ -260,8 +274,12 @@ def small_disk(tmp_path: Path) -> Path:
     """Mount a disk of four megabytes."""
     path = tmp_path / "disk"
     path.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path],
-                                           capture_output=True, check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False
+        ).returncode
+    ):
         pytest.skip("mounting a tmpfs needs root")
     yield path
     subprocess.run(["umount", "-l", path], check=True)

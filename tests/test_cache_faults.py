@@ -47,8 +47,11 @@ def swap(path: Path, other: Path) -> None:
 
 def content_of(store: FeatureStore) -> dict[str, bytes]:
     """Every file that a store is made of, but for the time and the name in the commit records."""
-    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in sorted(store.path.rglob("*"))
-            if path.is_file() and path.parent.name in {"features", "scales", "index", "quarantine"}}
+    return {
+        path.relative_to(store.path).as_posix(): path.read_bytes()
+        for path in sorted(store.path.rglob("*"))
+        if path.is_file() and path.parent.name in {"features", "scales", "index", "quarantine"}
+    }
 
 
 def make_again(store: FeatureStore, features: Features) -> list[int]:
@@ -64,27 +67,35 @@ def make_again(store: FeatureStore, features: Features) -> list[int]:
 
 SHARD_FAULTS: list[tuple[str, Callable[[FeatureStore], object], set[int], set[str]]] = [
     ("flipped bit", lambda s: flip(s.layout.array("features", 2), 5), {2}, {"bit_flip"}),
-    ("flipped checksum", lambda s: flip(s.layout.array("features", 2), 64 * 8 * s.header.dtype.itemsize + 1), {2},
-     {"bit_flip"}),
+    (
+        "flipped checksum",
+        lambda s: flip(s.layout.array("features", 2), 64 * 8 * s.header.dtype.itemsize + 1),
+        {2},
+        {"bit_flip"},
+    ),
     ("flipped shard index", lambda s: flip(s.layout.array("features", 2), -10), {2}, {"shard_index"}),
     ("truncated", lambda s: s.layout.array("features", 2).open("r+b").truncate(100), {2}, {"size"}),
     ("zero length", lambda s: s.layout.array("features", 2).write_bytes(b""), {2}, {"size"}),
     ("deleted", lambda s: s.layout.array("features", 2).unlink(), {2}, {"missing"}),
-    ("two shards swapped", lambda s: swap(s.layout.array("features", 2), s.layout.array("features", 3)), {2, 3},
-     {"swapped"}),
+    (
+        "two shards swapped",
+        lambda s: swap(s.layout.array("features", 2), s.layout.array("features", 3)),
+        {2, 3},
+        {"swapped"},
+    ),
     ("index deleted", lambda s: s.layout.index(2).unlink(), {2}, {"missing"}),
     ("index flipped", lambda s: flip(s.layout.index(2), 30), {2}, {"index"}),
     ("two indexes swapped", lambda s: swap(s.layout.index(2), s.layout.index(3)), {2, 3}, {"index", "size"}),
     ("quarantine replaced", lambda s: s.layout.quarantine(2).write_text("{}\n"), {2}, {"size"}),
     ("commit record flipped", lambda s: flip(s.layout.commit(2), 40), {2}, {"commit_record", "seal"}),
     ("commit record deleted", lambda s: s.layout.commit(2).unlink(), {2}, {"missing"}),
-    ("two commit records swapped", lambda s: swap(s.layout.commit(2), s.layout.commit(3)), {2, 3},
-     {"swapped", "seal"}),
+    ("two commit records swapped", lambda s: swap(s.layout.commit(2), s.layout.commit(3)), {2, 3}, {"swapped", "seal"}),
 ]
 
 
-@pytest.mark.parametrize(("plant", "shards", "kinds"), [fault[1:] for fault in SHARD_FAULTS],
-                         ids=[fault[0] for fault in SHARD_FAULTS])
+@pytest.mark.parametrize(
+    ("plant", "shards", "kinds"), [fault[1:] for fault in SHARD_FAULTS], ids=[fault[0] for fault in SHARD_FAULTS]
+)
 def test_a_fault_is_found_named_and_repaired(
     store: FeatureStore, plant: Callable[[FeatureStore], object], shards: set[int], kinds: set[str]
 ) -> None:
@@ -99,9 +110,14 @@ def test_a_fault_is_found_named_and_repaired(
     assert content_of(store) == before
 
 
-@pytest.mark.parametrize(("plant", "shards"), [
-    (plant, shards) for name, plant, shards, _ in SHARD_FAULTS
-    if name in {"truncated", "zero length", "deleted", "two shards swapped", "index deleted"}])
+@pytest.mark.parametrize(
+    ("plant", "shards"),
+    [
+        (plant, shards)
+        for name, plant, shards, _ in SHARD_FAULTS
+        if name in {"truncated", "zero length", "deleted", "two shards swapped", "index deleted"}
+    ],
+)
 def test_the_quick_check_finds_what_needs_no_full_read(
     store: FeatureStore, plant: Callable[[FeatureStore], object], shards: set[int]
 ) -> None:
@@ -173,9 +189,19 @@ def test_a_shard_of_another_plan_is_stale(tmp_path: Path) -> None:
     assert store_verify(store, deep=True) == []
 
 
-@pytest.mark.parametrize("name", [
-    "zarr.json", "features/zarr.json", "plan.parquet", "quarantine/plan.jsonl", "calibration/c.0.0", "SEALED.json",
-    "index.parquet", "commits.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zarr.json",
+        "features/zarr.json",
+        "plan.parquet",
+        "quarantine/plan.jsonl",
+        "calibration/c.0.0",
+        "SEALED.json",
+        "index.parquet",
+        "commits.jsonl",
+    ],
+)
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 def test_what_belongs_to_no_shard_is_found_and_mended_without_losing_one(tmp_path: Path, name: str, how: str) -> None:
     store = sealed(tmp_path / "store", FEATURES, encoding="int8")

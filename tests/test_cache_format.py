@@ -45,8 +45,8 @@ def read_shard(store: Path, name: str, record: dict[str, Any], number: str, widt
     size = chunk_rows * width * struct.calcsize(number)
     values: list[float] = []
     for k in range(len(checksums) // 8):
-        chunk = content[k * (size + 4):][:size]
-        assert crc32c(chunk) == int(checksums[8 * k:8 * k + 8], 16)
+        chunk = content[k * (size + 4) :][:size]
+        assert crc32c(chunk) == int(checksums[8 * k : 8 * k + 8], 16)
         assert struct.unpack_from("<I", content, k * (size + 4) + size) == (crc32c(chunk),)
         values += struct.unpack(f"<{chunk_rows * width}{number}", chunk)
     return values
@@ -65,7 +65,10 @@ def read_store(store: Path) -> dict[str, list[list[float]]]:
         assert hashlib.sha256(canonical(record)).hexdigest() == digest
         shard = int(path.stem)
         assert (record["shard"], record["plan_id"], record["fingerprint_id"]) == (
-            shard, header["plan_id"], header["fingerprint_id"])
+            shard,
+            header["plan_id"],
+            header["fingerprint_id"],
+        )
         for name, file in record["files"].items():
             assert hashlib.sha256((store / name).read_bytes()).hexdigest() == file["sha256"]
         is_int8 = header["encoding"] == "int8"
@@ -74,20 +77,22 @@ def read_store(store: Path) -> dict[str, list[list[float]]]:
         mean, std = read_calibration(store, header) if is_int8 else ([], [])
         for row in pq.read_table(store / f"index/{shard:06d}.parquet").to_pylist():
             first = row["start"] % header["rows_per_shard"]
-            frames = [values[r * dim:(r + 1) * dim] for r in range(first, first + row["num_frames"])]
+            frames = [values[r * dim : (r + 1) * dim] for r in range(first, first + row["num_frames"])]
             if is_int8:
-                frames = [[code * scales[first + t] * std[d] + mean[d] for d, code in enumerate(frame)]
-                          for t, frame in enumerate(frames)]
+                frames = [
+                    [code * scales[first + t] * std[d] + mean[d] for d, code in enumerate(frame)]
+                    for t, frame in enumerate(frames)
+                ]
             utterances[row["utterance_id"]] = frames
     return utterances
 
 
 def read_calibration(store: Path, header: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     content = (store / "calibration/c.0.0").read_bytes()
-    array, dim = content[:8 * header["dim"]], header["dim"]
+    array, dim = content[: 8 * header["dim"]], header["dim"]
     assert hashlib.sha256(array).hexdigest() == header["calibration_id"]
-    assert struct.unpack("<I", content[8 * dim:]) == (crc32c(array),)
-    return struct.unpack(f"<{dim}f", array[:4 * dim]), struct.unpack(f"<{dim}f", array[4 * dim:])
+    assert struct.unpack("<I", content[8 * dim :]) == (crc32c(array),)
+    return struct.unpack(f"<{dim}f", array[: 4 * dim]), struct.unpack(f"<{dim}f", array[4 * dim :])
 
 
 @pytest.mark.parametrize("encoding", ["float16", "int8"])

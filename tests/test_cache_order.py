@@ -21,8 +21,16 @@ def corpus(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     seconds = seconds[(seconds >= 2) & (seconds <= 30)][:count]
     frames = ((seconds * 16_000).astype(np.int64) - 400) // 320 + 1
     ids = pa.array(np.arange(count)).cast(pa.string())
-    plan = make_plan(pa.table({"utterance_id": ids, "split": pa.array(["train"] * count), "source_id": ids,
-                               "num_frames": pa.array(frames, pa.int32())}))
+    plan = make_plan(
+        pa.table(
+            {
+                "utterance_id": ids,
+                "split": pa.array(["train"] * count),
+                "source_id": ids,
+                "num_frames": pa.array(frames, pa.int32()),
+            }
+        )
+    )
     starts = np.asarray(plan["shard"], np.int64) * ROWS_PER_SHARD + np.asarray(plan["row"])
     order = np.argsort(starts)
     return starts[order], np.asarray(plan["num_frames"], np.int64)[order]
@@ -39,15 +47,28 @@ def make(large: tuple[np.ndarray, np.ndarray], **options: int) -> EpochOrder:
 
 
 @settings(max_examples=60, deadline=None)
-@given(costs=st.lists(st.integers(1, 50), min_size=0, max_size=300), budget=st.integers(50, 400),
-       block_rows=st.sampled_from([64, 100, 512]), num_streams=st.sampled_from([1, 2, 8]),
-       window_blocks=st.integers(1, 4), seed=st.integers(0, 5))
+@given(
+    costs=st.lists(st.integers(1, 50), min_size=0, max_size=300),
+    budget=st.integers(50, 400),
+    block_rows=st.sampled_from([64, 100, 512]),
+    num_streams=st.sampled_from([1, 2, 8]),
+    window_blocks=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
 def test_every_utterance_occurs_once_within_the_budget(
     costs: list[int], budget: int, block_rows: int, num_streams: int, window_blocks: int, seed: int
 ) -> None:
     starts = np.concatenate([[0], np.cumsum(costs)[:-1]]).astype(np.int64) if costs else np.zeros(0, np.int64)
-    order = epoch_order(starts, costs, budget=budget, seed=seed, epoch=0, block_rows=block_rows,
-                        num_streams=num_streams, window_blocks=window_blocks)
+    order = epoch_order(
+        starts,
+        costs,
+        budget=budget,
+        seed=seed,
+        epoch=0,
+        block_rows=block_rows,
+        num_streams=num_streams,
+        window_blocks=window_blocks,
+    )
     assert sorted(order.positions.tolist()) == list(range(len(costs)))
     for number in range(len(order)):
         batch = np.asarray(costs)[order[number]]
@@ -65,8 +86,11 @@ def test_all_worlds_see_the_same_batches(large: tuple[np.ndarray, np.ndarray], s
     order = make(large)
     expected = {number: order[number].tolist() for number in range(start, len(order))}
     for world in (1, 2, 4, 8):
-        seen = {number: positions.tolist() for rank in range(world)
-                for number, positions in order.batches(start=start, rank=rank, world=world)}
+        seen = {
+            number: positions.tolist()
+            for rank in range(world)
+            for number, positions in order.batches(start=start, rank=rank, world=world)
+        }
         assert seen == expected
     with pytest.raises(ValueError, match="rank 2 of a world of 2"):
         next(order.batches(rank=2, world=2))
@@ -86,9 +110,7 @@ def test_padding_is_small_at_the_default_budget(large: tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize(("world", "most"), [(1, 1.02), (8, 1.1)])  # 60,000 utterances: the dry end weighs 100 times
-def test_each_block_is_read_by_one_rank_and_once(
-    large: tuple[np.ndarray, np.ndarray], world: int, most: float
-) -> None:
+def test_each_block_is_read_by_one_rank_and_once(large: tuple[np.ndarray, np.ndarray], world: int, most: float) -> None:
     starts, costs = large
     order = make(large)
     blocks = starts // BLOCK
@@ -113,8 +135,10 @@ def test_batches_mix_many_blocks_and_change_with_the_epoch(large: tuple[np.ndarr
     order, other = make(large), make(large, epoch=1)
     distinct = [len(np.unique(starts[order[n]] // BLOCK)) for n in range(0, len(order), 7)]
     assert np.mean(distinct) >= 7
-    neighbours = [{frozenset(pair) for n in range(len(each)) for pair in zip(each[n], each[n][1:], strict=False)}
-                  for each in (order, other)]
+    neighbours = [
+        {frozenset(pair) for n in range(len(each)) for pair in zip(each[n], each[n][1:], strict=False)}
+        for each in (order, other)
+    ]
     assert len(neighbours[0] & neighbours[1]) < 0.1 * len(neighbours[0])
 
 

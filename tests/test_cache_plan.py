@@ -17,14 +17,23 @@ from cache.plan import plan_digest
 
 def table(lengths: list[int], **columns: list[object]) -> pa.Table:
     ids = [f"u{i}" for i in range(len(lengths))]
-    return pa.table({
-        "utterance_id": pa.array(ids, pa.string()), "split": pa.array(["train"] * len(ids), pa.string()),
-        "source_id": pa.array(ids, pa.string()), "num_frames": pa.array(lengths, pa.int32())} | columns)
+    return pa.table(
+        {
+            "utterance_id": pa.array(ids, pa.string()),
+            "split": pa.array(["train"] * len(ids), pa.string()),
+            "source_id": pa.array(ids, pa.string()),
+            "num_frames": pa.array(lengths, pa.int32()),
+        }
+        | columns
+    )
 
 
 @settings(max_examples=80, deadline=None)
-@given(lengths=st.lists(st.integers(0, 1300), max_size=60), rows_per_shard=st.sampled_from([1024, 1025, 96, 4096]),
-       margin=st.integers(0, 3))
+@given(
+    lengths=st.lists(st.integers(0, 1300), max_size=60),
+    rows_per_shard=st.sampled_from([1024, 1025, 96, 4096]),
+    margin=st.integers(0, 3),
+)
 def test_no_two_utterances_share_a_row_and_none_crosses_a_block(
     lengths: list[int], rows_per_shard: int, margin: int
 ) -> None:
@@ -44,9 +53,18 @@ def test_no_two_utterances_share_a_row_and_none_crosses_a_block(
         taken |= places
 
 
-@pytest.mark.parametrize(("rows_per_shard", "expected"), [
-    (131_072, (512, 16_384)), (16_384, (512, 16_384)), (4096, (512, 4096)), (1000, (500, 1000)), (97, (97, 97)),
-    (1, (1, 1)), (1021, (1, 1021))])
+@pytest.mark.parametrize(
+    ("rows_per_shard", "expected"),
+    [
+        (131_072, (512, 16_384)),
+        (16_384, (512, 16_384)),
+        (4096, (512, 4096)),
+        (1000, (500, 1000)),
+        (97, (97, 97)),
+        (1, (1, 1)),
+        (1021, (1, 1021)),
+    ],
+)
 def test_chunks_divide_blocks_and_blocks_divide_shards(rows_per_shard: int, expected: tuple[int, int]) -> None:
     chunk, block = divide_shard(rows_per_shard)
     assert (chunk, block) == expected
@@ -88,7 +106,7 @@ def test_a_seed_permutes_groups_and_keeps_their_order() -> None:
     assert orders[0] != orders[1] == orders[2] != orders[3]
     for order in orders:
         numbers = [int(name[1:]) for name in order]
-        assert all(numbers[i:i + 4] == list(range(numbers[i], numbers[i] + 4)) for i in range(0, 40, 4))
+        assert all(numbers[i : i + 4] == list(range(numbers[i], numbers[i] + 4)) for i in range(0, 40, 4))
     with pytest.raises(PlanError, match="needs the column 'group'"):
         make_plan(table(lengths), seed=1)
 
@@ -96,7 +114,10 @@ def test_a_seed_permutes_groups_and_keeps_their_order() -> None:
 def test_the_callers_own_rejections_are_kept() -> None:
     plan = make_plan(table([10, 10, 10], reason=["", "no_text", None]), rows_per_shard=64)
     assert {row["utterance_id"]: (row["shard"], row["reason"]) for row in plan.to_pylist()} == {
-        "u0": (0, ""), "u1": (-1, "no_text"), "u2": (0, "")}
+        "u0": (0, ""),
+        "u1": (-1, "no_text"),
+        "u2": (0, ""),
+    }
 
 
 def test_a_table_that_cannot_be_planned_is_refused() -> None:

@@ -38,8 +38,9 @@ def test_int8_keeps_forty_decibels_in_every_dimension_where_plain_scaling_keeps_
 
 
 @settings(max_examples=100, deadline=None)
-@given(st_np.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(4)),
-                    elements=st.floats(-60_000, 60_000, width=32)))
+@given(
+    st_np.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(4)), elements=st.floats(-60_000, 60_000, width=32))
+)
 def test_the_error_is_half_a_step_at_most(features: np.ndarray) -> None:
     calibration = Calibration(mean=np.array([0, 1, -5, 100], np.float32), std=np.array([1, 2, 50, 0.5], np.float32))
     codes, scales = quantize(features, calibration)
@@ -89,8 +90,9 @@ def test_the_id_of_a_calibration_is_that_of_its_numbers() -> None:
     assert calibration.id != Calibration(mean=np.ones(2, np.float32), std=np.ones(2, np.float32)).id
 
 
-@pytest.mark.parametrize(("mean", "std", "words"), [
-    ([0, 0], [1, 0], "positive"), ([0, np.nan], [1, 1], "finite"), ([0], [1, 1], "shapes")])
+@pytest.mark.parametrize(
+    ("mean", "std", "words"), [([0, 0], [1, 0], "positive"), ([0, np.nan], [1, 1], "finite"), ([0], [1, 1], "shapes")]
+)
 def test_a_useless_calibration_is_refused(mean: list[float], std: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Calibration(mean=np.array(mean, np.float32), std=np.array(std, np.float32))

@@ -25,16 +25,21 @@ def dequantized(stored: np.ndarray | Quantized) -> np.ndarray:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(lengths=LENGTHS, dim=st.integers(1, 9), rows_per_shard=st.sampled_from([64, 65, 67, 96]),
-       encoding=st.sampled_from(["float16", "int8"]))
+@given(
+    lengths=LENGTHS,
+    dim=st.integers(1, 9),
+    rows_per_shard=st.sampled_from([64, 65, 67, 96]),
+    encoding=st.sampled_from(["float16", "int8"]),
+)
 def test_every_utterance_comes_back(lengths: list[int], dim: int, rows_per_shard: int, encoding: str) -> None:
     features = make_features(lengths, dim)
     with tempfile.TemporaryDirectory() as folder:
         store = sealed(Path(folder) / "store", features, dim=dim, rows_per_shard=rows_per_shard, encoding=encoding)
         reader = FeatureReader(store)
         assert sorted(reader.index["utterance_id"].to_pylist()) == sorted(features)
-        for utterance_id, stored in zip(reader.index["utterance_id"].to_pylist(), reader.read(range(len(reader))),
-                                        strict=True):
+        for utterance_id, stored in zip(
+            reader.index["utterance_id"].to_pylist(), reader.read(range(len(reader))), strict=True
+        ):
             expected = features[utterance_id]
             if encoding == "float16":
                 np.testing.assert_array_equal(stored, expected.astype(np.float16))
@@ -69,7 +74,7 @@ def test_rows_without_an_utterance_read_as_fill(tmp_path: Path, encoding: str, f
     rows = zarr.open_group(store.path, mode="r")["features"][...]
     used = np.zeros(len(rows), dtype=bool)
     for row in FeatureReader(store).index.to_pylist():
-        used[row["start"]:row["start"] + row["num_frames"]] = True
+        used[row["start"] : row["start"] + row["num_frames"]] = True
     np.testing.assert_array_equal(rows[~used], np.full((64 - 30, 8), fill_value))
     assert np.isfinite(rows[used]).all()
 
@@ -78,8 +83,14 @@ def test_a_full_shard_file_is_byte_for_byte_what_zarr_writes(tmp_path: Path) -> 
     features = make_features([64], dim=3)
     store = sealed(tmp_path / "ours", features, dim=3)
     copy = zarr.create_array(
-        tmp_path / "zarr", shape=(64, 3), dtype="<f2", shards=(64, 3), chunks=(store.header.chunk_rows, 3),
-        compressors=[zarr.codecs.Crc32cCodec()], chunk_key_encoding={"name": "default", "separator": "."})
+        tmp_path / "zarr",
+        shape=(64, 3),
+        dtype="<f2",
+        shards=(64, 3),
+        chunks=(store.header.chunk_rows, 3),
+        compressors=[zarr.codecs.Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
     copy[...] = features["u0"].astype(np.float16)
     assert store.layout.array("features", 0).read_bytes() == (tmp_path / "zarr" / "c.0.0").read_bytes()
 
@@ -143,8 +154,9 @@ def test_a_longer_utterance_than_planned_uses_room_left_over(tmp_path: Path) -> 
     longer = make_features([10, 14, 40], seed=1)
     with store.write_shard(0) as writer:
         for utterance_id, stays in ("u0", True), ("u1", True), ("u2", False):
-            assert stays == writer.append(utterance_id, longer[utterance_id], num_samples=1, duration_s=1.0,
-                                          transcript="")
+            assert stays == writer.append(
+                utterance_id, longer[utterance_id], num_samples=1, duration_s=1.0, transcript=""
+            )
     reader = FeatureReader(store)
     for utterance_id in ("u0", "u1"):
         np.testing.assert_array_equal(reader.get(utterance_id), longer[utterance_id].astype(np.float16))

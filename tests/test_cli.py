@@ -51,12 +51,26 @@ def test_every_command_explains_itself(command):
 
 def test_the_commands_of_the_design_are_all_there():
     names = {command[0] for command in commands() if command}
-    expected = {"extract", "train", "transcribe", "eval", "ablate", "runs", "store", "bench", "demo", "doctor", "publish"}
+    expected = {
+        "extract",
+        "train",
+        "transcribe",
+        "eval",
+        "ablate",
+        "runs",
+        "store",
+        "bench",
+        "demo",
+        "doctor",
+        "publish",
+    }
     assert expected <= names, f"missing {sorted(expected - names)}"
 
 
 def test_help_imports_no_torch():
-    script = "import sys, tinyaudio.cli; print(sorted(sys.modules.keys() & {'torch', 'transformers', 'zarr', 'datasets'}))"
+    script = (
+        "import sys, tinyaudio.cli; print(sorted(sys.modules.keys() & {'torch', 'transformers', 'zarr', 'datasets'}))"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

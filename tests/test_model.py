@@ -189,7 +189,7 @@ def test_checkpoint_holds_the_projector_and_nothing_frozen(checkpoint):
     from safetensors import safe_open
 
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
-        assert all(key.startswith("projector.") for key in weights.keys())
+        assert all(key.startswith("projector.") for key in weights.keys())  # noqa: SIM118  (safe_open is no dict)
     assert {p.name for p in checkpoint.glob("*.py")} == set(TRAVELLING)
 
 
@@ -327,14 +327,14 @@ def test_full_size_parts_fit_together():
     model = TinyAudioForConditionalGeneration(TinyAudioConfig(), encoder=encoder, decoder=decoder)
     values = torch.from_numpy(np.zeros((1, 16_000), np.float32))
     features, (frames,) = model.encode(values, torch.ones_like(values, dtype=torch.long))
-    assert features.shape == (1, 49, 1024) and frames == 49
+    assert features.shape == (1, 49, 1024)
+    assert frames == 49
     assert model.projector(features).shape == (1, 10, 2048)
 
 
 def test_another_encoder_family_swaps_in_by_id(config, processor, tmp_path, feature_extractor, noise):
-    from transformers import Wav2Vec2Config, Wav2Vec2Model, WavLMConfig, WavLMModel
-
     from conftest import tiny_hubert_config
+    from transformers import Wav2Vec2Config, Wav2Vec2Model, WavLMConfig, WavLMModel
 
     settings = tiny_hubert_config().to_dict()
     for make_config, make_model in ((Wav2Vec2Config, Wav2Vec2Model), (WavLMConfig, WavLMModel)):

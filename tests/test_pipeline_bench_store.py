@@ -15,8 +15,17 @@ def test_the_benchmark_reports_every_figure(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(bench, "NUM_UTTERANCES", 20_000)
     monkeypatch.setattr(bench, "PADDING_UTTERANCES", 20_000)
     result = json.loads(json.dumps(bench.bench_store(tmp_path, size_mb=16, rounds=1, seed=0)))
-    for name in ("read_warm_vs_zarr", "read_cold_vs_zarr", "read_cold_vs_sequential", "write_vs_plain", "write_vs_zarr",
-                 "order_6m_s", "resume_s", "break_even_float16", "break_even_int8"):
+    for name in (
+        "read_warm_vs_zarr",
+        "read_cold_vs_zarr",
+        "read_cold_vs_sequential",
+        "write_vs_plain",
+        "write_vs_zarr",
+        "order_6m_s",
+        "resume_s",
+        "break_even_float16",
+        "break_even_int8",
+    ):
         assert result[name] > 0
     assert 1 <= result["read_amplification"] < 1.2
     assert 0 <= result["padding"] <= 0.03

@@ -29,13 +29,13 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tinyaudio.audio import load_audio, num_frames
-    from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-    from tinyaudio.errors import AudioError, MissingModelError, ModelError, TinyAudioError
-    from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-    from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline
-    from tinyaudio.processing_tinyaudio import TinyAudioProcessor
-    from tinyaudio.transcribe import Transcriber, Transcript
+    from tinyaudio.audio import load_audio, num_frames  # noqa: F401
+    from tinyaudio.configuration_tinyaudio import TinyAudioConfig  # noqa: F401
+    from tinyaudio.errors import AudioError, MissingModelError, ModelError, TinyAudioError  # noqa: F401
+    from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration  # noqa: F401
+    from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline  # noqa: F401
+    from tinyaudio.processing_tinyaudio import TinyAudioProcessor  # noqa: F401
+    from tinyaudio.transcribe import Transcriber, Transcript  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

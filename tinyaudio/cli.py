@@ -80,4 +80,6 @@ def main() -> None:
 def _is_ours(error: BaseException) -> bool:
     """Tell our error trees apart from bugs, without importing what did not run."""
     names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    return bool(names & {"tinyaudio.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"})
+    return bool(
+        names & {"tinyaudio.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"}
+    )

@@ -1,4 +1,4 @@
-"""The `tour` command, which is `make demo`: the whole line on the bundled corpus, ending in a table. Part of the roof."""
+"""The `tour` command, which is `make demo`: the whole line on the bundled corpus, ending in a table. Roof."""
 
 import json as json_module
 import time
@@ -21,7 +21,9 @@ def add_to(app: typer.Typer) -> None:
 def tour(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the projector and of the batch order.")] = 0,
     store: Annotated[Path, typer.Option("--store", help="Feature store.")] = Path("data/demo"),
-    encoding: Annotated[str, typer.Option("--encoding", help="float16 or int8; int8 wants a --store of its own.")] = "float16",
+    encoding: Annotated[
+        str, typer.Option("--encoding", help="float16 or int8; int8 wants a --store of its own.")
+    ] = "float16",
     run: Annotated[str | None, typer.Option("--run", help="Run folder or name; default demo, or demo-seed<N>.")] = None,
 ) -> None:
     """Extract, train, evaluate and transcribe, offline, on shipped small stand-ins; a few minutes on two CPU cores.

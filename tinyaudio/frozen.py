@@ -75,7 +75,7 @@ def freeze(module: ModuleT) -> ModuleT:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 (hex) over names, types, shapes and bytes of all weights, in the precision they are held in."""
+    """Return the SHA-256 (hex) over names, types, shapes and bytes of all weights, as they are held."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -4,11 +4,11 @@ Shape letters, here and everywhere: B batch, S samples, T encoder frames, P proj
 H decoder width, L text tokens, V vocabulary.
 
 Invariants: the frozen parts never train and never reach a checkpoint; the projector is float32, also under bf16
-autocast; training and inference build the same prompt (`prompt.assemble`); loss falls on transcript and end-of-text only,
+autocast; training and inference build the same prompt (`prompt.assemble`); loss falls on transcript and end-of-text,
 and the decoder's head is applied at those positions only, so logits of audio positions are never made.
 
-This file is also the one entry of a checkpoint's own code (`trust_remote_code`): it and the modules it imports travel in
-the checkpoint folder, so they import each other relatively and nothing else of ours.
+This file is also the one entry of a checkpoint's own code (`trust_remote_code`): it and the modules it imports travel
+in the checkpoint folder, so they import each other relatively and nothing else of ours.
 """
 
 import shutil
@@ -156,7 +156,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if not key.startswith("projector.")}
 
     def train(self, mode: bool = True) -> "TinyAudioForConditionalGeneration":
-        """Switch the projector; the encoder always stays in eval mode, or SpecAugment and dropout would change features.
+        """Switch the projector; the encoder always stays in eval mode, or SpecAugment and dropout change features.
 
         The decoder follows only while it checkpoints activations, which transformers does in training mode alone.
         """
@@ -314,7 +314,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Write transcripts.
 
         Args:
-            input_values, attention_mask, features, num_frames: as in `forward`; audio is encoded once, whatever the beams.
+            input_values, attention_mask, features, num_frames: as in `forward`; audio is encoded once.
             generation_config, kwargs: as in `transformers.GenerationMixin.generate`: num_beams, max_new_tokens, ...
 
         Returns:
@@ -409,6 +409,6 @@ def _check_digest(part: str, model_id: str, expected: str | None, module: torch.
     found = weights_digest(module)
     if found != expected:
         raise ModelError(
-            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was trained "
-            f"with (pass {part}_digest=None to use it all the same)"
+            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was "
+            f"trained with (pass {part}_digest=None to use it all the same)"
         )

@@ -100,7 +100,7 @@ class LinearProjector(Projector):
 class NormMLPProjector(Projector):
     """Stack, RMSNorm, Linear, GELU, Linear: insensitive to the scale of the features.
 
-    Source: the form that alexkroman/tiny-audio ended with after some twenty variants (its projectors.py, September 2026).
+    Source: the form that alexkroman/tiny-audio ended with after some twenty variants (projectors.py, September 2026).
     """
 
     def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:

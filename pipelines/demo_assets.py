@@ -6,17 +6,16 @@ Needs espeak-ng and nothing else: no network, no other data. Everything follows 
 installed versions of espeak-ng, libopus and torch; see `pipelines/demo/README.md`.
 """
 
+import argparse
 import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import jiwer
 import torch
-import typer
 
 from pipelines.demo_corpus import (
     Samples,
@@ -104,11 +103,13 @@ def make_encoder(out: Path, seed: int, log: Clock, corpus: dict[str, list[Spoken
         log(f"CTC control {split}: WER {jiwer.wer([u.transcript for u in corpus[split]], hypotheses):.2%}")
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder to write corpus/, encoder/ and decoder/ into.")],
-    seed: Annotated[int, typer.Option(help="Every random choice follows from it.")] = 0,
-) -> None:
-    """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed."""
+def make_demo_assets(out: Path, seed: int) -> None:
+    """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed.
+
+    Args:
+        out: folder to write corpus/, encoder/ and decoder/ into.
+        seed: every random choice follows from it.
+    """
     torch.set_num_threads(NUM_THREADS)
     log = Clock(started_s=time.monotonic())
     corpus = make_corpus(seed)
@@ -122,4 +123,10 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    arguments = argparse.ArgumentParser(description="Make the bundled stand-ins again; needs espeak-ng.")
+    arguments.add_argument(
+        "--out", type=Path, required=True, help="folder to write corpus/, encoder/ and decoder/ into"
+    )
+    arguments.add_argument("--seed", type=int, default=0, help="every random choice follows from it")
+    given = arguments.parse_args()
+    make_demo_assets(given.out, given.seed)

@@ -297,12 +297,8 @@ def _renumber_ogg(data: bytes, serial: bytes) -> bytes:
 
 
 def speak(utterance_id: str, sentence: str, voice: Voice) -> SpokenUtterance:
-    """Synthesise, encode and decode one utterance; a quarter begins and ends with up to a second of silence."""
-    samples, rng = synthesise(sentence, voice), random.Random(utterance_id)
-    if rng.random() < 0.25:
-        lead, tail = (int(rng.uniform(0.1, 1.0) * SAMPLING_RATE) for _ in range(2))
-        samples = np.pad(samples, (lead, tail))
-    opus = encode_opus(samples, utterance_id)
+    """Synthesise, encode and decode one utterance."""
+    opus = encode_opus(synthesise(sentence, voice), utterance_id)
     return SpokenUtterance(
         utterance_id=utterance_id, transcript=sentence, voice=voice, opus=opus, samples=decode_opus(opus)
     )

@@ -34,8 +34,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the main job, offline: extract, train, evaluate and transcribe on the bundled corpus
 	$(TINY) tour $(ARGS)
 
-test: $(READY) ## the test suite, without the slow and GPU tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+test: $(READY) ## the test suite on two cores, without the slow and GPU tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY) ## the slow tests too: full-size models, hundreds of kills
 	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)

@@ -471,7 +471,7 @@ class DenoiseSequence:
 
 def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list[tuple[int, int, float]]:
     """Spread pieces over 10 Hz frames with blanks between: (token or -1, second token, its share)."""
-    frames: list[tuple[int, int, float]] = [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 4, 9, 16))
+    frames: list[tuple[int, int, float]] = [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
     for position, piece in enumerate(pieces):
         frames += [(-1, -1, 0.0)] * rng.choice((0, 0, 0, 1, 1, 2))
         lost = rng.random() < 0.02
@@ -482,7 +482,7 @@ def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list
             elif draw < 0.4:
                 second, share = rng.randrange(vocab_size), rng.random() * 0.6
             frames.append((-1, -1, 0.0) if lost else (piece, second, share))
-    return frames + [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 4, 9, 16))
+    return frames + [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
 
 
 class DenoiseTask:

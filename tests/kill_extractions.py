@@ -48,12 +48,14 @@ def _attempts(folder: Path, kills: int, chance: random.Random) -> None:
 
     import pipelines.extract  # noqa: F401
 
+    begun = time.monotonic()
     _child(folder / "undisturbed").wait_for()
+    whole_s = time.monotonic() - begun
     expected, tally, store = _content(folder / "undisturbed"), {"kill": 0, "disk": 0, "end": 0}, folder / "store"
     while tally["kill"] + tally["disk"] < kills:
         is_disk = chance.random() < 0.2
         child = _child(store, chance.randrange(1_000, 60_000) if is_disk else None)
-        outcome = child.wait_for() if is_disk else child.kill_after(chance.uniform(0.0, 4.0))
+        outcome = child.wait_for() if is_disk else child.kill_after(chance.uniform(0.0, whole_s))
         tally[outcome] += 1
         if outcome == "end" and chance.random() < 0.9:
             _check(store, expected)

@@ -44,7 +44,12 @@ def store(
 @bench.command("extract")
 def extract(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
     """Stage one: the encoder over a corpus, against plain loops."""
-    _bench("extract", json, full_size=full_size, device=device)
+    from pipelines.bench_extract import bench_extract
+
+    results = bench_extract(full_size=full_size, device=device)
+    print(results)
+    if json:
+        print(json_module.dumps(results.to_dict()))
 
 
 @bench.command("train")

@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,9 +24,9 @@ from cache.errors import DiskFullError
 
 LEASE_S = 300.0  # a writer on another machine that has not shown itself for so long is taken for dead
 IOV_MAX = 1024  # buffers per system call, POSIX's usual limit
-WRITE_MAX = 1 << 30  # bytes per system call; Linux stops just short of 2 GiB
+BATCH_BYTES = 1 << 20  # bytes per system call: still in the processor's cache from computing their checksum
 
-Buffers = Sequence[bytes | memoryview]
+Buffers = Iterable[bytes | memoryview]
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)~(?P<owner>[^~]+)\.tmp$")
@@ -112,28 +112,26 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def num_bytes(buffers: Buffers) -> int:
-    """Count the bytes of flat buffers."""
-    return sum(len(buffer) for buffer in buffers)
-
-
 def write_buffers(fd: int, buffers: Buffers) -> None:
-    """Write all buffers, in order, with as few system calls as the kernel allows."""
-    views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    """Write buffers in order, about a megabyte at a time; they may be made while they are written."""
+    batch: list[memoryview] = []
+    for buffer in buffers:
+        batch.append(memoryview(buffer))
+        if len(batch) == IOV_MAX or sum(map(len, batch)) >= BATCH_BYTES:
+            _write_all(fd, batch)
+            batch = []
+    _write_all(fd, batch)
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    views = [view for view in views if len(view)]
     while views:
-        batch: list[memoryview] = []
-        total = 0
-        for view in views[:IOV_MAX]:
-            if batch and total + view.nbytes > WRITE_MAX:
-                break
-            batch.append(view)
-            total += view.nbytes
-        written = os.writev(fd, batch)
+        written = os.writev(fd, views)
         while written:
-            if written < views[0].nbytes:
+            if written < len(views[0]):
                 views[0] = views[0][written:]
                 break
-            written -= views.pop(0).nbytes
+            written -= len(views.pop(0))
 
 
 def temporary_of(path: Path, owner: Owner) -> Path:
@@ -161,7 +159,7 @@ def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise DiskFullError(path, num_bytes(buffers)) from error
+            raise DiskFullError(path) from error
         raise
     return temporary
 

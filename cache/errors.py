@@ -96,9 +96,7 @@ class CorruptShardError(CacheError, OSError):
 class DiskFullError(CacheError, OSError):
     """There was no space left for a file; nothing of it was kept."""
 
-    def __init__(self, path: Path, size_bytes: int | None = None) -> None:
-        needed = "" if size_bytes is None else f" of {size_bytes:,} bytes"
+    def __init__(self, path: Path) -> None:
         super().__init__(
-            f"no space left while writing {str(path)!r}{needed}; the unfinished file was removed and nothing of it was "
-            "committed. Free some space and type the same command again: it continues where it stopped."
-        )
+            f"no space left while writing {str(path)!r}; the unfinished file was removed and nothing of it was "
+            "committed. Free some space and type the same command again: it continues where it stopped.")

@@ -10,6 +10,7 @@ utterances.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -34,25 +35,27 @@ def num_chunks_used(num_rows: int, chunk_rows: int) -> int:
     return -(-num_rows // chunk_rows)
 
 
+def shard_size(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> int:
+    """Compute the bytes of a shard file whose first `num_chunks` chunks are present."""
+    return num_chunks * (chunk_bytes + CRC_BYTES) + chunks_per_shard * 16 + CRC_BYTES
+
+
 def encode_shard(
-    rows: NDArray[np.generic], chunk_rows: int, chunks_per_shard: int
-) -> tuple[list[bytes | memoryview], NDArray[np.uint32]]:
-    """Lay out a shard file as buffers to be written in order; the rows are not copied.
+    chunks: NDArray[np.generic], chunks_per_shard: int, checksums: NDArray[np.uint32]
+) -> Iterator[bytes | memoryview]:
+    """Lay out a shard file as buffers to be written in order; nothing is copied.
 
     Args:
-        rows: (n * chunk_rows, ...) contiguous, n <= chunks_per_shard.
-
-    Returns:
-        The buffers, and the checksum of each chunk present: (n,) uint32.
+        chunks: (n, chunk_rows, ...) contiguous, n <= chunks_per_shard.
+        checksums: (n,) uint32, filled in on the way.
     """
-    chunks = rows.reshape(-1, chunk_rows, *rows.shape[1:])
-    checksums = np.array([crc32c(chunk) for chunk in chunks], dtype="<u4")
-    chunk_bytes = chunk_rows * rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
-    buffers: list[bytes | memoryview] = []
-    for chunk, checksum in zip(_parts(chunks), checksums, strict=True):
-        buffers += [chunk, checksum.tobytes()]
-    encoded = expected_index(len(chunks), chunks_per_shard, chunk_bytes).tobytes()
-    return [*buffers, encoded, crc32c(encoded).to_bytes(CRC_BYTES, "little")], checksums
+    for number, (chunk, content) in enumerate(zip(chunks, _parts(chunks), strict=True)):
+        checksums[number] = crc32c(chunk)
+        yield content
+        yield checksums[number].astype("<u4").tobytes()
+    index = expected_index(len(chunks), chunks_per_shard, chunks[0].nbytes if len(chunks) else 0).tobytes()
+    yield index
+    yield crc32c(index).to_bytes(CRC_BYTES, "little")
 
 
 def expected_index(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> NDArray[np.uint64]:

@@ -11,6 +11,7 @@ import datetime
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +27,6 @@ from cache.durable import (
     Buffers,
     exclusive,
     link_into_place,
-    num_bytes,
     place,
     sync_directory,
     temporary_of,
@@ -36,11 +36,11 @@ from cache.errors import IncompleteShardError, LostClaimError, UnplannedUtteranc
 from cache.index import Quarantined, encode_index, encode_quarantine
 from cache.layout import FILL, Header, Layout
 from cache.quantize import Calibration, quantize
-from cache.shards import encode_shard, num_chunks_used
+from cache.shards import encode_shard, num_chunks_used, shard_size
 
 FLOAT16_MAX = 65_504.0
 
-_Encoded = tuple[Buffers, ArrayFile | PlainFile]
+_Encoded = tuple[Buffers, Callable[[], ArrayFile | PlainFile]]  # the second once the first is written
 
 
 class ShardWriter:
@@ -244,7 +244,6 @@ class ShardWriter:
         self._check_complete()
         layout = self._layout
         encoded = self._encode_arrays() | self._encode_files()
-        commit = self._record(encoded)
         owner = self._claim.owner
         try:
             with ThreadPoolExecutor(len(encoded)) as pool:  # the disk flushes several files as fast as the largest
@@ -255,7 +254,7 @@ class ShardWriter:
                         path.unlink(missing_ok=True)  # left by a writer that died before its commit
                         link_into_place(temporary_of(path, owner), path)
                     list(pool.map(sync_directory, {path.parent for path in encoded}))
-                    place(layout.commit(self.shard), [commit.encode()], owner)
+                    place(layout.commit(self.shard), [self._record(encoded).encode()], owner)
         finally:
             for path in encoded:
                 temporary_of(path, owner).unlink(missing_ok=True)
@@ -280,30 +279,28 @@ class ShardWriter:
     def _encode_arrays(self) -> dict[Path, _Encoded]:
         header = self._header
         rows = sorted((row["start"] % header.rows_per_shard, row["num_frames"]) for row in self._rows.values())
-        used = max((start + length for start, length in rows), default=0)
-        used = num_chunks_used(used, header.chunk_rows) * header.chunk_rows
+        used = num_chunks_used(max((start + length for start, length in rows), default=0), header.chunk_rows)
+        chunks_per_shard = header.rows_per_shard // header.chunk_rows
         encoded: dict[Path, _Encoded] = {}
         arrays = ("features", self._features, FILL[header.encoding]), ("scales", self._scales, np.nan)
         for name, array, fill in arrays:
             if array is not None:
-                _fill_gaps(array[:used], rows, fill)
-                buffers, checksums = encode_shard(
-                    array[:used], header.chunk_rows, header.rows_per_shard // header.chunk_rows
-                )
-                encoded[self._layout.array(name, self.shard)] = buffers, ArrayFile.of(num_bytes(buffers), checksums)
+                _fill_gaps(array[:used * header.chunk_rows], rows, fill)
+                chunks = array[:used * header.chunk_rows].reshape(used, header.chunk_rows, *array.shape[1:])
+                checksums = np.empty(used, np.uint32)
+                size = shard_size(used, chunks_per_shard, chunks.nbytes // max(used, 1))
+                encoded[self._layout.array(name, self.shard)] = (
+                    encode_shard(chunks, chunks_per_shard, checksums), partial(ArrayFile.of, size, checksums))
         return encoded
 
     def _encode_files(self) -> dict[Path, _Encoded]:
-        index = encode_index(list(self._rows.values()))
-        quarantine = encode_quarantine(self._quarantined)
-        return {
-            self._layout.index(self.shard): ([index], PlainFile.of(index)),
-            self._layout.quarantine(self.shard): ([quarantine], PlainFile.of(quarantine)),
-        }
+        files = {self._layout.index(self.shard): encode_index(list(self._rows.values())),
+                 self._layout.quarantine(self.shard): encode_quarantine(self._quarantined)}
+        return {path: ([content], partial(PlainFile.of, content)) for path, content in files.items()}
 
     def _record(self, encoded: Mapping[Path, _Encoded]) -> Commit:
         rows, header = self._rows.values(), self._header
-        named = {path.relative_to(self._layout.root).as_posix(): file for path, (_, file) in encoded.items()}
+        named = {path.relative_to(self._layout.root).as_posix(): describe() for path, (_, describe) in encoded.items()}
         return Commit(
             format=header.format,
             shard=self.shard,

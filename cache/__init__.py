@@ -1,4 +1,20 @@
-"""A feature store: ragged float frames under string ids, in a Zarr array that plain Zarr opens. See FORMAT.md."""
+"""A feature store: ragged float frames under string ids, in a Zarr array that plain Zarr opens. See FORMAT.md.
+
+    plan = make_plan(table)                                     which utterance goes where, from lengths alone
+    store = FeatureStore.create(path, plan=plan, ...)           make, continue, or refuse what differs
+    for shard in store.pending_shards():
+        if (writer := store.write_shard(shard)) is not None:    None: done, or in another writer's hands
+            with writer: writer.append(...) or writer.quarantine(...)
+    store.seal()
+
+    reader = FeatureReader(path, split="train")                 checked frames, by position in reader.index
+    order = epoch_order(reader.starts, costs, ...)              the batches of an epoch, on any number of ranks
+
+    store_verify, store_repair                                  find damage; undo exactly what is damaged
+    store_info, store_diff, store_merge, store_export           look inside, compare, join, cut out
+
+Knows nothing of speech, models or torch.
+"""
 
 from cache.errors import CacheError
 from cache.order import EpochOrder, epoch_order

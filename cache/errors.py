@@ -99,4 +99,5 @@ class DiskFullError(CacheError, OSError):
     def __init__(self, path: Path) -> None:
         super().__init__(
             f"no space left while writing {str(path)!r}; the unfinished file was removed and nothing of it was "
-            "committed. Free some space and type the same command again: it continues where it stopped.")
+            "committed. Free some space and type the same command again: it continues where it stopped."
+        )

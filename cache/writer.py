@@ -285,17 +285,21 @@ class ShardWriter:
         arrays = ("features", self._features, FILL[header.encoding]), ("scales", self._scales, np.nan)
         for name, array, fill in arrays:
             if array is not None:
-                _fill_gaps(array[:used * header.chunk_rows], rows, fill)
-                chunks = array[:used * header.chunk_rows].reshape(used, header.chunk_rows, *array.shape[1:])
+                _fill_gaps(array[: used * header.chunk_rows], rows, fill)
+                chunks = array[: used * header.chunk_rows].reshape(used, header.chunk_rows, *array.shape[1:])
                 checksums = np.empty(used, np.uint32)
                 size = shard_size(used, chunks_per_shard, chunks.nbytes // max(used, 1))
                 encoded[self._layout.array(name, self.shard)] = (
-                    encode_shard(chunks, chunks_per_shard, checksums), partial(ArrayFile.of, size, checksums))
+                    encode_shard(chunks, chunks_per_shard, checksums),
+                    partial(ArrayFile.of, size, checksums),
+                )
         return encoded
 
     def _encode_files(self) -> dict[Path, _Encoded]:
-        files = {self._layout.index(self.shard): encode_index(list(self._rows.values())),
-                 self._layout.quarantine(self.shard): encode_quarantine(self._quarantined)}
+        files = {
+            self._layout.index(self.shard): encode_index(list(self._rows.values())),
+            self._layout.quarantine(self.shard): encode_quarantine(self._quarantined),
+        }
         return {path: ([content], partial(PlainFile.of, content)) for path, content in files.items()}
 
     def _record(self, encoded: Mapping[Path, _Encoded]) -> Commit:

@@ -116,7 +116,6 @@ def bench_store(directory: Path, *, size_mb: int = 1024, rounds: int = 5, seed: 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-
 # ------------------------------------------------------------------------------------------- ordering
 
 

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from cache.durable import LEASE_S, Owner, clock_of, exclusive, silence_s, temporaries
+from cache.durable import LEASE_S, Owner, clock_of, exclusive, link_into_place, silence_s, temporaries, write_temporary
 from cache.layout import Header, Layout
 
 
@@ -35,11 +35,8 @@ class Claim:
             if not is_free(path):
                 return None
             path.unlink(missing_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                os.write(fd, str(owner).encode())
-            finally:
-                os.close(fd)
+            # Signed from its first moment: a death between making and signing would hold the shard for a lease.
+            link_into_place(write_temporary(path, [str(owner).encode()], owner), path)
         return cls(path, owner)
 
     def is_mine(self) -> bool:
@@ -61,7 +58,7 @@ class Claim:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Read who holds a claim; None if nobody does, or if it was made but not yet signed."""
+    """Read who holds a claim; None if nobody does."""
     try:
         return Owner.parse(path.read_text())
     except FileNotFoundError:
@@ -106,7 +103,7 @@ def _dead_temporaries(folder: Path, now: float) -> list[Path]:
 
 
 def _is_dead(owner: Owner | None, silent_s: float) -> bool:
-    """Judge an owner; one that has not signed yet is given a lease."""
+    """Judge an owner; one who cannot be read is given a lease."""
     return silent_s > LEASE_S if owner is None else owner.is_dead(silent_s)
 
 

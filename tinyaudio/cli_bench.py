@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import DeviceOption, JsonOption
+from tinyaudio.cli_options import DeviceOption, JsonOption, say
 
 FullSizeOption = Annotated[
     bool, typer.Option("--full-size", help="HuBERT-large and SmolLM3-3B shapes with random weights.")
@@ -39,6 +39,19 @@ def store(
 ) -> None:
     """The feature store on this disk: writing, reading in training order; against plain alternatives."""
     _bench("store", json, directory, size_mb=size_mb, rounds=rounds)
+
+
+@bench.command("encodings")
+def encodings(
+    output: Annotated[Path, typer.Option("--output", help="Folder of stores and runs; the same again goes on.")] = Path(
+        "runs/bench-encodings"
+    ),
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each encoding.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
+    json: JsonOption = False,
+) -> None:
+    """float16 and int8 on the demo corpus: bytes, error, and word errors of projectors trained from each."""
+    _bench("encodings", json, output, seeds=seeds, jobs=jobs, say=say)
 
 
 @bench.command("extract")

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from torch.distributed.run import get_args_parser
 
-REMOTE = Path(__file__).parent.parent / "pipelines" / "remote"
+ROOT = Path(__file__).parent.parent
+REMOTE = ROOT / "pipelines" / "remote"
 SCRIPTS = sorted(path.name for path in REMOTE.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 # Writes down its name, arguments and a few variables; sbatch answers with a job number, as --parsable does.
@@ -59,6 +61,12 @@ class Machine:
 
     def commands(self) -> list[list[str]]:
         return [[call["name"], *call["arguments"]] for call in self.calls()]
+
+
+def documents() -> list[Path]:
+    """List the files that may tell somebody to type torchrun."""
+    found = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *REMOTE.iterdir(), *ROOT.glob("tinyaudio/cli*.py")]
+    return [path for path in sorted(found) if "torchrun --" in path.read_text()]
 
 
 @pytest.fixture
@@ -107,9 +115,29 @@ def test_a_second_start_resumes_training(machine: Machine, tmp_path: Path) -> No
 def test_several_gpus_go_through_torchrun(machine: Machine, tmp_path: Path) -> None:
     machine.run("line.sh", WORK=str(tmp_path), GPUS="8", STAGES="extract train")
     for command in machine.commands():
-        assert command[:6] == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "tinyaudio"]
-        check_command(command[6:])
+        assert command[:7] == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "--", "tinyaudio"]
+        check_command(command[7:])
     assert len(machine.commands()) == 2
+
+
+def test_torchrun_hands_every_option_on(machine: Machine, tmp_path: Path) -> None:
+    """Its own parser reads what line.sh says; without `--` it would take --run for its --run-path."""
+    machine.run("line.sh", WORK=str(tmp_path), GPUS="8", STAGES="extract train")
+    assert {command[7] for command in machine.commands()} == {"extract", "train"}
+    for _, *words in machine.commands():
+        parsed = get_args_parser().parse_args(words)
+        assert (parsed.module, parsed.nproc_per_node, parsed.training_script) == (True, "8", "tinyaudio")
+        assert parsed.training_script_args == words[words.index("tinyaudio") + 1 :]
+        assert not parsed.run_path
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_every_torchrun_line_that_we_print_reaches_tinyaudio(path: Path) -> None:
+    """In the README, in the recipes and in the help of commands; `N` stands for a number there."""
+    for line in re.findall(r"torchrun (--[^`\n|]*tinyaudio[^`\n|\"]*)", path.read_text()):
+        words = ["2" if word == "N" else word for word in line.split() if word != "..."]
+        parsed = get_args_parser().parse_args([*words, "--run", "name"])
+        assert parsed.training_script_args[-2:] == ["--run", "name"], line
 
 
 def test_a_rehearsal_prints_commands_and_runs_none(machine: Machine, tmp_path: Path) -> None:

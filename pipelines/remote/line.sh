@@ -29,10 +29,11 @@ say() {
     CHILD=
 }
 
-# torchrun gives every GPU a process; with one GPU it would only be in the way
+# torchrun gives every GPU a process; with one GPU it would only be in the way. Without `--` it takes --run for its own
+# --run-path, and refuses.
 tinyaudio_on_gpus() {
     if [ "$GPUS" -gt 1 ]; then
-        say torchrun --standalone --nproc-per-node "$GPUS" -m tinyaudio "$@"
+        say torchrun --standalone --nproc-per-node "$GPUS" -m -- tinyaudio "$@"
     else
         say tinyaudio "$@"
     fi

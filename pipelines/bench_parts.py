@@ -77,7 +77,7 @@ def build_parts(folder: Path, *, full_size: bool, device: torch.device) -> Parts
 
 def _stand_ins(device: torch.device) -> tuple[TinyAudioForConditionalGeneration, Any, _Speech]:
     recipe = load_recipe("demo")
-    tokenizer, decoder = load_tokenizer(recipe), load_decoder(recipe.decoder.id, None, torch.float32)
+    tokenizer, decoder = load_tokenizer(recipe.decoder.id), load_decoder(recipe.decoder.id, None, torch.float32)
     encoder = load_encoder(recipe.encoder.id)
     model = _model(encoder, decoder, SMALL_HIDDEN, prompt_ids(tokenizer), end_of_text_id(tokenizer))
     corpus = open_corpus(recipe.corpus)

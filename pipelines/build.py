@@ -20,13 +20,13 @@ from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.prompt import end_of_text_id, prompt_ids
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
+def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
     """Load the decoder's tokenizer.
 
     Raises:
         RunError: no padding token beside the end-of-text token to fill finished beams with.
     """
-    tokenizer = load_frozen(AutoTokenizer, recipe.decoder.id, recipe.decoder.revision)
+    tokenizer = load_frozen(AutoTokenizer, decoder_id, revision)
     if tokenizer.pad_token_id is None:
         # SmolLM3-3B-Base names none; its vocabulary has this one for the purpose (id 128004).
         pad = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
@@ -49,11 +49,12 @@ def build_model(
         MissingModelError, ModelError: a part cannot be loaded.
         RunError: a decoder in a precision that is not known.
     """
-    tokenizer = load_tokenizer(recipe)
     dtype = getattr(torch, recipe.decoder.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise RunError(f"decoder.dtype {recipe.decoder.dtype!r}; expected float32 or bfloat16")
     decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, dtype)
+    commit = None if is_local(recipe.decoder.id) else resolved_revision(decoder, recipe.decoder.revision)
+    tokenizer = load_tokenizer(recipe.decoder.id, commit)
     prefix, suffix = prompt_ids(tokenizer)
     made_by = store.fingerprint["encoder"]
     config = TinyAudioConfig(
@@ -63,7 +64,7 @@ def build_model(
         encoder_dim=store.dim,
         encoder_precision=made_by["precision"],
         decoder_id=recipe.decoder.id,
-        decoder_revision=None if is_local(recipe.decoder.id) else resolved_revision(decoder, recipe.decoder.revision),
+        decoder_revision=commit,
         decoder_digest=weights_digest(decoder),
         decoder_dim=decoder.get_input_embeddings().embedding_dim,
         decoder_dtype=recipe.decoder.dtype,
@@ -82,7 +83,7 @@ def build_model(
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
     if recipe.projector.whiten and is_fresh:
         fold_whitening(model.projector, *feature_statistics(FeatureReader(store, split=recipe.corpus.train_split)))
-    processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, recipe.encoder.revision), tokenizer)
+    processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
     return model.to(device), processor
 
 

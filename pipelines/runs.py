@@ -1,7 +1,7 @@
 """Runs: one execution of stage two is one folder, and that folder is a loadable model.
 
 runs/<name>/recipe.toml        the resolved recipe; itself a recipe
-runs/<name>/run.json           store, its fingerprint, versions, whether it is finished
+runs/<name>/run.json           store, its fingerprint, commits of the frozen parts, whether it is finished
 runs/<name>/metrics.jsonl      one JSON object per logged step
 runs/<name>/tensorboard/       the same for TensorBoard
 runs/<name>/checkpoints/       what --resume goes on from

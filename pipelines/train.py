@@ -103,11 +103,17 @@ def train(
     check_reporters(recipe)
     if resume:
         run.check_resumable(recipe, store.fingerprint_id)
+        recipe = _at_the_recorded_commit(recipe, run)
     checkpoint = last_checkpoint(run) if resume else None
     told = say if is_main_process() else _say_nothing
     stage = _Stage(recipe, store, run, checkpoint, _device_of_process(device), told)
     if not resume and is_main_process():
-        made_from = {"store": str(store_path.resolve()), "store_fingerprint": store.fingerprint_id}
+        made_from = {
+            "store": str(store_path.resolve()),
+            "store_fingerprint": store.fingerprint_id,
+            "encoder_revision": stage.model.config.encoder_revision,
+            "decoder_revision": stage.model.config.decoder_revision,
+        }
         run.begin(recipe, made_from, is_latest=is_latest)
     with counting_encoder_passes() as count:
         report = stage.run_to_the_end(lambda: count.passes, stop_after)
@@ -123,6 +129,13 @@ def train(
             "train.learning_rate, and look at the pairs above"
         )
     return report
+
+
+def _at_the_recorded_commit(recipe: Recipe, run: Run) -> Recipe:
+    """Go on with the decoder that the run began with, wherever its branch points by now."""
+    revision = run.state.get("decoder_revision", recipe.decoder.revision)
+    decoder = recipe.decoder.model_copy(update={"revision": revision})
+    return recipe.model_copy(update={"decoder": decoder})
 
 
 def _say_nothing(_: str) -> None:

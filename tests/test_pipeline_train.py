@@ -132,6 +132,21 @@ def test_killed_training_goes_on_bit_identical_wherever_it_died(recipe_file, sto
     assert (report.num_utterances, report.audio_s) == (expected["num_utterances"], expected["audio_s"])
 
 
+def test_a_resumed_run_asks_for_the_decoder_it_began_with(recipe_file, store, tmp_path, monkeypatch):
+    """No recipe needs to pin it: the commit is in run.json, and the branch may move."""
+    run, asked = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        strike(patch, "step", 3, kill)
+        with pytest.raises(Killed):
+            stage_two(recipe_file, store, run)
+        assert {"encoder_revision", "decoder_revision"} <= Run(run).state.keys()
+        Run(run).update({"decoder_revision": "0" * 40})
+        patch.setattr("pipelines.train.build_model", lambda recipe, *_, **__: asked.append(recipe.decoder) or kill())
+        with pytest.raises(Killed):
+            stage_two(recipe_file, store, run, resume=True)
+    assert [decoder.revision for decoder in asked] == ["0" * 40]
+
+
 def test_sigkill_leaves_no_trace(recipe_file, store, whole, tmp_path):
     kill_at_random(recipe_file, store, whole, tmp_path / "killed", kills=1)
 

@@ -1,7 +1,7 @@
 """What an extraction was asked for, kept beside its store, so that asking the same again costs nothing.
 
 A branch name is resolved to a commit once, when the store is made: recipe and fingerprint carry the commit from then
-on, X
+on, and so does every request, wherever the branch points by then.
 """
 
 import hashlib

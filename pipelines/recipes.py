@@ -173,6 +173,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{str(path)!r} is not TOML: {error}") from error
     settings = {"name": path.stem, **settings}
     _anchor(settings, path.parent)
+    _forget_revisions(settings, overrides)
     for override in overrides:
         _override(settings, override)
     try:
@@ -201,6 +202,16 @@ def _anchor(settings: dict[str, Any], folder: Path) -> None:
         value = table.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):
             table[key] = str((folder / value).resolve())
+
+
+def _forget_revisions(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drop the recipe's own revision of what an override replaces: it is a commit of something else."""
+    for override in overrides:
+        name, _, text = override.partition("=")
+        section, _, key = name.strip().partition(".")
+        table = settings.get(section)
+        if isinstance(table, dict) and key in ("id", "name", "path") and text.strip(" \"'") != table.get(key):
+            table.pop("revision", None)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

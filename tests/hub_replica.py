@@ -5,11 +5,14 @@
         subprocess.run([...], env=hub.environment(tmp_path / "home"))
 
 Serves files with ETags, commits, branches and byte ranges; keeps a log of every request; answers wrongly when told to:
-`hub.faults.append(Fault("resolve", "disconnect", times=2))`. Also a script: `python tests/hub_replica.py FOLDER` serves
-the stand-ins of pipelines/demo under the real names until interrupted, for trying commands by hand.
+`hub.faults.append(Fault("resolve", "disconnect", times=2))`. What the shipped recipes pin lies at the commits that they
+pin, and `main` has moved on to other content, so that a request that forgets the revision shows. Also a script: `python
+tests/hub_replica.py FOLDER` serves the stand-ins of pipelines/demo under the real names until interrupted, for trying
+commands by hand.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,45 +21,65 @@ import re
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
 
 DEMO = Path(__file__).parents[1] / "pipelines" / "demo"
 ENCODER, DECODER = "facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-Base"
 CORPUS = "speechbrain/LoquaciousSet"
-DEV_FILES = 6
+PINNED = {ENCODER: "ece5fabbf034c1073acae96d5401b25be96709d8", CORPUS: "2379d906037aa092052390308f6816fdc1a32273"}
 ROWS_PER_GROUP = 20
 
 
 @dataclass
 class Repo:
-    """One repository: files by path, at one commit that `main` points to."""
+    """One repository: at every commit its files by path; branches point to commits."""
 
     kind: str  # "models" or "datasets"
     name: str
-    files: dict[str, Path]
-    commit: str
-    is_gated: bool = False
-    branches: dict[str, str] = field(default_factory=dict)
+    commit: str  # the one that the tests mean
+    commits: dict[str, dict[str, Path]]
+    branches: dict[str, str]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return self.commits[self.commit]
 
     def resolve(self, revision: str) -> str | None:
         revision = unquote(revision)
-        return self.commit if revision == self.commit else self.branches.get(revision)
+        return revision if revision in self.commits else self.branches.get(revision)
 
-    def sha256(self, path: str) -> str:
-        return hashlib.sha256(self.files[path].read_bytes()).hexdigest()
+    def push(self, files: dict[str, Path]) -> str:
+        """Let `main` point to other files, at a commit of their own."""
+        self.branches["main"] = commit = _commit_of(self.kind, self.name, files)
+        self.commits[commit] = files
+        return commit
 
-    def entry(self, path: str) -> dict[str, object]:
-        size = self.files[path].stat().st_size
-        entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": self.sha256(path)[:40]}
-        if path.endswith((".parquet", ".safetensors")):
-            entry["lfs"] = {"oid": self.sha256(path), "sha256": self.sha256(path), "size": size, "pointerSize": 130}
-        return entry
+
+def _commit_of(kind: str, name: str, files: dict[str, Path]) -> str:
+    digest = hashlib.sha1(f"{kind}/{name}".encode())
+    for path in sorted(files):
+        digest.update(path.encode() + files[path].read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache  # nothing changes what it serves
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _entry(path: str, file: Path) -> dict[str, object]:
+    size, sha256 = file.stat().st_size, _sha256(file)
+    entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": sha256[:40]}
+    if path.endswith((".parquet", ".safetensors")):
+        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 130}
+    return entry
 
 
 @dataclass
@@ -108,14 +131,10 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def add(self, kind: str, name: str, files: dict[str, Path]) -> Repo:
-        """Serve files as a repository; its commit is a digest of them."""
-        digest = hashlib.sha1(f"{kind}/{name}".encode())
-        for path in sorted(files):
-            digest.update(path.encode() + files[path].read_bytes())
-        repo = Repo(kind, name, files, digest.hexdigest())
-        repo.branches["main"] = repo.commit
-        self.repos[kind, name] = repo
+    def add(self, kind: str, name: str, files: dict[str, Path], commit: str | None = None) -> Repo:
+        """Serve files as a repository whose `main` they are, at a given commit or at one that is a digest of them."""
+        commit = commit or _commit_of(kind, name, files)
+        repo = self.repos[kind, name] = Repo(kind, name, commit, {commit: files}, {"main": commit})
         return repo
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -190,28 +209,22 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "refs":
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.branches.items()]
             return self._json({"branches": branches, "tags": [], "converts": []})
+        files = repo.commits[commit]
         if what == "tree":
-            return self._json(self._tree(repo, folder))
+            return self._json(self._tree(files, folder))
         if what == "paths-info":
-            return self._json([entry for path in _paths(body) for entry in self._info(repo, path)])
-        siblings = [{"rfilename": path, **repo.entry(path)} for path in sorted(repo.files)]
+            return self._json([entry for path in _paths(body) for entry in _info(files, path)])
+        siblings = [{"rfilename": path, **_entry(path, files[path])} for path in sorted(files)]
         info = {"_id": "0" * 24, "id": repo.name, "sha": commit, "private": False, "gated": False, "disabled": False}
         return self._json({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings, "cardData": {}})
 
-    def _tree(self, repo: Repo, folder: str) -> list[dict[str, object]]:
+    def _tree(self, files: dict[str, Path], folder: str) -> list[dict[str, object]]:
         is_recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
         prefix = f"{folder}/" if folder else ""
-        inside = [path for path in sorted(repo.files) if path.startswith(prefix)]
-        entries = [repo.entry(path) for path in inside if is_recursive or "/" not in path[len(prefix) :]]
+        inside = [path for path in sorted(files) if path.startswith(prefix)]
+        entries = [_entry(path, files[path]) for path in inside if is_recursive or "/" not in path[len(prefix) :]]
         folders = {prefix + path[len(prefix) :].split("/")[0] for path in inside if "/" in path[len(prefix) :]}
         return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries
-
-    def _info(self, repo: Repo, path: str) -> list[dict[str, object]]:
-        if path in repo.files:
-            return [repo.entry(path)]
-        if any(file.startswith(f"{path}/") for file in repo.files):
-            return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0}]
-        return []
 
     def _file(self, repo: Repo | None, revision: str, path: str, fault: Fault | None) -> None:
         if repo is None:
@@ -219,13 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repo.resolve(revision)
         if commit is None:
             return self._missing("RevisionNotFound")
-        if path not in repo.files:
+        served = repo.commits[commit].get(path)
+        if served is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        size = repo.files[path].stat().st_size
-        headers = {"ETag": f'"{repo.sha256(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        size = served.stat().st_size
+        headers = {"ETag": f'"{_sha256(served)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         span = _span(self.headers.get("Range"), size)
         start, end = span or (0, size)
-        with repo.files[path].open("rb") as file:
+        with served.open("rb") as file:
             file.seek(start)
             body = file.read(end - start)
         if span:
@@ -259,6 +273,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
         except (BrokenPipeError, ConnectionResetError):  # the client was killed
             self.close_connection = True
+
+
+def _info(files: dict[str, Path], path: str) -> list[dict[str, object]]:
+    if path in files:
+        return [_entry(path, files[path])]
+    if any(file.startswith(f"{path}/") for file in files):
+        return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0}]
+    return []
 
 
 def _span(header: str | None, size: int) -> tuple[int, int] | None:
@@ -337,11 +359,24 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 
 def fill(hub: Hub, folder: Path, num_train: int = 120, num_other: int = 48) -> Hub:
-    """Serve the stand-ins and the bundled corpus under the real names."""
-    hub.add("models", ENCODER, model_files(DEMO / "encoder"))
+    """Serve the stand-ins and the bundled corpus under the real names; what recipes pin, at the commits they pin."""
+    encoder = hub.add("models", ENCODER, model_files(DEMO / "encoder"), PINNED[ENCODER])
+    encoder.push({**encoder.files, "model.safetensors": other_weights(folder / "moved", encoder.files)})
     hub.add("models", DECODER, model_files(DEMO / "decoder"))
-    hub.add("datasets", CORPUS, loquacious_files(folder, num_train, num_other))
+    corpus = hub.add("datasets", CORPUS, loquacious_files(folder, num_train, num_other), PINNED[CORPUS])
+    first = next(path for path in corpus.files if "train" in path)
+    fewer = write_rows(folder / "moved" / "train.parquet", pq.read_table(corpus.files[first]).slice(1))
+    corpus.push({**corpus.files, first: fewer})
     return hub
+
+
+def other_weights(folder: Path, files: dict[str, Path]) -> Path:
+    """Write an encoder's weights with one of them changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(files["model.safetensors"])
+    weights[min(weights)] = weights[min(weights)] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder / "model.safetensors"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The unmodified commands against a loopback replica of the hub: what is fetched, pinned, retried and refused.
 
+The replica serves what the recipes pin at the commits that they pin; its `main` holds something else.
+
 One process runs a whole session, so that its imports are paid once; between commands it calls `/mark/<name>`, at which
 the replica changes its faults.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from hub_replica import CORPUS, DECODER, ENCODER, Fault, Hub, fill
+from hub_replica import CORPUS, DECODER, ENCODER, PINNED, Fault, Hub, fill
 
 from cache import FeatureReader, FeatureStore
 from pipelines.extract import extract
@@ -65,6 +67,10 @@ class Session:
         return self._log[first + 1 : next((i for i in marks if i > first), len(self._log))]
 
 
+def set_revisions(revision: str) -> list[str]:
+    return ["--set", f"corpus.revision={revision}", "--set", f"encoder.revision={revision}"]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """One session: plan, a hub that stays away, a hub with faults, nothing to do, training, scoring, transcribing."""
@@ -83,6 +89,9 @@ def world(tmp_path_factory):
         take = hub.take_fault
 
         def marked(method: str, path: str) -> Fault | None:
+            if path == "/mark/eval":
+                decoder = hub.repos["models", DECODER]
+                decoder.push({**decoder.files, "README.md": clip})
             if path.startswith("/mark/"):
                 hub.faults[:] = faults.get(path.removeprefix("/mark/"), [])
             return take(method, path)
@@ -97,6 +106,7 @@ def world(tmp_path_factory):
             train += ["--set", f"train.{key}"]
         commands = {
             "plan": [*extract_it, "--plan", "--json"],
+            "branches": [*extract_it, "--plan", "--json", *set_revisions("main")],
             "away": [*extract_it, "--set", "corpus.fetch_patience_s=1.0"],
             "faulty": extract_it,
             "again": extract_it,
@@ -116,7 +126,7 @@ def test_plan_reads_metadata_columns_and_not_a_byte_of_audio(world):
     assert plan["splits"] == ["train", "dev"]
     assert plan["utterances"] - plan["no_speech"] == 120
     repo = hub.repos["datasets", CORPUS]
-    assert plan["revisions"][CORPUS] == repo.commit
+    assert plan["revisions"] == {CORPUS: repo.commit, ENCODER: hub.repos["models", ENCODER].commit}
     touched = 0
     for request in session.requests("plan"):
         match = re.search(rf"/resolve/{repo.commit}/(.+\.parquet)$", request.path)
@@ -173,17 +183,29 @@ def test_passing_faults_change_nothing_that_is_stored(world, tmp_path):
 ENCODER_FOLDER = Path(__file__).parents[1] / "pipelines" / "demo" / "encoder"
 
 
-def test_branches_become_commits_in_recipe_fingerprint_and_requests(world):
-    folder, hub, session = world
-    corpus, encoder = hub.repos["datasets", CORPUS], hub.repos["models", ENCODER]
+def test_branch_names_become_commits(world):
+    _, hub, session = world
+    assert session.codes["branches"] == "0", session.stderr["branches"]
+    plan = json.loads(session.stdout["branches"].splitlines()[-1])
+    main = {name: repo.branches["main"] for (_, name), repo in hub.repos.items()}
+    assert plan["revisions"] == {CORPUS: main[CORPUS], ENCODER: main[ENCODER]}
+    assert plan["utterances"] - plan["no_speech"] == 119  # there is one less at main
+
+
+def test_pinned_commits_are_in_recipe_fingerprint_and_every_request(world):
+    folder, _, session = world
     fingerprint = FeatureStore.open(folder / "store").fingerprint
-    assert {split["revision"] for split in fingerprint["corpus"]["splits"].values()} == {corpus.commit}
-    assert fingerprint["encoder"]["revision"] == encoder.commit
+    assert {split["revision"] for split in fingerprint["corpus"]["splits"].values()} == {PINNED[CORPUS]}
+    assert fingerprint["encoder"]["revision"] == PINNED[ENCODER]
     saved = load_recipe(str(folder / "store" / "recipe.toml"))
-    assert (saved.corpus.revision, saved.encoder.revision) == (corpus.commit, encoder.commit)
-    fetched = [r.path for r in session.requests("faulty") if r.path.endswith((".parquet", ".safetensors"))]
-    assert fetched
-    assert all(corpus.commit in path or encoder.commit in path for path in fetched)
+    assert (saved.corpus.revision, saved.encoder.revision) == (PINNED[CORPUS], PINNED[ENCODER])
+    asked = [request.path for name in session.codes if name != "branches" for request in session.requests(name)]
+    for name, commit in PINNED.items():
+        mine = [path for path in asked if name in path]
+        assert mine
+        assert [path for path in mine if commit not in path] == []
+    files = [path for path in asked if path.endswith((".parquet", ".safetensors", ".json"))]
+    assert len(files) > 20
 
 
 def test_a_finished_store_asks_the_hub_nothing(world):
@@ -205,6 +227,17 @@ def test_training_scoring_and_transcribing_meet_the_same_hub(world):
     folder, hub, session = world
     for name in ("train", "eval", "transcribe"):
         assert session.codes[name] == "0", session.stderr[name]
-    config = json.loads((folder / "runs" / "run" / "config.json").read_text())
-    assert config["encoder_revision"] == hub.repos["models", ENCODER].commit
-    assert config["decoder_revision"] == hub.repos["models", DECODER].commit
+    begun_with = {"encoder_revision": PINNED[ENCODER], "decoder_revision": hub.repos["models", DECODER].commit}
+    for record in ("config.json", "run.json"):
+        recorded = json.loads((folder / "runs" / "run" / record).read_text())
+        assert {key: recorded[key] for key in begun_with} == begun_with
+
+
+def test_a_model_keeps_the_decoder_it_was_trained_with(world):
+    """No recipe pins it, and the replica's `main` moves before the evaluation: nobody may ask what `main` means now."""
+    _, hub, session = world
+    decoder = hub.repos["models", DECODER]
+    assert any(f"{DECODER}/revision/main" in request.path for request in session.requests("train"))
+    assert decoder.branches["main"] != decoder.commit
+    asked = [r.path for name in ("eval", "transcribe") for r in session.requests(name) if DECODER in r.path]
+    assert [path for path in asked if decoder.commit not in path] == []

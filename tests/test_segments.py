@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyaudio.audio import SAMPLING_RATE
-from tinyaudio.segments import cut, join_texts
+from tinyaudio.segments import cut, join_texts, reach
 from tinyaudio.voice import FRAME_LENGTH, VoiceActivity
 
 
@@ -63,6 +63,34 @@ def test_joined_utterances_come_apart_at_the_joins(spoken, gap_s, size):
         assert abs(piece.start_s - start) < 0.15
         assert abs(piece.end_s - end) < 0.15
         assert len(piece.samples) / SAMPLING_RATE > piece.end_s - piece.start_s
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 1e-4, 2e-3])
+def test_piece_begins_a_fixed_time_before_its_speech_and_holds_all_of_it(spoken, noise_level):
+    """A tenth of a second, whole steps of the projector: its frames are joined as in the utterance alone.
+
+    Detection by itself is up to 0.12 s late and knows frames of 32 ms; the demo's model, which has heard trimmed
+    utterances only, made 3 % more word errors on utterances cut so. The first ones have nothing before their speech.
+    """
+    samples, times = joined(spoken, 0.55)
+    noise = noise_level * np.random.default_rng(0).standard_normal(len(samples))
+    pieces = list(cut([samples + noise.astype(np.float32)], window_s=4.0))
+    offsets = np.array([piece.start_s - start for piece, (start, _) in zip(pieces, times, strict=True)][1:])
+    assert np.abs(offsets).max() < (0.006 if noise_level == 0 else 0.15)
+    assert np.median(np.abs(offsets)) < 0.02
+    for piece, (start, end) in list(zip(pieces, times, strict=True))[1:]:
+        begins = piece.end_s - len(piece.samples) / SAMPLING_RATE  # plus the silence kept behind it
+        assert piece.start_s - begins == pytest.approx(0.2, abs=1e-6)
+        assert noise_level or (begins + 0.1 <= start and piece.end_s + 0.1 >= end)
+
+
+def test_last_stop_behind_a_closure_belongs_to_its_word():
+    """What sinks into the pause, rises once more within 0.1 s and sinks for good, is heard to its end."""
+    quiet, burst = np.full(1200, 1e-4, np.float32), np.full(400, 0.05, np.float32)
+    pause = np.tile(quiet, 5)
+    assert reach(np.concatenate([burst, quiet, burst, pause])) == 2000
+    assert reach(np.concatenate([burst, pause, burst])) == 400
+    assert reach(pause) == reach(pause[:0]) == 0
 
 
 def test_block_size_changes_no_piece(spoken):

@@ -19,7 +19,14 @@ SPEECH_BEGINS, SPEECH_ENDS = 0.5, 0.35
 MIN_GAP = 3  # frames, 96 ms: shorter dips are stops inside words
 MIN_SPEECH = 3  # frames: shorter bursts are clicks
 LAST_STOP = 8  # frames, 0.26 s: a short burst so close behind speech is its last consonant, not a click
-LATENESS = 1  # frames by which detection misses an onset (median 0.5, worst 5 frames on 200 utterances joined)
+# Kept around speech: what the projector joins (5 frames of 20 ms), so that the frames of a piece are joined as if it
+# began with its speech. A model that has heard trimmed utterances only depends on it: cut 60 ms before its speech
+# instead of 0 or 100, the demo's makes 21 % word errors instead of 5.
+EDGE_S = 0.1
+REACH_S = 0.25  # how far before a frame called speech its onset is looked for (worst 0.12 s on 520 utterances joined)
+LEVEL_LENGTH = 80  # samples, 5 ms: over which a level is the largest value
+ABOVE_PAUSE = 3.0  # times the level of a pause is sound; in noise of 100 levels, one is 1.5 times its quietest fifth
+QUIET = 20  # levels, 0.1 s: what ends a sound for good; closures before a last stop are shorter
 MAX_OVERLAP_S = 2.0  # of two windows that have no gap to be cut at: five to eight words
 WORDS_PER_SECOND = 5  # fast speech; how far from a seam the same words can stand in both texts
 
@@ -55,7 +62,7 @@ class Rule:
     Args:
         window: the longest stretch of speech in one piece, frames.
         pause: what ends a piece, frames without speech.
-        margin: silence kept on either side of speech, samples; never more than half of the gap.
+        margin: kept on either side of speech, samples; never more than half of the gap.
         overlap: of windows without a gap, frames.
     """
 
@@ -74,7 +81,7 @@ def rules(window_s: float) -> tuple[Rule, Rule]:
     window = max(int(window_s / FRAME_S), 8)
     overlap = int(min(MAX_OVERLAP_S, window_s / 4) / FRAME_S)
     pause_s = min(0.5, max(0.25, window_s / 60))
-    margin = int(min(0.2, pause_s / 2) * SAMPLING_RATE)
+    margin = int(EDGE_S * SAMPLING_RATE)
     whole = Rule(window=window, pause=round(2.0 / FRAME_S), margin=SAMPLING_RATE, overlap=overlap)
     return whole, Rule(window=window, pause=round(pause_s / FRAME_S), margin=margin, overlap=overlap)
 
@@ -188,11 +195,11 @@ class _Cutter:
         """Hand out the first spans, with silence on both sides."""
         taken, self._spans = self._spans[:num_spans], self._spans[num_spans:]
         next_sample = self._spans[0].start * FRAME_LENGTH if self._spans else self.num_samples
-        end = taken[-1].end * FRAME_LENGTH
-        gap_share = (next_sample - end) // 2 if self._spans else next_sample - end
-        return self._piece(
-            taken[0], taken[-1].end, min(end + min(self.rule.margin, max(gap_share, 0)), self.num_samples)
-        )
+        end = min(taken[-1].end * FRAME_LENGTH, self.num_samples)
+        gap = max(next_sample - end, 0)
+        limit = end + (gap // 2 if self._spans else gap)
+        end += reach(self._samples(end, min(limit, end + int(REACH_S / 2 * SAMPLING_RATE))))
+        return self._piece(taken[0], end, min(end + self.rule.margin, limit))
 
     def _emit_window(self) -> Piece:
         """Hand out one window of speech without a gap; the next begins before its end."""
@@ -201,26 +208,33 @@ class _Cutter:
         rest = self._spans[crossing]
         self._spans = self._spans[crossing:]
         self._spans[0] = _Span(limit - self.rule.overlap, rest.end, overlap=self.rule.overlap)
-        return self._piece(first, limit, limit * FRAME_LENGTH)
+        seam = limit - (self.rule.overlap - self.rule.overlap // 2)
+        return self._piece(first, seam * FRAME_LENGTH, limit * FRAME_LENGTH)
 
-    def _piece(self, first: _Span, end_frame: int, end: int) -> Piece:
-        begin = first.start * FRAME_LENGTH
-        if not first.overlap:
-            begin = max(begin - self.rule.margin, self._cut_until)
+    def _piece(self, first: _Span, speech_end: int, end: int) -> Piece:
+        """Cut the samples up to `end` off; speech ends at `speech_end`, or its second half is the next window's."""
+        if first.overlap:
+            begin, speech = first.start * FRAME_LENGTH, (first.start + first.overlap // 2) * FRAME_LENGTH
+        else:
+            speech = self._onset(first, end)
+            begin = max(speech - self.rule.margin, self._cut_until)
         advance_s = (end - self._cut_until) / SAMPLING_RATE
-        samples = self._samples(begin, end)
         self._cut_until = end
-        shift = first.overlap // 2 if first.overlap else -LATENESS  # the seam is the middle of the overlap
-        is_cut = bool(self._spans and self._spans[0].overlap)
-        last = end_frame - (self._spans[0].overlap - self._spans[0].overlap // 2 if is_cut else 0)
         return Piece(
-            samples=samples,
-            start_s=max(first.start + shift, 0) * FRAME_S,
-            end_s=min(last * FRAME_S, self.num_samples / SAMPLING_RATE),
+            samples=self._samples(begin, end),
+            start_s=speech / SAMPLING_RATE,
+            end_s=speech_end / SAMPLING_RATE,
             advance_s=advance_s,
             overlap_s=first.overlap * FRAME_S,
             warnings=("no_pause",) if first.overlap else (),
         )
+
+    def _onset(self, span: _Span, end: int) -> int:
+        """Find the sample with which speech begins: the end of its first frame at the latest, or before detection."""
+        latest = min((span.start + 1) * FRAME_LENGTH, end)
+        earliest = max(latest - int(REACH_S * SAMPLING_RATE), self._cut_until)
+        reached = reach(self._samples(earliest, latest)[::-1])
+        return max(latest - (reached or FRAME_LENGTH), earliest)
 
     def _samples(self, begin: int, end: int) -> Samples:
         self._held = [np.concatenate(self._held)]
@@ -228,12 +242,32 @@ class _Cutter:
 
     def _forget(self, next_start: int) -> None:
         """Let go of samples that no later piece can hold."""
-        keep_from = max(min(next_start - self.rule.margin, self.num_samples), self._held_from)
+        lead = max(self.rule.margin, int(REACH_S * SAMPLING_RATE))
+        keep_from = max(min(next_start - lead, self.num_samples), self._held_from)
         if self._spans and not self._spans[0].overlap:
             keep_from = max(keep_from, min(self._cut_until, next_start))
         joined = np.concatenate(self._held) if self._held else np.zeros(0, np.float32)
         self._held = [joined[keep_from - self._held_from :].copy()]
         self._held_from = keep_from
+
+
+def reach(samples: Samples) -> int:
+    """Count the samples before sound has sunk into the pause for good: 0 where the first are no louder than the pause.
+
+    Args:
+        samples: of a pause, beginning where it meets speech; reversed, for the pause before.
+    """
+    num_levels = len(samples) // LEVEL_LENGTH
+    if not num_levels:
+        return 0
+    levels = np.abs(samples[: num_levels * LEVEL_LENGTH]).reshape(num_levels, LEVEL_LENGTH).max(axis=1)
+    is_sound = levels > ABOVE_PAUSE * np.quantile(levels, 0.2)
+    reached = 0
+    for level in np.flatnonzero(is_sound).tolist():
+        if level >= reached + QUIET:
+            break
+        reached = level + 1
+    return reached * LEVEL_LENGTH
 
 
 def join_texts(before: str, after: str, overlap_s: float) -> tuple[str, str, bool]:

@@ -12,7 +12,7 @@ import jiwer
 
 from pipelines.predictions import Prediction
 from pipelines.scoring import Interval, WordErrors, align_words, count_word_errors, wer_interval
-from tinyaudio.guard import judge
+from tinyaudio.guard import EVENTS, judge
 
 BUCKET_EDGES_S = (2.0, 5.0, 10.0, 20.0)
 NUM_WORST, NUM_CONFUSIONS = 20, 20
@@ -66,7 +66,8 @@ class Rates:
     Args:
         empty: no word where the reference has some.
         looping, refusing: as `tinyaudio.guard.judge` finds them in the text as scored.
-        guarded: answers that a guard warned about or repaired; `guard_codes` says how often each way.
+        guarded: answers that our guard warned about or repaired; `guard_codes` says how often each way.
+        provider_codes: what else a provider said about its answers, such as that another model gave them.
         leading_deletions, trailing_deletions: answers that lack the first (last) word of their reference.
         empty_references: utterances without a word to recognise; every word there is an insertion.
     """
@@ -77,6 +78,7 @@ class Rates:
     refusing: int
     guarded: int
     guard_codes: dict[str, int]
+    provider_codes: dict[str, int]
     leading_deletions: int
     trailing_deletions: int
     empty_references: int
@@ -177,8 +179,9 @@ def _rates(pairs: Sequence[Pair], utterances: Sequence[AlignedPair]) -> Rates:
         empty=sum(bool(pair.reference) and not pair.hypothesis for pair in pairs),
         looping=verdicts["repetition"],
         refusing=verdicts["refusal"],
-        guarded=sum(bool(pair.prediction.warnings) for pair in pairs),
-        guard_codes=dict(sorted(codes.items())),
+        guarded=sum(not EVENTS.isdisjoint(pair.prediction.warnings) for pair in pairs),
+        guard_codes={code: n for code, n in sorted(codes.items()) if code in EVENTS},
+        provider_codes={code: n for code, n in sorted(codes.items()) if code not in EVENTS},
         leading_deletions=sum(_loses(one.steps) for one in with_words),
         trailing_deletions=sum(_loses(one.steps[::-1]) for one in with_words),
         empty_references=sum(not pair.reference for pair in pairs),

@@ -207,7 +207,8 @@ def _rates(summary: Summary) -> list[Block]:
         ("Reference without a word", rates.empty_references),
     ]
     rows = [[name, f"{n:,}", percent(n / rates.answered if rates.answered else None)] for name, n in named]
-    rows += [[f"guard: {code}", f"{n:,}", percent(n / rates.answered)] for code, n in rates.guard_codes.items()]
+    for kind, codes in (("guard", rates.guard_codes), ("provider", rates.provider_codes)):
+        rows += [[f"{kind}: {code}", f"{n:,}", percent(n / rates.answered)] for code, n in codes.items()]
     histogram = summary.analysis.error_histogram
     last = max((n for n, count in enumerate(histogram) if count), default=0)
     labels = [f"{n}+" if n == len(histogram) - 1 else str(n) for n in range(last + 1)]

@@ -83,10 +83,12 @@ def test_outputs_that_went_wrong_as_a_whole_are_counted() -> None:
         pair("first middle last", "middle", 4),
         pair("", "noise", 5),
         pair("kept", "kept", 6, warnings=("repetition", "truncated_retried")),
+        pair("kept", "kept", 7, warnings=("other_model:small",)),
     ]
     rates = analyse(pairs).rates
     assert (rates.empty, rates.looping, rates.refusing, rates.guarded, rates.empty_references) == (1, 1, 1, 1, 1)
     assert rates.guard_codes == {"repetition": 1, "truncated_retried": 1}
+    assert rates.provider_codes == {"other_model:small": 1}, "no guard of ours says so"
     assert (rates.leading_deletions, rates.trailing_deletions) == (2, 2)
 
 

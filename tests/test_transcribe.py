@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from tinyaudio.errors import AudioError, MissingModelError, ModelError
+from tinyaudio.guard import EVENTS
 from tinyaudio.recognize import Options, Recognizer, batches_by_length
 from tinyaudio.segments import Piece
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
@@ -123,6 +124,26 @@ def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, co
     (transcript,) = recognizer.stream([spoken[0][0][:16_000]], Options())
     assert transcript.warnings == (code,)
     assert len(fake.asked) == 2
+
+
+def test_the_codes_that_eval_counts_are_those_that_transcription_emits(model, processor, spoken):
+    faulty = {
+        "repetition": ("cat " * 12, True),
+        "refusal": ("as an AI I will not", True),
+        "truncated": ("the cat sat", False),
+        "implausible_rate": ("abc def ghi jkl mno pqr stu vwx yz " * 2, True),
+    }
+    seen = set()
+    for first in faulty.values():
+        for second in (first, ("the cat sat", True)):
+            _, recognizer = scripted(model, processor, lambda _, c, a=first, b=second: b if is_retry(c) else a)
+            (transcript,) = recognizer.stream([spoken[0][0][:16_000]], Options())
+            seen.update(transcript.warnings)
+    _, recognizer = scripted(model, processor, lambda frames, _: (f"w{frames}", True))
+    talk = np.concatenate([samples for samples, _ in spoken[:4]])
+    for transcript in recognizer.stream([talk, np.zeros(16_000, np.float32)], Options(window_s=3.0)):
+        seen.update(transcript.warnings)
+    assert seen == EVENTS
 
 
 @pytest.mark.parametrize("sound", ["silence", "noise", "hum", "tones"])

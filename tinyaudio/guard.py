@@ -19,6 +19,8 @@ CODES = {
     "seam": "overlapping windows did not agree on a word; one may be doubled or lost where they were joined",
 }
 RETRIED = "_retried"
+FAULTS = ("repetition", "refusal", "truncated", "implausible_rate")  # what `judge` finds, the gravest first
+EVENTS = frozenset(CODES) | {fault + RETRIED for fault in FAULTS}  # all that can stand in `Transcript.warnings`
 
 # 4.2 tokens a second is fast English speech in a large vocabulary (330 words/min at 1.3 tokens a word: 7.2); rare words
 # and small vocabularies need more. Source for the form: Moonshine's harness caps at 6.5 tokens a second plus 2.
@@ -60,7 +62,7 @@ def judge(text: str, duration_s: float, is_complete: bool) -> str | None:
         is_complete: it ended by itself, with end-of-text.
 
     Returns:
-        The gravest of "repetition", "refusal", "truncated", "implausible_rate"; None for a sound output.
+        The gravest of `FAULTS`; None for a sound output.
     """
     if find_loop(text) is not None or _STUTTER.search(text) or compression_ratio(text) > MAX_COMPRESSION_RATIO:
         return "repetition"

@@ -119,7 +119,7 @@ class Hub:
         class Handler(_Handler):
             replica = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -158,6 +158,14 @@ class Hub:
                     fault.times -= 1
                     return dataclasses.replace(fault)
         return None
+
+
+class _Server(ThreadingHTTPServer):
+    """Threads that say nothing when a client was killed."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):

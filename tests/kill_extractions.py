@@ -2,13 +2,15 @@
 
     python tests/kill_extractions.py 100 [SEED]
 
-A parent imports once and forks an extraction per attempt (before any thread pool exists, so that forking is safe). Each
-child gets SIGKILL after a random time, or a file size limit in the middle of a shard (a full disk); all of them meet a
-replica of the hub that answers one request in twelve wrongly. A store that is finished early is verified and made anew.
-Ends with one line of JSON and exit code 0 if every finished store verifies deeply and equals the undisturbed one.
+A parent imports once and forks an extraction per attempt. Each child gets SIGKILL after a random time, or a file size
+limit in the middle of a shard (a full disk); all of them meet a replica of the hub that answers one request in twelve
+wrongly. A store that is finished early is verified and made anew. Ends with one line of JSON and exit code 0 if every
+finished store verifies deeply and equals the undisturbed one; with a child's last words if one fails or hangs.
 """
 
-import contextlib
+import errno
+import faulthandler
+import hashlib
 import json
 import os
 import random
@@ -19,10 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHARD_ROWS = 1024  # 20 s: a dozen shards of two minutes of speech each
+SHARD_ROWS = 1024  # 20 s: a dozen shards
+PATIENCE_S = 300  # some ten times an undisturbed extraction on two busy cores
+BUG = 70  # exit code of a child that met something else than what was done to it
 
 
 def main() -> None:
@@ -49,77 +55,107 @@ def _attempts(folder: Path, kills: int, chance: random.Random) -> None:
     import pipelines.extract  # noqa: F401
 
     begun = time.monotonic()
-    _child(folder / "undisturbed").wait_for()
+    Child(folder, _extraction(folder / "undisturbed")).wait_for(0)
     whole_s = time.monotonic() - begun
-    expected, tally, store = _content(folder / "undisturbed"), {"kill": 0, "disk": 0, "end": 0}, folder / "store"
+    Child(folder, lambda: _check(folder / "undisturbed", folder / "expected")).wait_for(0)
+    tally, store = {"kill": 0, "disk": 0, "end": 0}, folder / "store"
     while tally["kill"] + tally["disk"] < kills:
-        is_disk = chance.random() < 0.2
-        child = _child(store, chance.randrange(1_000, 60_000) if is_disk else None)
-        outcome = child.wait_for() if is_disk else child.kill_after(chance.uniform(0.0, whole_s))
+        if chance.random() < 0.2:
+            child = Child(folder, _extraction(store, chance.randrange(1_000, 60_000)))
+            outcome = "disk" if child.wait_for(0, 1) else "end"
+        else:
+            child = Child(folder, _extraction(store))
+            outcome = "kill" if child.is_killed_after(chance.uniform(0.0, whole_s)) else "end"
         tally[outcome] += 1
         if outcome == "end" and chance.random() < 0.9:
-            _check(store, expected)
+            Child(folder, lambda: _check(store, folder / "expected")).wait_for(0)
             shutil.rmtree(store)
     while not (store / "SEALED.json").exists():
-        _child(store).wait_for()
-    _check(store, expected)
-    print(json.dumps({**tally, "utterances": len(expected), "is_equal": True}))
+        Child(folder, _extraction(store)).wait_for(0)
+    Child(folder, lambda: _check(store, folder / "expected")).wait_for(0)
+    print(json.dumps({**tally, "seconds": round(time.monotonic() - begun), "is_equal": True}))
 
 
-def _content(store: Path) -> dict[str, bytes]:
+def _extraction(store: Path, max_file_bytes: int | None = None) -> Callable[[], None]:
+    """Give an extraction, perhaps with a limit on the size of its files."""
+
+    def run() -> None:
+        if max_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        from tinyaudio.cli import main as tinyaudio
+
+        settings = ["--set", f"store.rows_per_shard={SHARD_ROWS}", "--set", "extract.disk_margin_gb=0"]
+        sys.argv = ["tinyaudio", "extract", "--recipe", "loquacious-small", "--store", str(store), *settings]
+        tinyaudio()
+
+    return run
+
+
+def _check(store: Path, expected: Path) -> None:
+    """Compare a store's content, deeply verified, with what the first one held."""
     from cache import FeatureReader, FeatureStore, store_verify
 
     faults = store_verify(FeatureStore.open(store), deep=True)
     assert not faults, faults
     reader = FeatureReader(store)
-    return {i: reader.get(i).tobytes() for i in reader.index["utterance_id"].to_pylist()}
-
-
-def _check(store: Path, expected: dict[str, bytes]) -> None:
-    assert _content(store) == expected, f"{store} holds something else than the undisturbed store"
+    ids = sorted(reader.index["utterance_id"].to_pylist())
+    content = "".join(f"{i} {hashlib.sha256(reader.get(i).tobytes()).hexdigest()}\n" for i in ids)
+    assert ids
+    if not expected.exists():
+        expected.write_text(content)
+    assert content == expected.read_text(), f"{store} holds something else than the undisturbed store"
     assert not list((store / "claims").glob("[0-9]*")), "a claim outlived its extraction"
 
 
-class _child:  # noqa: N801  (a function in all but its two ways of ending)
-    """An extraction in a forked process, perhaps with a limit on the size of its files."""
+class Child:
+    """A forked process that talks to children.log; the parent starts no thread, so that forking is safe."""
 
-    def __init__(self, store: Path, max_file_bytes: int | None = None) -> None:
+    def __init__(self, folder: Path, work: Callable[[], None]) -> None:
+        self.log = folder / "children.log"
         self.pid = os.fork()
         if self.pid:
             return
-        code = 1
-        with contextlib.suppress(BaseException):
-            with (store.parent / "children.log").open("a") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            if max_file_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-            from tinyaudio.cli import main as tinyaudio
+        code = BUG
+        try:
+            log = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # a child that hangs says where
+            work()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except OSError as error:  # the limit on file sizes is a full disk to us
+            traceback.print_exc()
+            code = 1 if error.errno == errno.EFBIG else BUG
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
-            settings = ["--set", f"store.rows_per_shard={SHARD_ROWS}", "--set", "extract.disk_margin_gb=0"]
-            sys.argv = ["tinyaudio", "extract", "--recipe", "loquacious-small", "--store", str(store), *settings]
-            try:
-                tinyaudio()
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-        os._exit(code)
-
-    def wait_for(self) -> str:
+    def wait_for(self, *codes: int) -> int:
+        """Wait for the end, which has to be with one of these exit codes."""
         _, status = os.waitpid(self.pid, 0)
-        return "end" if status == 0 else "disk"
+        return self._code(status, codes)
 
-    def kill_after(self, seconds: float) -> str:
+    def is_killed_after(self, seconds: float) -> bool:
+        """Kill it after so long, unless it is done, and well done, before."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                assert status == 0, f"an extraction failed by itself (status {status}); see children.log"
-                return "end"
+                self._code(status, (0,))
+                return False
             time.sleep(0.005)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        return "kill"
+        return True
+
+    def _code(self, status: int, codes: Sequence[int]) -> int:
+        code = os.waitstatus_to_exitcode(status)
+        if code not in codes:
+            sys.exit(f"a child ended with {code}, expected {codes}:\n{self.log.read_text(errors='replace')[-20_000:]}")
+        return code
 
 
 if __name__ == "__main__":

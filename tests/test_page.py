@@ -17,6 +17,7 @@ SPACE = Path(__file__).parent.parent / "pipelines" / "space"
 
 @pytest.fixture
 def transcriber(model, processor):
+    model.config.window_s = 4.0
     model.generation_config.update(num_beams=1, max_new_tokens=6)
     return Transcriber(model, processor, name="tiny")
 
@@ -24,6 +25,8 @@ def transcriber(model, processor):
 @pytest.fixture
 def files(tmp_path, spoken):
     soundfile.write(tmp_path / "talk.wav", spoken[0][0], 16_000, subtype="FLOAT")
+    parts = [part for samples, _ in spoken[:3] for part in (samples, np.zeros(12_000, np.float32))]
+    soundfile.write(tmp_path / "three.wav", np.concatenate(parts), 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "silence.wav", np.zeros(48_000), 16_000)
     (tmp_path / "broken.wav").write_text("no sound here, only words\n" * 20)
     return tmp_path
@@ -70,33 +73,57 @@ def test_space_folder_has_what_a_space_needs():
     assert "tinyaudio" in (SPACE / "requirements.txt").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
-def test_in_a_browser_a_file_goes_in_and_the_text_comes_out(transcriber, files, tmp_path):
+@pytest.fixture
+def tab(transcriber, files):
+    """The page in a browser; its console goes unheard."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     page = build_page(transcriber, [files / "talk.wav"])
     page.launch(server_port=None, quiet=True, prevent_thread_lock=True)
     try:
         with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
             tab = browser.new_page(viewport={"width": 1100, "height": 1000})
+            tab.set_default_timeout(120_000)
             tab.goto(page.local_url)
-            seen = {}
-            for name in ("talk.wav", "silence.wav", "broken.wav"):
-                tab.reload()
-                tab.locator("#recording input[type=file]").first.set_input_files(str(files / name))
-                tab.wait_for_timeout(3000)
-                tab.locator("#go").click()
-                tab.locator("#notes", has_text="audio" if name != "broken.wav" else "could not").wait_for(
-                    timeout=60_000
-                )
-                tab.wait_for_timeout(1000)
-                seen[name] = (tab.locator("#transcript textarea").input_value(), tab.locator("#notes").inner_text())
-                tab.screenshot(path=str(tmp_path / f"{name}.png"))
+            yield tab
             browser.close()
     finally:
         page.close()
-    assert seen["talk.wav"][0] == describe_recording(transcriber, str(files / "talk.wav"))[0]
-    assert "no speech" in seen["silence.wav"][1]
-    assert "could not be read" in seen["broken.wav"][1]
+
+
+def put_in(tab, path, answer):
+    """Upload a file, press the button, and wait for words in the notes."""
+    tab.reload()
+    tab.locator("#recording input[type=file]").first.set_input_files(str(path))
+    tab.wait_for_timeout(3000)
+    tab.locator("#go").click()
+    tab.locator("#notes", has_text=answer).wait_for()
+    tab.wait_for_timeout(1000)
+    tab.screenshot(path=str(path.with_suffix(".png")), full_page=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+def test_in_a_browser_a_file_goes_in_and_the_text_comes_out(tab, transcriber, files):
+    put_in(tab, files / "talk.wav", "audio")
+    text = describe_recording(transcriber, str(files / "talk.wav"))[0]
+    assert tab.locator("#transcript textarea").input_value() == text
+    put_in(tab, files / "silence.wav", "no speech")
+    assert tab.locator("#transcript textarea").input_value() == ""
+    put_in(tab, files / "broken.wav", "could not be read")
+    assert str(files) not in tab.locator("#notes").inner_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+def test_in_a_browser_a_click_on_a_segment_plays_from_there(tab, transcriber, files):
+    put_in(tab, files / "three.wav", "audio")
+    starts = [row[0] for row in describe_recording(transcriber, str(files / "three.wav"))[1]]
+    assert len(starts) == 3
+    tab.locator("#segments").get_by_text(f"{starts[2]:g}", exact=True).last.click()
+    roots = "[...document.querySelectorAll('#recording *')].map(e => e.shadowRoot).filter(root => root)"
+    player = f"{roots}.flatMap(root => [...root.querySelectorAll('audio')])[0]"
+    tab.wait_for_function(f"{player}.currentTime > {starts[2]}")
+    assert tab.evaluate(f"!{player}.paused || {player}.ended")

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 TITLE = "tinyaudio"
 COLUMNS = ["start (s)", "end (s)", "text"]
-# Moves the player to a clicked segment's start; the row's first cell holds it. gr.Audio has no Python way to seek.
+# Moves the player to a clicked segment's start; the row's first cell holds it. gr.Audio has no Python way to seek, and
+# its waveform plays an <audio> inside a shadow root, beside an empty one in the page.
 SEEK = """(start) => {
-  const player = document.querySelector('#recording audio');
+  const players = (root) => [...root.querySelectorAll('*')].flatMap(
+    (e) => e.tagName === 'AUDIO' && e.src ? [e] : e.shadowRoot ? players(e.shadowRoot) : []);
+  const [player] = players(document.querySelector('#recording'));
   if (player && start !== null) { player.currentTime = start; player.play(); }
 }"""
 

@@ -1,6 +1,7 @@
 """`tinyaudio transcribe` as a Unix tool: where text goes, what is skipped, which code it leaves with."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -196,6 +197,33 @@ def test_help_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_with_130_and_whole_files_only(checkpoint, talk, tmp_path):
+    """SIGINT to a real process, while the model loads and while it works."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(60):
+        (many / f"{i:02d}.wav").write_bytes(talk.read_bytes())
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tinyaudio", "transcribe", str(many), "-o", str(out), "-f", "txt,json"]
+    command += ["-m", str(checkpoint), "--batch-size", "1", "--skip-existing"]
+    for num_wanted in (0, 2):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if not num_wanted:
+            time.sleep(2)
+        while num_wanted and len(list(out.glob("*.json"))) < num_wanted:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130, said
+        assert "interrupted" in said.splitlines()[-1]
+        assert "Traceback" not in said
+        assert all(path.suffix in {".txt", ".json"} for path in out.glob(".*"))
+        assert all(json.loads(path.read_text())["error"] is None for path in out.glob("*.json"))
+    assert 2 <= len(list(out.glob("*.json"))) < 60
 
 
 @pytest.mark.slow

@@ -73,6 +73,17 @@ def test_space_folder_has_what_a_space_needs():
     assert "tinyaudio" in (SPACE / "requirements.txt").read_text()
 
 
+def test_command_and_space_offer_the_same_examples():
+    from tinyaudio.cli_transcribe import _examples
+
+    assert [path.name for path in _examples()] == [
+        "five-sentences.opus",
+        "one-sentence.opus",
+        "voice-never-heard.opus",
+    ]
+    assert all(path.parent == SPACE / "examples" for path in _examples())
+
+
 @pytest.fixture
 def tab(transcriber, files):
     """The page in a browser; its console goes unheard."""

@@ -275,10 +275,18 @@ def demo(
     from tinyaudio.page import build_page
     from tinyaudio.transcribe import Transcriber
 
-    page = build_page(Transcriber.load(model, device=device))
+    page = build_page(Transcriber.load(model, device=device), _examples())
     page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
     print(f"the page is at {page.local_url}; Ctrl-C ends it", file=sys.stderr, flush=True)
     page.block_thread()
+
+
+def _examples() -> list[Path]:
+    """Find the recordings that the Space offers; none where only the package tinyaudio is installed."""
+    from importlib.util import find_spec
+
+    spec = find_spec("pipelines")
+    return sorted(Path(spec.origin).with_name("space").glob("examples/*.opus")) if spec and spec.origin else []
 
 
 class _Bar:

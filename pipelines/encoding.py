@@ -1,11 +1,15 @@
 """Batches of recordings through the frozen encoder, with copies to and from a GPU beside the computing.
 
 Batches are made of one shard's utterances in order of length, so a stored row never depends on who computed it or when.
+On a CPU several batches are encoded side by side, each by one thread: products of this size gain little from a second
+thread, and their last bits then do not depend on the number of cores either.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,8 @@ from pipelines.identity import LoadedEncoder
 from tinyaudio.audio import SAMPLING_RATE, Samples, num_frames
 from tinyaudio.encoder import encode, encoder_inputs
 
-CPU_BATCH_S = 30.0  # seconds; 15 to 120 are alike within noise on two cores, and activations grow with it
+CPU_BATCH_S = 15.0  # seconds; 15 to 120 are alike within noise, and the activations of every line grow with it
+MAX_LINES = 8  # batches side by side on a CPU: each of HuBERT-large holds about a gigabyte of activations
 
 BATCH_PRICE_S = 2.0  # seconds of audio that could be encoded while a batch is started; with it padding stays below 3 %
 
@@ -65,8 +70,9 @@ class Inputs:
 class Encoded:
     """Features on their way back; reading them waits for the encoder."""
 
-    def __init__(self, features: Tensor, frames: list[int], seconds: Callable[[], float]) -> None:
-        self._features, self._frames, self._seconds = features, frames, seconds
+    def __init__(self, frames: list[int], wait: Callable[[], tuple[Tensor, float]]) -> None:
+        """Set up; `wait` gives the features in the host's memory and the seconds it took to compute them."""
+        self._frames, self._wait = frames, wait
 
     def read(self) -> tuple[list[NDArray[np.float32]], float]:
         """Wait.
@@ -74,9 +80,8 @@ class Encoded:
         Returns:
             Each recording's features, (T_i, D) float32, and the seconds in which the device computed this batch.
         """
-        seconds = self._seconds()
-        host = self._features.numpy()
-        return [row[:count] for row, count in zip(host, self._frames, strict=True)], seconds
+        features, seconds = self._wait()
+        return [row[:count] for row, count in zip(features.numpy(), self._frames, strict=True)], seconds
 
 
 class EncoderLine:
@@ -86,6 +91,25 @@ class EncoderLine:
         self.encoder, self.device = encoder, encoder.model.device
         self._is_cuda = self.device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self.device) if self._is_cuda else None  # type: ignore[no-untyped-call]
+        self.num_lines = 1 if self._is_cuda else min(torch.get_num_threads(), MAX_LINES)
+        self._pool: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """Inside, encode as many batches at once as there are cores (a GPU takes one after the other as ever)."""
+        if self._is_cuda:
+            yield
+            return
+        num_threads = torch.get_num_threads()
+        each = max(1, num_threads // self.num_lines)
+        pool = ThreadPoolExecutor(self.num_lines, "encode", initializer=torch.set_num_threads, initargs=(each,))
+        self._pool = pool
+        try:
+            yield
+        finally:
+            self._pool = None
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)  # MKL's is one number for the whole process
 
     def batch_s(self, wanted: float) -> float:
         """Limit a recipe's batch to what serves this device."""
@@ -100,14 +124,19 @@ class EncoderLine:
         return Inputs(values, mask, sum(lengths), [num_frames(length) for length in lengths])
 
     def encode(self, inputs: Inputs) -> Encoded:
-        """Compute features; on a GPU only queue the work."""
+        """Compute features; on a GPU, and side by side, only queue the work."""
         if self._copies is not None:
             return self._encode_on_gpu(inputs, self._copies)
+        if self._pool is not None:
+            return Encoded(inputs.frames, self._pool.submit(self._encode_here, inputs).result)
+        done = self._encode_here(inputs)
+        return Encoded(inputs.frames, lambda: done)
+
+    def _encode_here(self, inputs: Inputs) -> tuple[Tensor, float]:
         begun = time.perf_counter()
         with torch.inference_mode():
             features, _ = encode(self.encoder.model, inputs.values, inputs.mask, self.encoder.precision)
-        seconds = time.perf_counter() - begun
-        return Encoded(features, inputs.frames, lambda: seconds)
+        return features, time.perf_counter() - begun
 
     def _encode_on_gpu(self, inputs: Inputs, copies: Any) -> Encoded:
         """Queue a batch: copies run on a stream of their own, so that computing never waits for them."""
@@ -126,8 +155,8 @@ class EncoderLine:
             copied.record(copies)
         features.record_stream(copies)
 
-        def wait() -> float:
+        def wait() -> tuple[Tensor, float]:
             copied.synchronize()
-            return float(begin.elapsed_time(end)) / 1000
+            return host, float(begin.elapsed_time(end)) / 1000
 
-        return Encoded(host, inputs.frames, wait)
+        return Encoded(inputs.frames, wait)

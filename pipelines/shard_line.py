@@ -1,11 +1,11 @@
 """The line that shards go through: claimed, fetched and decoded, encoded, quantised, committed; all of it side by side.
 
-    decoding workers -> prepare (1 thread) -> encode (the caller's thread) -> store (1 thread) -> commit (1 thread)
+    decoding workers -> prepare (1 thread) -> encode (GPU, or a thread a core) -> store (1 thread) -> commit (1 thread)
 
 Queues between them are bounded: at most `AHEAD_SHARDS` shards are decoded ahead, two batches wait on either side of
 the encoder, and one finished shard is being written while the next is filled. Memory is therefore bounded by the shard
 size, whatever the size of the corpus: with the default shards and HuBERT-large about (AHEAD_SHARDS + 2) x (168 MB of
-samples + 256 MB of features), plus activations. Batches never cross a shard.
+samples + 256 MB of features), plus activations (on a CPU, of one batch a core). Batches never cross a shard.
 """
 
 import contextlib
@@ -142,11 +142,12 @@ class ShardLine:
                 Decoder(self.corpus, workers) as decoder,
                 ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
                 ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
+                self.line.side_by_side(),
             ):
                 self._encode_all(ahead(self._works(shards, decoder), AHEAD_BATCHES), storing, committing)
         finally:
             self._give_back()
-        self.report.encoder_busy = self.report.encode_s / max(time.monotonic() - begun, 1e-9)
+        self.report.encoder_busy = self.report.encode_s / self.line.num_lines / max(time.monotonic() - begun, 1e-9)
         if self._disk_error is not None:
             raise self._disk_error
 
@@ -244,7 +245,7 @@ class ShardLine:
                     continue
                 encoded = self.line.encode(work.inputs)
                 stored.append(storing.submit(self._store, work, encoded))
-                while len(stored) > AHEAD_BATCHES:
+                while len(stored) > AHEAD_BATCHES + self.line.num_lines - 1:
                     stored.pop(0).result()
             for future in (*stored, *commits):
                 future.result()

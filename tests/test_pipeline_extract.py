@@ -7,20 +7,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cache import FeatureReader, FeatureStore
 from pipelines import shard_line
 from pipelines.corpora import open_corpus
-from pipelines.encoding import cut_batches
+from pipelines.encoding import EncoderLine, cut_batches
 from pipelines.errors import CorpusError, DiskError, PipelineError, TooManyBadError
 from pipelines.extract import extract, wanted_splits
 from pipelines.extraction_request import finished
-from pipelines.recipes import load_recipe
+from pipelines.identity import open_encoder
+from pipelines.recipes import EncoderSection, load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,9 +200,9 @@ def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder
     whole = shard_line.EncoderLine.encode
 
     def poisoned(self, inputs):
-        encoded = whole(self, inputs)
-        encoded._features.numpy()[0, 0, 0] = np.nan
-        return encoded
+        features, seconds = whole(self, inputs).read()
+        features[0][0, 0] = np.nan
+        return SimpleNamespace(read=lambda: (features, seconds))
 
     monkeypatch.setattr(shard_line.EncoderLine, "encode", poisoned)
     report = stage_one(recipe_file, tmp_path / "store", max_bad=1.0)
@@ -324,6 +327,24 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_batches_side_by_side_give_what_one_thread_gives_and_leave_the_threads_as_they_were(encoder_folder, noise):
+    section = EncoderSection(id=str(encoder_folder))
+    line, num_threads = EncoderLine(open_encoder(section, torch.device("cpu"))), torch.get_num_threads()
+    prepared = [line.prepare([noise(1.0 + 0.1 * i), noise(0.5)]) for i in range(8)]
+    line.num_lines = 3
+    try:
+        torch.set_num_threads(1)
+        alone = [line.encode(inputs).read()[0] for inputs in prepared]
+        torch.set_num_threads(3)
+        with line.side_by_side():
+            together = [encoded.read()[0] for encoded in [line.encode(inputs) for inputs in prepared]]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(num_threads)
+    for one, other in zip(alone, together, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_batches_cost_the_least_padding_within_their_budget():

@@ -35,7 +35,8 @@ class ExtractReport:
     is_complete: bool = False
     hours_now: float = 0.0  # encoded by this execution
     padding: float = 0.0  # share of the encoder's input that was padding
-    encoder_busy: float = 0.0  # share of the time, from the first batch on, in which the encoder was computing
+    line_s: float = 0.0  # from the first recording on, of all runs of the line
+    encoder_busy: float = 0.0  # share of that time in which the encoder was computing
     decode_s: float = 0.0  # work of the decoding workers, added up; beside the encoder's, not before it
     encode_s: float = 0.0
     write_s: float = 0.0  # placing and flushing shards, beside the encoder

@@ -147,7 +147,8 @@ class ShardLine:
                 self._encode_all(ahead(self._works(shards, decoder), AHEAD_BATCHES), storing, committing)
         finally:
             self._give_back()
-        self.report.encoder_busy = self.report.encode_s / self.line.num_lines / max(time.monotonic() - begun, 1e-9)
+        self.report.line_s += time.monotonic() - begun
+        self.report.encoder_busy = self.report.encode_s / self.line.num_lines / max(self.report.line_s, 1e-9)
         if self._disk_error is not None:
             raise self._disk_error
 

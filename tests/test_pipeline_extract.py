@@ -70,6 +70,13 @@ def test_parts_write_disjoint_shards_of_one_plan_and_the_last_one_seals(recipe_f
     assert same_content(store, tmp_path / "parts")
 
 
+def test_helping_others_reports_shares_that_are_shares(recipe_file, tmp_path):
+    report = stage_one(recipe_file, tmp_path / "store", part=(0, 2), help_others=True)
+    assert report.is_complete
+    assert report.shards_written == report.shards_total
+    assert 0 < report.encoder_busy <= 1.01
+
+
 @pytest.mark.slow  # two interpreters with torch each, half a minute
 def test_torchrun_with_two_processes_stores_what_one_stores(recipe_file, store, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from transformers import AutomaticSpeechRecognitionPipeline
+from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
 from .errors import AudioError
 from .reader import Input
@@ -28,6 +28,12 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     or at construction: batch_size, num_beams, max_new_tokens, length_penalty, chunk_length_s (the longest piece decoded
     at once), return_timestamps, and whatever else `generate` takes, directly or as generate_kwargs={...}.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where transformers keeps generation options given here differs between 5.17 and 5.23.
+        names = {*vars(GenerationConfig()), "generation_config"}
+        self._at_construction = {name: value for name, value in kwargs.items() if name in names}
 
     def _sanitize_parameters(
         self, generate_kwargs: dict[str, Any] | None = None, **options: Any
@@ -64,8 +70,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     def _stream(self, inputs: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
         kwargs.pop("num_workers", None)
-        # Since transformers 5.23 generation options given at construction are set aside under a name of their own.
-        at_construction = {**getattr(self, "_generate_kwargs", {}), **self._forward_params}
+        at_construction = {**self._at_construction, **self._forward_params}
         settings = {**at_construction, **self._sanitize_parameters(**kwargs)[1]}
         config = settings.pop("generation_config", None)
         if config is not None:

@@ -7,6 +7,7 @@ thread, and their last bits then do not depend on the number of cores either.
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from torch import Tensor
 from pipelines.identity import LoadedEncoder
 from tinyaudio.audio import SAMPLING_RATE, Samples, num_frames
 from tinyaudio.encoder import encode, encoder_inputs
+
+# oneDNN keeps a compiled kernel for each of the last 1,024 shapes, and no two batches have the same: 250 MB for nothing
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 CPU_BATCH_S = 15.0  # seconds; 15 to 120 are alike within noise, and the activations of every line grow with it
 MAX_LINES = 8  # batches side by side on a CPU: each of HuBERT-large holds about a gigabyte of activations

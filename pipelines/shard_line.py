@@ -9,6 +9,7 @@ samples + 256 MB of features), plus activations (on a CPU, of one batch a core).
 """
 
 import contextlib
+import ctypes
 import itertools
 import queue
 import shutil
@@ -99,6 +100,12 @@ def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
     finally:
         stopped.set()
         thread.join()
+
+
+def give_back_free_memory() -> None:
+    """Return what malloc keeps of freed batches: as no two are of one size, the heap would creep up over the shards."""
+    with contextlib.suppress(AttributeError):  # glibc alone has it, and alone needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class ShardLine:
@@ -294,6 +301,7 @@ class ShardLine:
         finally:
             self._open.pop(job.writer.shard, None)
             self.report.write_s += time.monotonic() - begun
+            give_back_free_memory()
         self.report.shards_written += 1
         if job.writer.num_quarantined:
             self.report.quarantined.update(quarantine_reasons(self.store, job.writer.shard))

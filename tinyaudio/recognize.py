@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -238,7 +239,7 @@ class _Desk:
             if isinstance(event, End):
                 entry.end = event
             else:
-                entry.pieces.append(replace(event, samples=event.samples[:0]))
+                entry.pieces.append(replace(event, samples=np.zeros(0, np.float32)))
 
     def fill(self, batch: Sequence[Piece], outputs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
         for piece, output in zip(batch, outputs, strict=True):

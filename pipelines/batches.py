@@ -57,22 +57,28 @@ def positions_needed(reader: FeatureReader, targets: Targets, tokenizer: Any, st
     return len(prefix) + projected + len(suffix) + targets.lengths
 
 
-def collate(reader: FeatureReader, targets: Targets, positions: Sequence[int]) -> dict[str, Any]:
+def collate(
+    reader: FeatureReader, targets: Targets, positions: Sequence[int], dropped: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Read utterances and pad them into one batch.
+
+    Args:
+        dropped: first frames of each utterance to leave out; one frame always stays.
 
     Returns:
         features (B, T, D) float16, or int8 with scales (B, T) float16; num_frames (B,); labels (B, L), -100 behind each
         end; utterance_ids, for messages.
     """
     rows = reader.read_rows(positions)
-    counts = [len(row.features) for row in rows]
+    firsts = [min(drop, len(row.features) - 1) for drop, row in zip(dropped or [0] * len(rows), rows, strict=True)]
+    counts = [len(row.features) - first for first, row in zip(firsts, rows, strict=True)]
     features = np.zeros((len(rows), max(counts), reader.store.dim), rows[0].features.dtype)
     labels = np.full((len(rows), int(targets.lengths[list(positions)].max())), IGNORED_LABEL, np.int64)
     scales = None if rows[0].scales is None else np.zeros(features.shape[:2], np.float16)
     for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
-        features[i, : counts[i]] = row.features
-        if scales is not None:
-            scales[i, : counts[i]] = row.scales
+        features[i, : counts[i]] = row.features[firsts[i] :]
+        if scales is not None and row.scales is not None:
+            scales[i, : counts[i]] = row.scales[firsts[i] :]
         target = targets[position]
         labels[i, : len(target)] = target
     batch: dict[str, Any] = {
@@ -126,6 +132,7 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
         seed: int,
         num_batches: int,
         chosen: NDArray[np.int64] | None = None,
+        jitter_frames: int = 0,
         world_size: int = 1,
         is_pinned: bool = False,
     ) -> None:
@@ -135,6 +142,8 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
             costs: (N,) decoder positions of each utterance.
             budget: decoder positions in one batch, padding included.
             chosen: rows of the index to train on; None for all.
+            jitter_frames: leave out up to so many first frames of an utterance, so that the projector, which stacks
+                frames, meets the same sounds at every place of its stack.
             world_size: this process uses every so many-th batch; what it reads ahead follows that.
             is_pinned: put batches into page-locked memory, from which a GPU copies by itself.
 
@@ -156,7 +165,7 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
         self.num_ahead = BATCHES_AHEAD
         self.waited_s = 0.0  # time that the training loop has spent waiting for batches
         self._durations = np.asarray(reader.index["duration_s"], dtype=np.float64)
-        self._world_size, self._is_pinned = world_size, is_pinned
+        self._world_size, self._is_pinned, self._jitter_frames = world_size, is_pinned, jitter_frames
         self._orders: dict[int, EpochOrder] = {}
         self._lengths: list[int] = []  # batches of each epoch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -178,13 +187,17 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
         positions, later = self.positions(number), number + BLOCKS_AHEAD * self._world_size
         if later < self.num_batches:
             self.reader.prefetch(self.positions(later))
-        batch = collate(self.reader, self.targets, positions)
+        batch = collate(self.reader, self.targets, positions, self._dropped(number, len(positions)))
         if self._is_pinned:
             batch = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
         batch["num_tokens"] = int(self.costs[positions].sum())
         batch["num_targets"] = int(self.targets.lengths[positions].sum())
         batch["duration_s"] = float(self._durations[positions].sum())
         return batch
+
+    def _dropped(self, number: int, count: int) -> list[int]:
+        """Draw how many first frames each utterance of batch `number` loses, from the seed and the number alone."""
+        return np.random.default_rng((self.seed, number)).integers(0, self._jitter_frames + 1, count).tolist()
 
     def positions(self, number: int) -> list[int]:
         """Return the utterances of batch `number`, as rows of the reader's index."""

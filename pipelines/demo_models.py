@@ -43,8 +43,8 @@ NUM_MEL_BANDS = 40
 CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
 """HuBERT's 32 symbols, lower case; 0 is the CTC blank, | the space."""
 
-WORD_LOSS_WEIGHT = 0.5
-"""A word's loss is about that of its letters together; the character losses are means over letters."""
+WORD_LOSS_WEIGHT = 1.0
+"""Of one word against one letter: both losses are means over their symbols."""
 
 PROMPT_PREFIX = "Speech:"
 PROMPT_SUFFIX = "\nTranscript:"
@@ -80,7 +80,7 @@ class TrainingPlan:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-ENCODER_PLAN = TrainingPlan(steps=2_600, batch_size=16, learning_rate=3e-3, warmup_steps=150)
+ENCODER_PLAN = TrainingPlan(steps=5_000, batch_size=16, learning_rate=3e-3, warmup_steps=150)
 DECODER_PLAN = TrainingPlan(steps=2_500, batch_size=48, learning_rate=3e-3, warmup_steps=100)
 
 

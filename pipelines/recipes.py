@@ -119,6 +119,7 @@ class TrainSection(Section):
     batch_tokens: PositiveInt  # decoder positions in one batch, padding included
     accumulate: PositiveInt = 1  # batches in one optimizer step, over all processes
     seed: Annotated[int, Field(ge=0)] = 0
+    jitter_frames: Annotated[int, Field(ge=0)] = 0  # drop up to so many first frames, anew each epoch, at random
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     bf16: bool = True  # autocast on a GPU; the projector's weights stay float32

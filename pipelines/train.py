@@ -182,6 +182,7 @@ class _Stage:
             seed=settings.seed,
             num_batches=settings.steps * settings.accumulate,
             chosen=None if few is None else chosen_for_overfitting(len(self.reader), few),
+            jitter_frames=settings.jitter_frames,
             world_size=num_processes(),
             is_pinned=self.device.type == "cuda",
         )

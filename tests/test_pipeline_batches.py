@@ -108,6 +108,24 @@ def test_chosen_utterances_are_the_only_ones(tmp_path, tokenizer):
     assert {position for number in range(20) for position in batches.positions(number)} == set(chosen.tolist())
 
 
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_jitter_drops_first_frames_and_nothing_else_the_same_way_each_time(tmp_path, tokenizer, encoding):
+    plain = open_batches(tmp_path / "store", tokenizer, encoding)
+    jittered = open_batches(tmp_path / "store", tokenizer, encoding, jitter_frames=4)
+    again = open_batches(tmp_path / "store", tokenizer, encoding, jitter_frames=4)
+    lost = set()
+    for number in (13, 2, 30):
+        whole, part = plain[number], jittered[number]
+        torch.testing.assert_close(part["features"], again[number]["features"])
+        assert torch.equal(whole["labels"], part["labels"])
+        before, after = Dequantizer(plain.reader)(whole), Dequantizer(plain.reader)(part)
+        for i, (long, short) in enumerate(zip(whole["num_frames"], part["num_frames"], strict=True)):
+            assert short >= 1
+            torch.testing.assert_close(after[i, :short], before[i, long - short : long])
+            lost.add(int(long - short))
+    assert lost == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("budget", [60, 100, 1_000])
 def test_cuts_keep_order_lose_nothing_and_stay_within_the_budget(budget):
     costs = np.sort(np.random.default_rng(0).integers(1, 60, 200))

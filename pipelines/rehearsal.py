@@ -42,8 +42,8 @@ def rehearse(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable
 
 def _transcribe_one(run: Run, store: Path, split: str, device: str) -> str:
     """Load the run's folder as a user would and transcribe a stored utterance."""
-    model = TinyAudioForConditionalGeneration.from_pretrained(run.folder)
-    processor = TinyAudioProcessor.from_pretrained(run.folder)
+    model = TinyAudioForConditionalGeneration.from_pretrained(run.folder, trust_remote_code=False)
+    processor = TinyAudioProcessor.from_pretrained(run.folder, trust_remote_code=False)  # else it asks, on stdin
     reader = FeatureReader(FeatureStore.open(store), split=split)
     batch = collate(reader, tokenize(processor.tokenizer, reader.index["transcript"].to_pylist()), [0])
     features = Dequantizer(reader)(batch)

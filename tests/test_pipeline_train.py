@@ -254,7 +254,8 @@ def test_deaf_model_is_warned_about_once_after_60000_utterances(recipe_file, sto
     assert "train.learning_rate" in warning
 
 
-def test_rehearsal_does_one_step_of_everything(recipe_file, store):
+def test_rehearsal_does_one_step_of_everything_and_asks_nothing(recipe_file, store, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _="": pytest.fail("asked a question on stdin"))
     lines: list[str] = []
     rehearse(load_recipe(str(recipe_file)), store, device="cpu", say=lines.append)
     assert any("stopped at step 1 of 2" in line for line in lines)

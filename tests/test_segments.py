@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyaudio.audio import SAMPLING_RATE
-from tinyaudio.segments import cut, join_texts, reach
+from tinyaudio.segments import _Cutter, cut, join_texts, reach, rules
 from tinyaudio.voice import FRAME_LENGTH, VoiceActivity
 
 
@@ -93,10 +93,38 @@ def test_last_stop_behind_a_closure_belongs_to_its_word():
     assert reach(pause) == reach(pause[:0]) == 0
 
 
-def test_block_size_changes_no_piece(spoken):
-    samples, _ = joined(spoken, 0.4)
-    few, many = (list(cut(in_blocks(samples, size), window_s=4.0)) for size in (len(samples), 999))
-    assert all(np.array_equal(a.samples, b.samples) for a, b in zip(few, many, strict=True))
+@pytest.mark.parametrize("gap_s", [0.4, 0.9])
+def test_block_size_changes_no_piece(spoken, gap_s):
+    """Not even where a block ends inside an utterance, whose onset then lies among samples that could be forgotten."""
+    samples, _ = joined(spoken, gap_s)
+    whole = list(cut([samples], window_s=4.0))
+    for size in (999, 3_111, 7_003, 20_000, 33_333, 52_001, 160_000):
+        pieces = list(cut(in_blocks(samples, size), window_s=4.0))
+        for expected, found in zip(whole, pieces, strict=True):
+            assert (found.start_s, found.end_s) == (expected.start_s, expected.end_s)
+            assert np.array_equal(found.samples, expected.samples)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.1, 0.16])
+def test_onset_found_late_is_still_there_when_its_block_is_long_gone(late_s):
+    """Detection misses the first `late_s` of each sound; samples arrive a frame at a time."""
+    frames = np.zeros((400, FRAME_LENGTH), np.float32)
+    probabilities = np.zeros(len(frames))
+    onsets = [60, 160, 260]
+    late = round(late_s * SAMPLING_RATE / FRAME_LENGTH)
+    for onset in onsets:
+        frames[onset : onset + 60] = 0.1
+        probabilities[onset + late : onset + 60] = 1.0
+    cutter = _Cutter(rules(window_s=4.0)[1])
+    pieces = []
+    for frame, probability in zip(frames, probabilities, strict=True):
+        cutter.add(frame, np.array([probability]))
+        pieces += cutter.pieces(is_final=False)
+    pieces += cutter.pieces(is_final=True)
+    expected = [onset * FRAME_LENGTH / SAMPLING_RATE for onset in onsets]
+    assert [piece.start_s for piece in pieces] == pytest.approx(expected, abs=0.005)  # a level is 5 ms
+    for piece in pieces:
+        assert np.count_nonzero(piece.samples) == 60 * FRAME_LENGTH
 
 
 @pytest.mark.parametrize("window_s", [3.0, 5.0, 30.0])

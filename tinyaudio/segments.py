@@ -237,12 +237,14 @@ class _Cutter:
         return max(latest - (reached or FRAME_LENGTH), earliest)
 
     def _samples(self, begin: int, end: int) -> Samples:
+        if begin < self._held_from:
+            raise AssertionError(f"sample {begin} was let go of; the first one held is {self._held_from}")
         self._held = [np.concatenate(self._held)]
         return self._held[0][begin - self._held_from : end - self._held_from].copy()
 
     def _forget(self, next_start: int) -> None:
         """Let go of samples that no later piece can hold."""
-        lead = max(self.rule.margin, int(REACH_S * SAMPLING_RATE))
+        lead = self.rule.margin + int(REACH_S * SAMPLING_RATE)  # a piece begins a margin before its onset
         keep_from = max(min(next_start - lead, self.num_samples), self._held_from)
         if self._spans and not self._spans[0].overlap:
             keep_from = max(keep_from, min(self._cut_until, next_start))

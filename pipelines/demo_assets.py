@@ -19,7 +19,6 @@ import jiwer
 import torch
 
 from pipelines.demo_corpus import (
-    Samples,
     SpokenUtterance,
     known_variants,
     make_corpus,
@@ -29,14 +28,9 @@ from pipelines.demo_corpus import (
     synthesise,
     write_corpus,
 )
-from pipelines.demo_models import (
-    ctc_transcripts,
-    save_decoder,
-    save_encoder,
-    train_decoder,
-    train_encoder,
-    train_tokenizer,
-)
+from pipelines.demo_decoder import save_decoder, train_decoder, train_tokenizer
+from pipelines.demo_encoder import ctc_transcripts, save_encoder, train_encoder
+from tinyaudio.audio import Samples
 
 NUM_DECODER_SENTENCES = 30_000
 NUM_EXTRA_UTTERANCES = 6_000

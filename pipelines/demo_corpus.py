@@ -16,22 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile as sf
 import soxr
 
-SAMPLING_RATE = 16_000
-"""Hz, what HuBERT hears."""
+from tinyaudio.audio import SAMPLING_RATE, Samples
 
 OPUS_COMPRESSION_LEVEL = 0.988
 """About 12 kbit/s: the lowest step at which libopus still keeps 4 to 8 kHz (one step lower drops it)."""
 
 EDGE_SILENCE_S = 0.06
 """Silence kept before and after the speech."""
-
-Samples = npt.NDArray[np.float32]
 
 WORDS: dict[str, tuple[str, ...]] = {
     "name": ("anna", "peter", "martha", "oliver", "susan", "emily", "jacob", "henry"),

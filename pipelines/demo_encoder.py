@@ -1,43 +1,26 @@
-"""The demo stand-ins: a small HuBERT with a character CTC head, and a small SmolLM3 with its tokenizer.
+"""The demo's stand-in encoder: a small HuBERT with a character CTC head, trained from nothing on synthetic speech.
 
-Both are trained from nothing, on synthetic speech and on sentences of the demo grammar. Invariants: training
-reads no sentence of dev, test and test_unseen and no unseen voice; everything is a pure function of a seed,
-the inputs and the installed libraries. Knows nothing of the projector.
+Invariants: training hears no sentence of dev, test and test_unseen and no unseen voice; everything is a pure function
+of a seed, the inputs and the installed libraries. Knows nothing of the decoder and of the projector.
 """
 
 import itertools
 import json
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    GenerationConfig,
-    HubertConfig,
-    HubertForCTC,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
-)
+from transformers import HubertConfig, HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
-SAMPLING_RATE = 16_000
-WINDOW, HOP = 400, 320
-"""Receptive field and stride of HuBERT's convolutions, in samples."""
+from pipelines.demo_training import Log, TrainingPlan, save_weights, update
+from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
 
 NUM_MEL_BANDS = 40
 CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
@@ -46,54 +29,7 @@ CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxy
 WORD_LOSS_WEIGHT = 1.0
 """Of one word against one letter: both losses are means over their symbols."""
 
-PROMPT_PREFIX = "Speech:"
-PROMPT_SUFFIX = "\nTranscript:"
-"""The product's prompt: prefix, audio, suffix, then " " + transcript and end-of-text."""
-
-EOS_TOKEN = "<|end_of_text|>"
-PAD_TOKEN = "<|finetune_right_pad_id|>"
-Samples = npt.NDArray[np.float32]
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """How long and how fast one stand-in is trained.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: utterances or sequences in one step.
-        learning_rate: peak of a linear warm-up and a cosine to zero.
-        warmup_steps: length of the warm-up.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 ENCODER_PLAN = TrainingPlan(steps=5_000, batch_size=16, learning_rate=3e-3, warmup_steps=150)
-DECODER_PLAN = TrainingPlan(steps=2_500, batch_size=48, learning_rate=3e-3, warmup_steps=100)
-
-
-def _update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-
-
-# ---------------------------------------------------------------------------------------------- the encoder
 
 
 def encoder_config() -> HubertConfig:
@@ -240,9 +176,9 @@ class MelTeacher(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, NUM_MEL_BANDS)
-        bank = mel_filter_bank(WINDOW // 2 + 1, NUM_MEL_BANDS, 60.0, 7_600.0, SAMPLING_RATE)
+        bank = mel_filter_bank(WINDOW_LENGTH // 2 + 1, NUM_MEL_BANDS, 60.0, 7_600.0, SAMPLING_RATE)
         self.register_buffer("bank", torch.tensor(bank, dtype=torch.float32))
-        self.register_buffer("window", torch.hann_window(WINDOW))
+        self.register_buffer("window", torch.hann_window(WINDOW_LENGTH))
 
     def forward(self, samples: Tensor, convolved: Tensor, frame_mask: Tensor) -> Tensor:
         """Return the mean squared error over valid frames.
@@ -253,7 +189,9 @@ class MelTeacher(nn.Module):
             frame_mask: (B, T), True where a frame is valid.
         """
         window, bank = cast(Tensor, self.window), cast(Tensor, self.bank)
-        spectrum = torch.stft(samples, WINDOW, HOP, WINDOW, window, center=False, return_complex=True)
+        spectrum = torch.stft(
+            samples, WINDOW_LENGTH, HOP_LENGTH, WINDOW_LENGTH, window, center=False, return_complex=True
+        )
         mel = torch.log(spectrum.abs().pow(2).transpose(1, 2) @ bank + 1e-3)
         error = (self.head(convolved.transpose(1, 2)) - mel / 3.0).pow(2).mean(-1)
         return cast(Tensor, error[frame_mask].mean())
@@ -327,6 +265,11 @@ def convolve(encoder: HubertFeatureEncoder, samples: Tensor) -> Tensor:
     return hidden.transpose(1, 2)
 
 
+def _frames(mask: Tensor) -> Tensor:
+    """Count the frames of (B, S) masked samples: (B,) int64."""
+    return torch.tensor([num_frames(int(length)) for length in mask.sum(-1)])
+
+
 def train_encoder(
     corpus: Sequence[tuple[str, Samples]], seed: int, log: Log, plan: TrainingPlan = ENCODER_PLAN
 ) -> HubertForCTC:
@@ -353,12 +296,12 @@ def train_encoder(
     for step in range(plan.steps):
         transcripts, samples, mask = next(batches)
         hidden = model.hubert(samples, attention_mask=mask).last_hidden_state
-        lengths = (mask.sum(-1) - WINDOW) // HOP + 1
+        lengths = _frames(mask)
         characters, words = heads.loss(hidden, lengths, transcripts)
         fade = max(0.0, 1.0 - 2.0 * step / plan.steps)
         frame_mask = torch.arange(hidden.shape[1])[None] < lengths[:, None]
         mel = teacher(samples, convolved[0], frame_mask) if fade else torch.zeros(())
-        _update(optimizer, parameters, characters + WORD_LOSS_WEIGHT * words + fade * mel, plan.rate(step))
+        update(optimizer, parameters, characters + WORD_LOSS_WEIGHT * words + fade * mel, plan.rate(step))
         if step % 100 == 0:
             parts = f"characters {characters.item():.3f} words {words.item():.3f} mel {mel.item():.3f}"
             log(f"encoder step {step}/{plan.steps} {parts}")
@@ -376,225 +319,17 @@ def ctc_transcripts(model: HubertForCTC, waves: Sequence[Samples], batch_size: i
         rows = order[start : start + batch_size]
         batch = extract([waves[i] for i in rows], sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
         best = model(batch["input_values"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
-        lengths = (batch["attention_mask"].sum(-1) - WINDOW) // HOP + 1
+        lengths = _frames(batch["attention_mask"])
         for i, ids, length in zip(rows, best, lengths, strict=True):
             symbols = torch.unique_consecutive(ids[:length]).tolist()
             texts[i] = "".join(CTC_SYMBOLS[s] for s in symbols if s).replace("|", " ").strip()
     return texts
 
 
-def _save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Round a model to float16 and save it so; its config asks to be loaded in float32."""
-    weights: Any = model
-    weights.half()
-    model.save_pretrained(folder)
-    weights.float()
-    (folder / "model.safetensors").chmod(0o644)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def save_encoder(model: HubertForCTC, folder: Path) -> None:
     """Write weights, feature extractor and CTC tokenizer as one transformers folder."""
-    _save_weights(model, folder)
+    save_weights(model, folder)
     feature_extractor().save_pretrained(folder)
     vocabulary = folder / "vocab.json"
     vocabulary.write_text(json.dumps({symbol: i for i, symbol in enumerate(CTC_SYMBOLS)}))
     Wav2Vec2CTCTokenizer(str(vocabulary), do_lower_case=True).save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------- the decoder
-
-
-def train_tokenizer(sentences: Sequence[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text survives, common words of the demo are one piece each."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN, PAD_TOKEN],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    prompts = [PROMPT_PREFIX + PROMPT_SUFFIX] * (len(sentences) // 20)
-    tokenizer.train_from_iterator([*(f" {s}" for s in sentences), *prompts], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        padding_side="right",
-        model_max_length=2_048,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def decoder_config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
-    """Return SmolLM3's layout (grouped queries, every fourth layer without RoPE, tied embeddings) made small."""
-    return SmolLM3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2_048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiseSequence:
-    """One training sequence of the decoder, position by position.
-
-    Attributes:
-        ids: token of each position; -1 is a blank frame.
-        mixed_ids: the second token of a frame; equal to `ids` elsewhere.
-        mix: share of the second token, 0 outside frames.
-        is_frame: whether the position stands for an audio frame.
-        has_loss: whether the token is to be predicted.
-    """
-
-    ids: list[int]
-    mixed_ids: list[int]
-    mix: list[float]
-    is_frame: list[bool]
-    has_loss: list[bool]
-
-
-def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list[tuple[int, int, float]]:
-    """Spread pieces over 10 Hz frames with blanks between: (token or -1, second token, its share)."""
-    frames: list[tuple[int, int, float]] = [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
-    for position, piece in enumerate(pieces):
-        frames += [(-1, -1, 0.0)] * rng.choice((0, 0, 0, 1, 1, 2))
-        lost = rng.random() < 0.02
-        for _ in range(rng.choice((1, 1, 2, 2, 3))):
-            draw, second, share = rng.random(), piece, 0.0
-            if draw < 0.2:
-                second, share = pieces[max(0, min(len(pieces) - 1, position + rng.choice((-1, 1))))], rng.random() * 0.5
-            elif draw < 0.4:
-                second, share = rng.randrange(vocab_size), rng.random() * 0.6
-            frames.append((-1, -1, 0.0) if lost else (piece, second, share))
-    return frames + [(-1, -1, 0.0)] * rng.choice((0, 0, 1, 1, 2, 3, 8))
-
-
-class DenoiseTask:
-    """The decoder's training task: sentences as blurred frames in the product's prompt, to be written out.
-
-    A twelfth of the sequences is plain text; a fifteenth holds only blanks, and the answer is end-of-text.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.eos = cast(int, tokenizer.eos_token_id)
-        self.vocab_size = len(tokenizer)
-        self.prefix: list[int] = tokenizer.encode(PROMPT_PREFIX, add_special_tokens=False)
-        self.suffix: list[int] = tokenizer.encode(PROMPT_SUFFIX, add_special_tokens=False)
-        self.pieces: list[list[int]] = tokenizer([f" {s}" for s in sentences], add_special_tokens=False)["input_ids"]
-
-    def sequence(self) -> DenoiseSequence:
-        """Draw one sequence."""
-        draw = self.rng.random()
-        pieces = list(self.rng.choice(self.pieces))
-        if draw < 1 / 12:
-            return self._assemble([], [], [], pieces)
-        if draw < 1 / 12 + 1 / 15:
-            blanks = [(-1, -1, 0.0)] * self.rng.randint(1, 60)
-            return self._assemble(self.prefix, blanks, self.suffix, [])
-        if draw > 0.95:
-            pieces += self.rng.choice(self.pieces)
-        return self._assemble(self.prefix, _stretch(self.rng, pieces, self.vocab_size), self.suffix, pieces)
-
-    def _assemble(
-        self,
-        prefix: Sequence[int],
-        frames: Sequence[tuple[int, int, float]],
-        suffix: Sequence[int],
-        transcript: Sequence[int],
-    ) -> DenoiseSequence:
-        target = [*transcript, self.eos]
-        before, after = len(prefix), len(suffix) + len(target)
-        return DenoiseSequence(
-            ids=[*prefix, *(f[0] for f in frames), *suffix, *target],
-            mixed_ids=[*prefix, *(f[1] for f in frames), *suffix, *target],
-            mix=[0.0] * before + [f[2] for f in frames] + [0.0] * after,
-            is_frame=[False] * before + [True] * len(frames) + [False] * after,
-            has_loss=[False] * (before + len(frames) + len(suffix)) + [True] * len(target),
-        )
-
-
-def _pad(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
-
-
-def denoise_loss(model: SmolLM3ForCausalLM, batch: Sequence[DenoiseSequence], blur: float) -> Tensor:
-    """Return the mean cross entropy of the transcripts and their end-of-text.
-
-    Frames are token embeddings, mixed, noised by up to 1.2 of their size and scaled by 0.5 to 2; blanks are noise.
-
-    Args:
-        model: the decoder.
-        batch: its sequences.
-        blur: 0 to 1, share of the mixing and of the noise that is applied.
-    """
-    ids = _pad([s.ids for s in batch], 0, torch.long)
-    second = _pad([s.mixed_ids for s in batch], 0, torch.long)
-    mix = _pad([s.mix for s in batch], 0.0, torch.float32)[..., None] * blur
-    is_frame = _pad([s.is_frame for s in batch], 0, torch.bool)[..., None]
-    has_loss = _pad([s.has_loss for s in batch], 0, torch.bool)
-    table: Any = model.get_input_embeddings()
-    mixed = (1 - mix) * table(ids.clamp(min=0)) + mix * table(second.clamp(min=0))
-    mixed = mixed * (ids >= 0)[..., None]
-    size = table.weight.detach().pow(2).mean().sqrt()
-    noise = torch.randn_like(mixed) * size * torch.rand(len(batch), 1, 1) * 1.2 * blur
-    frames = (mixed + noise) * torch.exp2(torch.rand(len(batch), 1, 1) * 2 - 1)
-    embedded = torch.where(is_frame, frames, mixed)
-    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
-    wanted = has_loss[:, 1:]
-    return functional.cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted])
-
-
-def train_decoder(
-    tokenizer: PreTrainedTokenizerFast,
-    sentences: Sequence[str],
-    seed: int,
-    log: Log,
-    plan: TrainingPlan = DECODER_PLAN,
-) -> SmolLM3ForCausalLM:
-    """Train the stand-in SmolLM3; return it in eval mode, float32.
-
-    Text alone would not make it steerable through its embeddings, hence the denoise task. The blur grows over the
-    first half: copying is learnt from clean frames, and blurred ones from the start hide it for thousands of steps.
-    """
-    torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM(decoder_config(tokenizer))
-    model.train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    task = DenoiseTask(tokenizer, sentences, seed)
-    for step in range(plan.steps):
-        blur = min(1.0, 2 * step / plan.steps)
-        loss = denoise_loss(model, [task.sequence() for _ in range(plan.batch_size)], blur)
-        _update(optimizer, parameters, loss, plan.rate(step))
-        if step % 100 == 0:
-            log(f"decoder step {step}/{plan.steps} loss {loss.item():.3f}")
-    model.train(False)
-    return model
-
-
-def save_decoder(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write weights, generation settings and tokenizer as one transformers folder."""
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    _save_weights(model, folder)
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -89,10 +89,7 @@ def _stand_ins(device: torch.device) -> tuple[TinyAudioForConditionalGeneration,
 
 
 def _full_size(device: torch.device) -> tuple[TinyAudioForConditionalGeneration, Any, _Speech]:
-    with device:
-        encoder = HubertModel(hubert_large()).eval()
-        decoder = SmolLM3ForCausalLM(SmolLM3Config()).to(torch.bfloat16).eval()
-    model = _model(encoder, decoder, 2048, ([128_000, 1, 2], [3, 4, 5]), 128_001)
+    model = full_size_model(device)
     random = np.random.default_rng(0)
     durations = np.minimum(random.lognormal(np.log(MEAN_S) - SPREAD**2 / 2, SPREAD, NUM_UTTERANCES), LONGEST_S)
     recordings = [(0.1 * random.standard_normal(int(s * SAMPLING_RATE))).astype(np.float32) for s in durations]
@@ -101,6 +98,18 @@ def _full_size(device: torch.device) -> tuple[TinyAudioForConditionalGeneration,
     targets = Targets(ids=ids, offsets=np.append(0, np.cumsum(lengths)))
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     return model, extractor, _Speech(recordings=recordings, targets=targets)
+
+
+def full_size_model(device: torch.device) -> TinyAudioForConditionalGeneration:
+    """Build the real shapes at random weights: encoder in float32, decoder in bfloat16 from the start."""
+    with device:
+        encoder = HubertModel(hubert_large())
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            decoder = SmolLM3ForCausalLM(SmolLM3Config())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return _model(encoder.eval(), decoder.eval(), 2048, ([128_000, 1, 2], [3, 4, 5]), 128_001).to(device).eval()
 
 
 def hubert_large() -> HubertConfig:

@@ -19,15 +19,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import soundfile
 import torch
-from transformers import HubertModel, SmolLM3Config, SmolLM3ForCausalLM, pipeline
+from transformers import pipeline
 
-from pipelines.bench_parts import hubert_large
+from pipelines.bench_parts import full_size_model
 from pipelines.build import load_tokenizer
 from tinyaudio.audio import SAMPLING_RATE, Samples, load_audio
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.encoder import load_feature_extractor
 from tinyaudio.errors import ModelError
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
@@ -175,22 +173,6 @@ def measure_full_size(device: str) -> TranscribeBench:
     )
     name = "HuBERT-large and SmolLM3-3B at random weights"
     return _race(name, Transcriber(model, processor), asr, work, compares_texts=False)
-
-
-def full_size_model(device: torch.device) -> TinyAudioForConditionalGeneration:
-    """Build the real shapes at random weights: encoder in float32, decoder in bfloat16 from the start."""
-    torch.manual_seed(0)
-    with device:
-        encoder = HubertModel(hubert_large())
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            decoder = SmolLM3ForCausalLM(SmolLM3Config())
-        finally:
-            torch.set_default_dtype(torch.float32)
-    config = TinyAudioConfig(
-        encoder_precision="bfloat16", prompt_prefix_ids=[128_000, 1, 2], prompt_suffix_ids=[3, 4, 5]
-    )
-    return TinyAudioForConditionalGeneration(config, encoder=encoder.eval(), decoder=decoder.eval()).to(device).eval()
 
 
 def _race(name: str, transcriber: Transcriber, asr: Any, work: Work, *, compares_texts: bool) -> TranscribeBench:

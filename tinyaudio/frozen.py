@@ -22,6 +22,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
+def is_folder_or_hub_id(model_id: str) -> bool:
+    """Whether there is such a folder, or the name has a hub id's form, owner/name; asks no network."""
+    return Path(model_id).is_dir() or (not model_id.startswith((".", "/", "~")) and model_id.count("/") == 1)
+
+
 def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: Any) -> Any:
     """Call `auto_class.from_pretrained`, with a clear line when nothing is there.
 
@@ -34,7 +39,7 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
         MissingModelError: no such folder, or the hub cannot be reached and its cache holds no copy.
         ModelError: files that do not make such a model.
     """
-    if not Path(model_id).is_dir() and (model_id.startswith((".", "/", "~")) or model_id.count("/") != 1):
+    if not is_folder_or_hub_id(model_id):
         raise MissingModelError(
             f"{model_id!r} is not a folder; expected a model folder or a hub id such as 'owner/name'"
         )

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError
-from .frozen import freeze, load_frozen, weights_digest
+from .frozen import freeze, is_folder_or_hub_id, load_frozen, weights_digest
 from .loss import liger_cross_entropy, summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
@@ -348,6 +348,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             MissingModelError: no checkpoint there, or a frozen part cannot be found.
             ModelError: a checkpoint without projector weights, or an encoder other than the one it was trained with.
         """
+        name = str(pretrained_model_name_or_path)
+        if not is_folder_or_hub_id(name):
+            raise MissingModelError(
+                f"no tinyaudio model at {name!r}: no such folder; expected a run's folder or a hub id, 'owner/name'"
+            )
         overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
         kwargs["output_loading_info"] = True
         try:
@@ -355,11 +360,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         except OSError as error:
             reason = str(error).split("\n")[0]
             raise MissingModelError(
-                f"no tinyaudio model at {str(pretrained_model_name_or_path)!r}: {reason}"
+                f"no tinyaudio model at {name!r} ({reason}); check the id and the network, or name the folder of a run"
             ) from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
-            raise ModelError(f"{str(pretrained_model_name_or_path)!r} lacks projector weights {lost}; train it again")
+            raise ModelError(f"{name!r} lacks projector weights {lost}; train it again")
         for key, value in overrides.items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)

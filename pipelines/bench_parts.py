@@ -22,7 +22,8 @@ from pipelines.recipes import load_recipe
 from tinyaudio.audio import SAMPLING_RATE, load_audio
 from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.encoder import encoder_inputs, load_encoder, load_feature_extractor
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration, load_decoder
+from tinyaudio.frozen import load_decoder
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.prompt import end_of_text_id, prompt_ids
 
 NUM_UTTERANCES = 192

@@ -14,8 +14,8 @@ from pipelines.whitening import feature_statistics, fold_whitening
 from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.encoder import load_feature_extractor
-from tinyaudio.frozen import load_frozen, resolved_revision, weights_digest
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration, load_decoder
+from tinyaudio.frozen import load_decoder, load_frozen, resolved_revision, weights_digest
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.prompt import end_of_text_id, prompt_ids
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .errors import MissingModelError, ModelError
 
@@ -55,10 +56,13 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
         raise ModelError(f"{model_id!r} is no {auto_class.__name__}: {str(error).splitlines()[0]}") from error
 
 
+def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a frozen decoder, on the CPU, in eval mode; errors as `load_frozen`."""
+    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, dtype=dtype))
+
+
 def load_config(model_id: str, revision: str | None = None) -> Any:
     """Load a part's configuration without its weights; errors as `load_frozen`."""
-    from transformers import AutoConfig
-
     return load_frozen(AutoConfig, model_id, revision)
 
 
@@ -87,3 +91,22 @@ def weights_digest(module: nn.Module) -> str:
         # numpy knows no bfloat16; a byte view has the same bytes
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_digest(part: str, model_id: str, expected: str | None, module: nn.Module) -> None:
+    """Hold a part's weights against the digest that a projector was trained with; None says not to.
+
+    Args:
+        part: "encoder" or "decoder", for the message.
+
+    Raises:
+        ModelError: other weights.
+    """
+    if expected is None:
+        return
+    found = weights_digest(module)
+    if found != expected:
+        raise ModelError(
+            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was "
+            f"trained with (pass {part}_digest=None to use it all the same)"
+        )

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError
-from .frozen import freeze, is_folder_or_hub_id, load_frozen, weights_digest
+from .frozen import check_digest, freeze, is_folder_or_hub_id, load_decoder
 from .loss import liger_cross_entropy, summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
@@ -374,14 +374,14 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
         config = self.config
         encoder = load_encoder(config.encoder_id, config.encoder_revision)
-        _check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
+        check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
         self.attach(encoder=encoder)
         wanted = config.decoder_dtype if dtype in (None, "auto") else dtype
         wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
         decoder = load_decoder(config.decoder_id, config.decoder_revision, wanted)
         # A hub revision pins the decoder; only a local folder can change behind our back (6 GB take 4 s to digest).
         if Path(config.decoder_id).is_dir() and wanted == getattr(torch, config.decoder_dtype):
-            _check_digest("decoder", config.decoder_id, config.decoder_digest, decoder)
+            check_digest("decoder", config.decoder_id, config.decoder_digest, decoder)
         self.attach(decoder=decoder)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -398,22 +398,6 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 _OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
 
 
-def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a frozen decoder, on the CPU, in eval mode; errors as `frozen.load_frozen`."""
-    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, dtype=dtype))
-
-
 def _check_width(part: str, found: int, expected: int) -> None:
     if found != expected:
         raise ModelError(f"{part} of width {found}; expected {expected}, the width this projector was made for")
-
-
-def _check_digest(part: str, model_id: str, expected: str | None, module: torch.nn.Module) -> None:
-    if expected is None:
-        return
-    found = weights_digest(module)
-    if found != expected:
-        raise ModelError(
-            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was "
-            f"trained with (pass {part}_digest=None to use it all the same)"
-        )

@@ -64,8 +64,8 @@ ablate: $(READY) ## train every combination of a grid on one store (GRID, STORE)
 bench: $(READY) ## speed and memory of the store, as ratios side by side (ARGS="extract", "train", ...)
 	$(TINY) bench $(or $(ARGS),store)
 
-demo-assets: $(READY) ## make the bundled stand-ins again (needs espeak-ng; about half an hour)
-	$(BIN)/python -m pipelines.demo_assets --out pipelines/demo
+demo-assets: $(READY) ## make the bundled stand-ins again (needs espeak-ng; three quarters of an hour)
+	$(BIN)/python -m pipelines.demo_assets --out pipelines/demo --examples pipelines/space/examples
 
 smoke: $(READY) ## build the wheel and try it in a fresh environment
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py

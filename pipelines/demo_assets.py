@@ -1,6 +1,6 @@
 """Make the shipped stand-ins of `pipelines/demo/`: a synthetic corpus, a small HuBERT, a small SmolLM3.
 
-    python -m pipelines.demo_assets --out pipelines/demo
+    python -m pipelines.demo_assets --out pipelines/demo --examples pipelines/space/examples
 
 Needs espeak-ng and nothing else: no network, no other data. Everything follows from the seed and from the
 installed versions of espeak-ng, libopus and torch; see `pipelines/demo/README.md`.
@@ -16,10 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import torch
 
 from pipelines.demo_corpus import (
     SpokenUtterance,
+    encode_opus,
     known_variants,
     make_corpus,
     make_sentence,
@@ -30,11 +32,13 @@ from pipelines.demo_corpus import (
 )
 from pipelines.demo_decoder import save_decoder, train_decoder, train_tokenizer
 from pipelines.demo_encoder import ctc_transcripts, save_encoder, train_encoder
-from tinyaudio.audio import Samples
+from tinyaudio.audio import SAMPLING_RATE, Samples
 
 NUM_DECODER_SENTENCES = 30_000
 NUM_EXTRA_UTTERANCES = 6_000
 """Speech that only the encoder's training hears: new sentences, known timbres, never written to disk."""
+
+EXAMPLE_PAUSE_S = 0.7
 
 NUM_THREADS = 1
 """For each stand-in: the order of floating-point sums depends on it, and a second thread gains a sixth only."""
@@ -100,16 +104,29 @@ def make_encoder(out: Path, seed: int, log: Clock, corpus: dict[str, list[Spoken
         log(f"CTC control {split}: WER {jiwer.wer([u.transcript for u in corpus[split]], hypotheses):.2%}")
 
 
-def make_demo_assets(out: Path, seed: int) -> None:
+def write_examples(folder: Path, corpus: dict[str, list[SpokenUtterance]]) -> None:
+    """Write the recordings that the page and the Space offer: a sentence, a voice never heard, five with pauses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pause = np.zeros(int(EXAMPLE_PAUSE_S * SAMPLING_RATE), dtype=np.float32)
+    five = [part for u in corpus["test"][1:6] for part in (u.samples, pause)]
+    (folder / "one-sentence.opus").write_bytes(corpus["test"][0].opus)
+    (folder / "voice-never-heard.opus").write_bytes(corpus["test_unseen"][0].opus)
+    (folder / "five-sentences.opus").write_bytes(encode_opus(np.concatenate(five[:-1]), "five-sentences"))
+
+
+def make_demo_assets(out: Path, seed: int, examples: Path | None = None) -> None:
     """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed.
 
     Args:
         out: folder to write corpus/, encoder/ and decoder/ into.
         seed: every random choice follows from it.
+        examples: folder for a few of its recordings; None for none.
     """
     log = Clock(started_s=time.monotonic())
     corpus = make_corpus(seed)
     write_corpus(out / "corpus", corpus)
+    if examples is not None:
+        write_examples(examples, corpus)
     for split, utterances in corpus.items():
         log(corpus_summary(split, utterances))
     with ProcessPoolExecutor(1, get_context("spawn")) as beside:
@@ -126,5 +143,6 @@ if __name__ == "__main__":
         "--out", type=Path, required=True, help="folder to write corpus/, encoder/ and decoder/ into"
     )
     arguments.add_argument("--seed", type=int, default=0, help="every random choice follows from it")
+    arguments.add_argument("--examples", type=Path, help="folder for the recordings that the page offers")
     given = arguments.parse_args()
-    make_demo_assets(given.out, given.seed)
+    make_demo_assets(given.out, given.seed, given.examples)

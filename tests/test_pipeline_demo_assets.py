@@ -221,3 +221,12 @@ def test_weights_are_stored_in_half_precision() -> None:
         header = (DEMO / part / "model.safetensors").read_bytes()[:200_000]
         assert b'"F16"' in header
         assert b'"F32"' not in header
+
+
+def test_examples_of_the_page_are_recordings_of_the_corpus(splits: dict[str, pa.Table]) -> None:
+    examples = DEMO.with_name("space") / "examples"
+    first = {split: splits[split].slice(0, 6).to_pylist() for split in ("test", "test_unseen")}
+    assert (examples / "one-sentence.opus").read_bytes() == first["test"][0]["wav"]["bytes"]
+    assert (examples / "voice-never-heard.opus").read_bytes() == first["test_unseen"][0]["wav"]["bytes"]
+    five = sf.info(examples / "five-sentences.opus").duration
+    assert five == pytest.approx(sum(row["duration"] for row in first["test"][1:6]) + 4 * 0.7, abs=0.05)

@@ -1,6 +1,7 @@
 """The `tour` command, which is `make demo`: the whole line on the bundled corpus, ending in a table. Roof."""
 
 import json as json_module
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,7 +131,7 @@ def _print_table(summary: dict[str, Any], folder: Path) -> None:
         ("feature store", f"{summary['store_bytes'] / 1e6:.1f} MB for {summary['hours']:.2f} h of speech"),
         ("projector trained", f"{summary['steps']} steps"),
         ("all of it", f"{summary['seconds']:.0f} s"),
-        ("model", str(folder)),
+        ("model", os.path.relpath(folder)),
     ]
     print("\nword error rate on synthetic speech, stand-in models (nothing here speaks for the real ones)")
     for name, value in rows:

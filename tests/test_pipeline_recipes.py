@@ -22,7 +22,7 @@ def test_loquacious_recipes_are_the_card(name):
     assert (recipe.projector.kind, recipe.projector.stack_factor, recipe.projector.hidden_size) == ("mlp", 5, 2048)
     assert recipe.train.steps == 50_000
     assert recipe.train.bf16
-    assert recipe.train.gradient_checkpointing
+    assert not recipe.train.gradient_checkpointing, "21 GB without it: an A100 of 40 GB does not ask for it"
 
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo"}))

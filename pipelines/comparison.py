@@ -1,11 +1,20 @@
 """Two systems on the same utterances: the difference, and how sure one may be of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipelines.error_analysis import Pair
 from pipelines.errors import EvaluationError
-from pipelines.scoring import count_merging_compounds, count_word_errors, probability_of_improvement
+from pipelines.scoring import count_word_errors, probability_of_improvement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One system of two: its answers, and the ids of the utterances that it did not answer."""
+
+    name: str
+    pairs: Sequence[Pair]
+    failed: Collection[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +23,8 @@ class Comparison:
 
     Args:
         name, other_name: the systems.
-        utterances: compared. left_out: failed or missing in one of the two.
+        utterances: compared. failed: of both sets, but without an answer of one of the two or of both. unshared: of one
+            of the two sets only, as with different samples.
         wer, other_wer: over the compared utterances, fractions; None where the references hold no words.
         p_other_better, p_better: share of resamples in which that system has fewer errors (paired bootstrap over
             utterances, Bisani and Ney 2004); what is missing to 1 are ties.
@@ -24,7 +34,8 @@ class Comparison:
     name: str
     other_name: str
     utterances: int
-    left_out: int
+    failed: int
+    unshared: int
     wer: float | None
     other_wer: float | None
     p_better: float
@@ -34,42 +45,51 @@ class Comparison:
     num_tied: int
 
 
-def compare(
-    name: str, pairs: Sequence[Pair], other_name: str, other_pairs: Sequence[Pair], *, merge_compounds: bool = False
-) -> Comparison:
+def compare(mine: Side, other: Side, *, merge_compounds: bool = False) -> Comparison:
     """Compare answers to the same utterances.
 
     Raises:
         EvaluationError: no utterance in common, or one with two different references.
     """
-    others = {pair.prediction.utterance_id: pair for pair in other_pairs}
-    common = [(pair, others[pair.prediction.utterance_id]) for pair in pairs if pair.prediction.utterance_id in others]
-    if not common:
-        raise EvaluationError(f"{name!r} and {other_name!r} have no utterance in common; expected the same set")
-    for mine, other in common:
-        if mine.reference != other.reference:
-            raise EvaluationError(
-                f"utterance {mine.prediction.utterance_id!r} has two references, {mine.reference!r} and "
-                f"{other.reference!r}; expected the same set"
-            )
-    references = [mine.reference for mine, _ in common]
-    mine_texts, other_texts = ([side.hypothesis for side in sides] for sides in zip(*common, strict=True))
-    count = count_merging_compounds if merge_compounds else count_word_errors
-    wers = [count(references, texts) for texts in (mine_texts, other_texts)]
-    wins = [
-        count([reference], [a]).errors - count([reference], [b]).errors
-        for reference, a, b in zip(references, mine_texts, other_texts, strict=True)
+    others = {pair.prediction.utterance_id: pair for pair in other.pairs}
+    common = [
+        (pair, others[pair.prediction.utterance_id]) for pair in mine.pairs if pair.prediction.utterance_id in others
     ]
+    if not common:
+        raise EvaluationError(f"{mine.name!r} and {other.name!r} have no utterance in common; expected the same set")
+    for one, two in common:
+        if one.reference != two.reference:
+            raise EvaluationError(
+                f"utterance {one.prediction.utterance_id!r} has two references, {one.reference!r} and "
+                f"{two.reference!r}; expected the same set"
+            )
+    references = [one.reference for one, _ in common]
+    texts, other_texts = ([side.hypothesis for side in sides] for sides in zip(*common, strict=True))
+    wers = [count_word_errors(references, said, merge_compounds=merge_compounds) for said in (texts, other_texts)]
+    wins = [
+        _num_errors(reference, a, merge_compounds) - _num_errors(reference, b, merge_compounds)
+        for reference, a, b in zip(references, texts, other_texts, strict=True)
+    ]
+    asked, other_asked = _asked(mine), _asked(other)
     return Comparison(
-        name=name,
-        other_name=other_name,
+        name=mine.name,
+        other_name=other.name,
         utterances=len(common),
-        left_out=len({pair.prediction.utterance_id for pair in pairs} | set(others)) - len(common),
+        failed=len(asked & other_asked) - len(common),
+        unshared=len(asked ^ other_asked),
         wer=wers[0].wer if wers[0].words else None,
         other_wer=wers[1].wer if wers[1].words else None,
-        p_better=probability_of_improvement(references, other_texts, mine_texts, merge_compounds=merge_compounds),
-        p_other_better=probability_of_improvement(references, mine_texts, other_texts, merge_compounds=merge_compounds),
+        p_better=probability_of_improvement(references, other_texts, texts, merge_compounds=merge_compounds),
+        p_other_better=probability_of_improvement(references, texts, other_texts, merge_compounds=merge_compounds),
         num_better=sum(difference < 0 for difference in wins),
         num_worse=sum(difference > 0 for difference in wins),
         num_tied=sum(difference == 0 for difference in wins),
     )
+
+
+def _asked(side: Side) -> set[str]:
+    return {pair.prediction.utterance_id for pair in side.pairs} | set(side.failed)
+
+
+def _num_errors(reference: str, hypothesis: str, merge_compounds: bool) -> int:
+    return count_word_errors([reference], [hypothesis], merge_compounds=merge_compounds).errors

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jiwer
+import kaldialign
 
 from pipelines.predictions import Prediction
 from pipelines.scoring import Interval, WordErrors, align_words, count_word_errors, wer_interval
@@ -17,6 +18,7 @@ from tinyaudio.guard import EVENTS, judge
 BUCKET_EDGES_S = (2.0, 5.0, 10.0, 20.0)
 NUM_WORST, NUM_CONFUSIONS = 20, 20
 MOST_ERRORS = 10  # utterances with more are counted with these in the histogram
+UNKNOWN = "not stated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,10 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One column of an alignment; `kind` is "equal", "substitute", "delete" or "insert"; a missing word is empty."""
+    """One column of an alignment; `kind` is "equal", "substitute", "delete" or "insert"; a missing word is empty.
+
+    Where compounds are merged, one side of an equal column may hold several words.
+    """
 
     kind: str
     reference: str
@@ -86,7 +91,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Word errors of a part of the set, with its share of hours."""
+    """Word errors of a part of the set, with its share of hours; failures are counted and in neither."""
 
     name: str
     hours: float
@@ -105,36 +110,60 @@ class Analysis:
     breakdowns: dict[str, tuple[Slice, ...]]
 
 
-def analyse(pairs: Sequence[Pair]) -> Analysis:
-    """Align all pairs once and say where the errors are."""
-    aligned = align_words([pair.reference for pair in pairs], [pair.hypothesis for pair in pairs])
-    utterances = [_aligned(pair, aligned, i) for i, pair in enumerate(pairs)] if aligned else []
+def analyse(pairs: Sequence[Pair], failed: Sequence[Prediction] = (), *, merge_compounds: bool = False) -> Analysis:
+    """Align all pairs once and say where the errors are.
+
+    Args:
+        pairs: what was answered.
+        failed: what was not; counted in the breakdowns.
+        merge_compounds: "note book" for "notebook" is no error.
+    """
+    utterances = _aligned(pairs, merge_compounds)
     return Analysis(
         rates=_rates(pairs, utterances),
         error_histogram=_histogram(utterances),
         worst=tuple(_worst(utterances)),
         confusions=tuple(_confusions(utterances)),
-        breakdowns=_breakdowns(pairs),
+        breakdowns=_breakdowns(pairs, failed, merge_compounds),
     )
 
 
-def align_pair(reference: str, hypothesis: str) -> tuple[Step, ...]:
+def align_pair(reference: str, hypothesis: str, *, merge_compounds: bool = False) -> tuple[Step, ...]:
     """Align two normalised texts."""
+    if merge_compounds:
+        return _merging_steps(reference, hypothesis)
     output = align_words([reference], [hypothesis])
     assert output is not None
     return _steps(output, 0)
 
 
-def _aligned(pair: Pair, output: jiwer.WordOutput, i: int) -> AlignedPair:
-    steps = _steps(output, i)
+def _aligned(pairs: Sequence[Pair], merge_compounds: bool) -> list[AlignedPair]:
+    if merge_compounds:
+        return [_aligned_pair(pair, _merging_steps(pair.reference, pair.hypothesis)) for pair in pairs]
+    output = align_words([pair.reference for pair in pairs], [pair.hypothesis for pair in pairs])
+    return [_aligned_pair(pair, _steps(output, i)) for i, pair in enumerate(pairs)] if output else []
+
+
+def _aligned_pair(pair: Pair, steps: tuple[Step, ...]) -> AlignedPair:
     return AlignedPair(
         utterance_id=pair.prediction.utterance_id,
         duration_s=pair.prediction.duration,
         source=pair.prediction.source,
         num_errors=sum(step.kind != "equal" for step in steps),
-        num_words=len(output.references[i]),
+        num_words=len(pair.reference.split()),
         steps=steps,
     )
+
+
+def _merging_steps(reference: str, hypothesis: str) -> tuple[Step, ...]:
+    columns = kaldialign.align(reference.split(), hypothesis.split(), "", merge_compounds=True)
+    return tuple(Step(kind=_kind(*column), reference=column[0], hypothesis=column[1]) for column in columns)
+
+
+def _kind(reference: str, hypothesis: str) -> str:
+    if not reference or not hypothesis:
+        return "delete" if reference else "insert"
+    return "equal" if reference.replace(" ", "") == hypothesis.replace(" ", "") else "substitute"
 
 
 def _steps(output: jiwer.WordOutput, i: int) -> tuple[Step, ...]:
@@ -199,24 +228,39 @@ def _loses(steps: Sequence[Step]) -> bool:
     return next((step.kind == "delete" for step in steps if step.kind != "insert"), False)
 
 
-def _breakdowns(pairs: Sequence[Pair]) -> dict[str, tuple[Slice, ...]]:
+def _breakdowns(
+    pairs: Sequence[Pair], failed: Sequence[Prediction], merge_compounds: bool
+) -> dict[str, tuple[Slice, ...]]:
     """Split by what the corpus knows; what it does not know about any utterance is left out."""
-    by = {
-        "source": _grouped(pairs, lambda pair: pair.prediction.source),
-        "duration": _grouped(pairs, lambda pair: bucket_name(pair.prediction.duration)),
-        "sex": _grouped(pairs, lambda pair: pair.prediction.sex),
+    keys: dict[str, Callable[[Prediction], str | None]] = {
+        "source": lambda one: one.source,
+        "duration": lambda one: bucket_name(one.duration) if one.duration else None,
+        "sex": lambda one: one.sex,
     }
-    return {name: tuple(_slice(*item) for item in groups) for name, groups in by.items() if groups}
+    found = {name: _slices(pairs, failed, key, merge_compounds) for name, key in keys.items()}
+    return {name: slices for name, slices in found.items() if slices}
 
 
-def _grouped(pairs: Sequence[Pair], key: Callable[[Pair], str | None]) -> list[tuple[str, list[Pair]]]:
+def _slices(
+    pairs: Sequence[Pair],
+    failed: Sequence[Prediction],
+    key: Callable[[Prediction], str | None],
+    merge_compounds: bool,
+) -> tuple[Slice, ...]:
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(key(pair) or "not stated", []).append(pair)
-    if set(groups) <= {"not stated"}:
-        return []
-    order = {bucket_name(edge): i for i, edge in enumerate((0.0, *BUCKET_EDGES_S))}
-    return sorted(groups.items(), key=lambda item: (item[0] == "not stated", order.get(item[0], 0), item[0]))
+        groups.setdefault(key(pair.prediction) or UNKNOWN, []).append(pair)
+    num_failed = Counter(key(one) or UNKNOWN for one in failed)
+    names = sorted({*groups, *num_failed}, key=_rank)
+    if names in ([], [UNKNOWN]):
+        return ()
+    return tuple(_slice(name, groups.get(name, []), num_failed[name], merge_compounds) for name in names)
+
+
+def _rank(name: str) -> tuple[bool, int, str]:
+    """Order slices: buckets by duration, everything else by name, what is not stated last."""
+    buckets = [bucket_name(edge) for edge in (0.0, *BUCKET_EDGES_S)]
+    return name == UNKNOWN, buckets.index(name) if name in buckets else 0, name
 
 
 def bucket_name(duration_s: float) -> str:
@@ -229,11 +273,11 @@ def bucket_name(duration_s: float) -> str:
     return f"{low:g} s and more"
 
 
-def _slice(name: str, pairs: Sequence[Pair]) -> Slice:
+def _slice(name: str, pairs: Sequence[Pair], num_failed: int, merge_compounds: bool) -> Slice:
     references, hypotheses = [pair.reference for pair in pairs], [pair.hypothesis for pair in pairs]
     return Slice(
         name=name,
         hours=sum(pair.prediction.duration for pair in pairs) / 3600,
-        word_errors=count_word_errors(references, hypotheses),
-        interval=wer_interval(references, hypotheses),
+        word_errors=count_word_errors(references, hypotheses, num_failed, merge_compounds=merge_compounds),
+        interval=wer_interval(references, hypotheses, merge_compounds=merge_compounds),
     )

@@ -1,7 +1,7 @@
 """The model card: made from what the run and its evaluations left on the disk, and from nothing else.
 
 No number is written here by hand. What the run did not measure is said to be unknown; an evaluation with failures is
-marked and kept out of the machine-readable results, and so is one that scored only a sample.
+marked and kept out of the machine-readable results, and so is one of a part of a set or of stored features.
 """
 
 from collections.abc import Sequence
@@ -72,9 +72,19 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
 
 
 def is_complete(summary: Summary) -> bool:
-    """Tell whether an evaluation measured a whole set: no failure, no sample, a rate that is defined."""
+    """Tell whether an evaluation measured a whole set from its audio: no failure, no part of it, a defined rate."""
     has_failures = summary.headline.word_errors.failed > 0
-    return not has_failures and summary.settings.scored.get("max_samples") is None and summary.headline.wer is not None
+    return not has_failures and _part_of_set(summary) is None and summary.headline.wer is not None
+
+
+def _part_of_set(summary: Summary) -> str | None:
+    """Say what keeps an evaluation from being one of the whole set's audio, in a few words."""
+    scored = summary.settings.scored
+    if scored.get("store_fingerprint") is not None:
+        return "stored features"
+    if scored.get("max_samples") is not None:
+        return "random sample"
+    return "one source" if scored.get("source") is not None else None
 
 
 def _eval_results(summary: Summary) -> list[EvalResult]:
@@ -93,7 +103,7 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
             dataset_revision=provenance.get("revision"),
             metric_type=kind,
             metric_value=round(100 * rate, 2),
-            metric_name=f"{kind.upper()}, {score.normalizer} text ({score.detail}), {_decoding(summary)}",
+            metric_name=f"{kind.upper()}, {score.label} text ({score.detail}), {_decoding(summary)}",
         )
         for score in summary.scores
         for kind, rate in (("wer", score.wer), ("cer", score.cer))
@@ -102,8 +112,19 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
 
 
 def _decoding(summary: Summary) -> str:
-    decoding = summary.settings.model.get("decoding")
-    return f"{decoding['num_beams']} beams" if isinstance(decoding, dict) else str(decoding)
+    """Say how answers were searched for, with all that tells two evaluations of one model apart."""
+    decoding = summary.settings.model.get("decoding", "the service's own decoding")
+    if not isinstance(decoding, dict):
+        return str(decoding)
+    beams = decoding.get("num_beams", "its own")
+    parts = ["greedy" if beams == 1 else f"{beams} beams"]
+    if decoding.get("length_penalty") not in (None, 1.0):
+        parts.append(f"length penalty {decoding['length_penalty']:g}")
+    if summary.settings.scored.get("store_fingerprint") is not None:
+        parts.append("stored features")
+    elif decoding.get("guard") is False:
+        parts.append("unguarded")
+    return ", ".join(parts)
 
 
 def _blocks(facts: CardFacts) -> list[Block]:
@@ -232,15 +253,15 @@ def _result_rows(summary: Summary) -> list[list[str]]:
 
 def _result_row(summary: Summary, score: Score) -> list[str]:
     counts = score.word_errors
-    sample = summary.settings.scored.get("max_samples")
+    part = _part_of_set(summary)
     return [
         set_name(summary),
         f"{summary.settings.provider}, {_decoding(summary)}",
-        score.normalizer + (", compounds merged" if score.merge_compounds else ""),
+        score.label,
         mark(percent(score.wer), counts.failed),
         _interval(score.interval),
         percent(score.cer),
-        f"{counts.utterances:,}" + (" (random sample)" if sample is not None else ""),
+        f"{counts.utterances:,}" + (f" ({part})" if part else ""),
     ]
 
 

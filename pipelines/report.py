@@ -11,7 +11,7 @@ from pipelines.error_analysis import Slice
 from pipelines.predictions import replace_text
 from pipelines.report_blocks import Alignments, Block, Bullets, Figure, Heading, Paragraph, Table, to_html, to_markdown
 from pipelines.report_plots import Estimate, bar_chart, interval_chart
-from pipelines.scoring import Interval
+from pipelines.scoring import MIN_ERRORS, MIN_UTTERANCES, Interval
 from pipelines.summary import Score, Summary
 
 
@@ -64,11 +64,19 @@ def _facts(summary: Summary) -> str:
 
 def comparison_line(found: Comparison) -> str:
     """Say a comparison in one line."""
+    wers = [mark(percent(wer), found.failed) for wer in (found.wer, found.other_wer)]
     return (
-        f"{found.name} {percent(found.wer)} against {found.other_name} {percent(found.other_wer)} on "
-        f"{found.utterances:,} utterances: better in {100 * found.p_better:.1f} % of resamples, worse in "
+        f"{found.name} {wers[0]} against {found.other_name} {wers[1]} on {found.utterances:,} utterances"
+        f"{_left_out(found)}: better in {100 * found.p_better:.1f} % of resamples, worse in "
         f"{100 * found.p_other_better:.1f} %"
     )
+
+
+def _left_out(found: Comparison) -> str:
+    """Say what is not compared, and why."""
+    parts = [f"{found.failed:,} not answered by both"] if found.failed else []
+    parts += [f"{found.unshared:,} in one of the two sets only"] if found.unshared else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def set_name(summary: Summary) -> str:
@@ -126,8 +134,9 @@ def _scores(summary: Summary) -> list[Block]:
         Table(columns, rows),
         Paragraph(
             "Errors are summed over the whole set and divided by its reference words. Both sides go through the same "
-            "normaliser; predictions are stored raw. Intervals: bootstrap over utterances, taken as independent. The "
-            "split into S, D and I is jiwer's; other tools split ties differently, the sum is the same."
+            "normaliser; predictions are stored raw. Intervals: bootstrap over utterances, taken as independent, on a "
+            f"log scale; none below {MIN_UTTERANCES} utterances or {MIN_ERRORS} errors, where they come out too "
+            "narrow. The split into S, D and I is jiwer's; other tools split ties differently, the sum is the same."
         ),
     ]
 
@@ -135,7 +144,7 @@ def _scores(summary: Summary) -> list[Block]:
 def _score_row(score: Score) -> list[str]:
     counts, interval = score.word_errors, score.interval
     return [
-        f"{score.normalizer}{', compounds merged' if score.merge_compounds else ''} ({score.detail})",
+        f"{score.label} ({score.detail})",
         mark(percent(score.wer), counts.failed),
         "" if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}",
         f"{counts.substitutions:,}",
@@ -150,16 +159,18 @@ def _comparison(found: Comparison | None) -> list[Block]:
     if found is None:
         return []
     rows = [
-        [found.name, percent(found.wer), f"{100 * found.p_better:.1f} %", f"{found.num_better:,}"],
-        [found.other_name, percent(found.other_wer), f"{100 * found.p_other_better:.1f} %", f"{found.num_worse:,}"],
+        [name, mark(percent(wer), found.failed), f"{100 * p:.1f} %", f"{num:,}"]
+        for name, wer, p, num in (
+            (found.name, found.wer, found.p_better, found.num_better),
+            (found.other_name, found.other_wer, found.p_other_better, found.num_worse),
+        )
     ]
-    left_out = f"; {found.left_out} were left out, since one of the two has no answer" if found.left_out else ""
     return [
         Heading(2, "Compared on the same utterances"),
         Table(("System", "WER", "Probability of being better", "Utterances it does better"), rows),
         Paragraph(
-            f"{found.utterances:,} utterances{left_out}; {found.num_tied:,} are tied. The probability is the share of "
-            "paired bootstrap resamples in which a system has fewer errors."
+            f"{found.utterances:,} utterances{_left_out(found)}; {found.num_tied:,} are tied. The probability is the "
+            "share of paired bootstrap resamples in which a system has fewer errors."
         ),
     ]
 
@@ -168,9 +179,9 @@ def _breakdowns(summary: Summary) -> list[Block]:
     blocks: list[Block] = []
     for name, slices in summary.analysis.breakdowns.items():
         rows = [_slice_row(one) for one in slices]
-        columns = (name.capitalize(), "WER", "95 % interval", "Utterances", "Words", "Hours")
+        columns = (name.capitalize(), "WER", "95 % interval", "Utterances", "Failed", "Words", "Hours")
         estimates = [
-            Estimate(one.name, 100 * one.word_errors.wer, _scaled(one.interval))
+            Estimate(mark(one.name, one.word_errors.failed), 100 * one.word_errors.wer, _scaled(one.interval))
             for one in slices
             if one.word_errors.words
         ]
@@ -183,9 +194,10 @@ def _slice_row(one: Slice) -> list[str]:
     counts, interval = one.word_errors, one.interval
     return [
         one.name,
-        percent(counts.wer if counts.words else None),
+        mark(percent(counts.wer if counts.words else None), counts.failed),
         "" if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}",
         f"{counts.utterances:,}",
+        f"{counts.failed:,}",
         f"{counts.words:,}",
         f"{one.hours:.2f}",
     ]

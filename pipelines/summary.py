@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import tinyaudio
-from pipelines.comparison import Comparison, compare
+from pipelines.comparison import Comparison, Side, compare
 from pipelines.error_analysis import Analysis, Pair, analyse
 from pipelines.errors import EvaluationError
 from pipelines.normalizers import Normalizer, open_normalizer
@@ -26,7 +26,6 @@ from pipelines.scoring import (
     Interval,
     WordErrors,
     count_character_errors,
-    count_merging_compounds,
     count_word_errors,
     wer_interval,
 )
@@ -76,6 +75,11 @@ class Score:
     word_errors: WordErrors
     cer: float | None
     character_errors: CharacterErrors
+
+    @property
+    def label(self) -> str:
+        """Name the text that was compared."""
+        return f"{self.normalizer}, compounds merged" if self.merge_compounds else self.normalizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,23 +196,23 @@ def summarize(
     if not predictions:
         raise EvaluationError("no predictions to score; expected at least one utterance")
     predictions = [_with_source(one, settings.corpus_name) for one in predictions]
-    failed = sum(one.is_failed for one in predictions)
+    failed = [one for one in predictions if one.is_failed]
     headline = open_normalizer(normalizer, settings.section)
     pairs = make_pairs(predictions, headline)
-    scores = [_score(headline, pairs, failed, merge_compounds)]
+    scores = [_score(headline, pairs, len(failed), merge_compounds)]
     for name, merge in (("recipe", False), ("whisper", False)):
         if (name, merge) != (normalizer, merge_compounds):
             other_normalizer = open_normalizer(name, settings.section)
-            scores.append(_score(other_normalizer, make_pairs(predictions, other_normalizer), failed, merge))
+            scores.append(_score(other_normalizer, make_pairs(predictions, other_normalizer), len(failed), merge))
     comparison = None
     if other is not None:
-        other_pairs = make_pairs(other[1], headline)
         names = _two_names(settings, other[0])
-        comparison = compare(names[0], pairs, names[1], other_pairs, merge_compounds=merge_compounds)
+        sides = [_side(name, each, headline) for name, each in zip(names, (predictions, other[1]), strict=True)]
+        comparison = compare(*sides, merge_compounds=merge_compounds)
     return Summary(
         settings=settings,
         scores=tuple(scores),
-        analysis=analyse(pairs),
+        analysis=analyse(pairs, failed, merge_compounds=merge_compounds),
         failures=tuple(_failures(predictions)),
         timing=_timing(settings, predictions),
         notes=tuple(_notes(settings)),
@@ -226,6 +230,11 @@ def make_pairs(predictions: Sequence[Prediction], normalizer: Normalizer) -> lis
     ]
 
 
+def _side(name: str, predictions: Sequence[Prediction], normalizer: Normalizer) -> Side:
+    failed = {one.utterance_id for one in predictions if one.is_failed}
+    return Side(name=name, pairs=make_pairs(predictions, normalizer), failed=failed)
+
+
 def _with_source(prediction: Prediction, corpus_name: str) -> Prediction:
     if prediction.source is not None:
         return prediction
@@ -234,8 +243,8 @@ def _with_source(prediction: Prediction, corpus_name: str) -> Prediction:
 
 def _score(normalizer: Normalizer, pairs: Sequence[Pair], failed: int, merge_compounds: bool) -> Score:
     references, hypotheses = [pair.reference for pair in pairs], [pair.hypothesis for pair in pairs]
-    count = count_merging_compounds if merge_compounds else count_word_errors
-    words, characters = count(references, hypotheses, failed), count_character_errors(references, hypotheses)
+    words = count_word_errors(references, hypotheses, failed, merge_compounds=merge_compounds)
+    characters = count_character_errors(references, hypotheses)
     return Score(
         normalizer=normalizer.name,
         detail=normalizer.detail,

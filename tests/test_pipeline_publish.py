@@ -156,6 +156,27 @@ def test_failures_and_samples_stay_out_of_the_model_index_and_are_marked(run: Pa
     assert "rate is that of the others" in card.text
 
 
+def test_two_evaluations_of_one_split_are_told_apart_in_the_model_index(run: Path) -> None:
+    answers = [prediction(i, "one two three", "one two four") for i in range(10)]
+    digest = read_model(run).projector_digest
+    model = {"name": "run", "projector_digest": digest}
+    whole = {"corpus": "corpus", "split": "test", "max_samples": None, "seed": None, "source": None}
+    add_evaluation(run, "plain", answers, scored=whole, model={**model, "decoding": {"num_beams": 4, "guard": False}})
+    add_evaluation(run, "part", answers, scored={**whole, "source": "read"})
+    stored = {**whole, "store_fingerprint": "0" * 64}
+    add_evaluation(run, "stored", answers, scored=stored, model={**model, "decoding": {"num_beams": 1, "guard": False}})
+    card = card_of(run)
+    assert card.data.eval_results is not None
+    recipe = {one.metric_name: one.metric_value for one in card.data.eval_results if "WER, recipe" in one.metric_name}
+    assert [name.split("), ")[1] for name in recipe] == ["4 beams, unguarded", "4 beams"]
+    assert sorted(recipe.values()) == [12.5, 33.33]
+    names = [one.metric_name for one in card.data.eval_results]
+    assert len(set(names)) == len(names)
+    assert "| tinyaudio, greedy, stored features |" in card.text
+    assert "10 (stored features)" in card.text
+    assert "10 (one source)" in card.text
+
+
 def test_another_system_stands_beside_the_model(run: Path) -> None:
     answers = [prediction(i, "the cat sat", "the cat") for i in range(10)]
     add_evaluation(run, "test-ctc", answers, provider="ctc", model={"name": "hubert", "decoding": "greedy"})

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.comparison import compare
+from pipelines.comparison import Side, compare
 from pipelines.error_analysis import Pair, align_pair, analyse, bucket_name
 from pipelines.errors import EvaluationError
 from pipelines.evaluate import Scoring, score_again
 from pipelines.predictions import Prediction, write_predictions
-from pipelines.report import headline
+from pipelines.report import comparison_line, headline
 from pipelines.report_blocks import align_lines
 from pipelines.report_plots import nice_ticks
 from pipelines.sources import contamination_notes, source_of
@@ -73,6 +73,39 @@ def test_breakdowns_cover_the_whole_set() -> None:
     ]
 
 
+def test_failures_are_counted_and_marked_in_every_slice(tmp_path: Path) -> None:
+    rows = [prediction(i, "a b c", "a b x" if i < 3 else None, source="read" if i < 4 else "lost") for i in range(6)]
+    folder = evaluation(tmp_path / "a", *rows)
+    analysis = score_again(folder, folder, Scoring()).analysis
+    by_source = {one.name: one.word_errors for one in analysis.breakdowns["source"]}
+    assert {name: (counts.utterances, counts.failed) for name, counts in by_source.items()} == {
+        "read": (3, 1),
+        "lost": (0, 2),
+    }
+    for slices in analysis.breakdowns.values():
+        assert sum(one.word_errors.failed for one in slices) == 3
+    report = (folder / "report.md").read_text()
+    assert "| lost | not defined\\* |" in report
+    assert "| read | 33.33 %\\* |" in report
+
+
+def test_merged_compounds_are_merged_wherever_errors_are_shown() -> None:
+    rows = [prediction(i, "a note book", "a notebook", source="read") for i in range(3)]
+    rows.append(prediction(9, "one word", "two word", source="read"))
+    merged = summary_of(*rows, merge_compounds=True)
+    assert merged.headline.word_errors.errors == 1
+    assert [one.utterance_id for one in merged.analysis.worst] == ["utt-9"]
+    assert [(one.reference, one.hypothesis) for one in merged.analysis.confusions] == [("one", "two")]
+    assert merged.analysis.error_histogram[:3] == (3, 1, 0)
+    for slices in merged.analysis.breakdowns.values():
+        assert sum(one.word_errors.errors for one in slices) == 1
+    steps = align_pair("a note book", "a notebook", merge_compounds=True)
+    assert [(step.kind, step.reference, step.hypothesis) for step in steps] == [
+        ("equal", "a", "a"),
+        ("equal", "note book", "notebook"),
+    ]
+
+
 def test_outputs_that_went_wrong_as_a_whole_are_counted() -> None:
     loop = "okay " * 12
     pairs = [
@@ -113,23 +146,33 @@ def test_comparison_tells_which_system_is_better_and_how_surely() -> None:
     texts = [f"word{i} two three four" for i in range(60)]
     mine = [pair(text, text.replace("two", "2") if i < 3 else text, i) for i, text in enumerate(texts)]
     other = [pair(text, text.replace("two", "2") if i < 40 else text, i) for i, text in enumerate(texts)]
-    found = compare("a", mine, "b", other[1:])
-    assert (found.utterances, found.left_out) == (59, 1)
+    found = compare(Side(name="a", pairs=mine), Side(name="b", pairs=other[1:], failed={"utt-0"}))
+    assert (found.utterances, found.failed, found.unshared) == (59, 1, 0)
     assert found.wer is not None
     assert found.other_wer is not None
     assert found.wer < found.other_wer
     assert found.p_better > 0.999
     assert found.p_other_better < 0.001
     assert (found.num_better, found.num_worse, found.num_tied) == (37, 0, 22)
-    same = compare("a", mine, "a again", mine)
+    same = compare(Side(name="a", pairs=mine), Side(name="a again", pairs=mine))
     assert (same.p_better, same.p_other_better) == (0.0, 0.0)
+
+
+def test_what_is_not_compared_is_said_with_its_reason() -> None:
+    mine = [pair("a b", "a b", i) for i in range(4)]
+    found = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine[:2], failed={"utt-2", "utt-9"}))
+    assert (found.utterances, found.failed, found.unshared) == (2, 1, 2)
+    line = comparison_line(found)
+    assert "a 0.00 %* against b 0.00 %* on 2 utterances (1 not answered by both, 2 in one of the two sets only)" in line
+    whole = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine))
+    assert "a 0.00 % against b 0.00 % on 4 utterances: better" in comparison_line(whole)
 
 
 def test_comparison_of_different_sets_is_refused() -> None:
     with pytest.raises(EvaluationError, match="no utterance in common"):
-        compare("a", [pair("x", "x", 1)], "b", [pair("x", "x", 2)])
+        compare(Side(name="a", pairs=[pair("x", "x", 1)]), Side(name="b", pairs=[pair("x", "x", 2)]))
     with pytest.raises(EvaluationError, match="has two references, 'x' and 'y'"):
-        compare("a", [pair("x", "x", 1)], "b", [pair("y", "x", 1)])
+        compare(Side(name="a", pairs=[pair("x", "x", 1)]), Side(name="b", pairs=[pair("y", "x", 1)]))
 
 
 def evaluation(folder: Path, *predictions: Prediction) -> Path:
@@ -176,7 +219,7 @@ def test_reports_escape_what_corpora_and_models_say(tmp_path: Path) -> None:
     assert "<img" not in page
     assert "&lt;script&gt;" in page
     rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 5, 6, 7, 9) for row in rows)
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (4, 5, 6, 8, 9) for row in rows)
 
 
 class Closing(html.parser.HTMLParser):

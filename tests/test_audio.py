@@ -166,6 +166,73 @@ def test_declared_sizes_are_not_believed(tmp_path):
     assert len(load_audio(au)) == 1600
 
 
+def in_container(path, codec, duration_s=1.0, **options):
+    """Written by FFmpeg's muxer for the path's suffix, a tenth of a second a frame."""
+    import av
+
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=48_000, layout="mono")
+        signal = sweep(duration_s, 48_000)
+        packets = []
+        for begin in range(0, len(signal), 4800):
+            frame = av.AudioFrame.from_ndarray(signal[None, begin : begin + 4800], format="fltp", layout="mono")
+            frame.sample_rate = 48_000
+            packets += stream.encode(frame)
+        for packet in [*packets, *stream.encode(None)]:
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.wav", "x.aiff", "x.mp3", "x.ogg", "x.opus", "x.webm", "x.flac", "x.m4a"])
+def test_half_a_file_is_reported_and_a_whole_one_is_not(tmp_path, name):
+    """Cut off by a full disk or a broken download; libsndfile and FFmpeg read the half without a word."""
+    path = tmp_path / name
+    if name in ("x.webm", "x.m4a"):
+        in_container(path, "libopus" if name == "x.webm" else "aac", 8.0, movflags="faststart")
+    else:
+        soundfile.write(path, sweep(8.0), 16_000, **({"format": "OGG", "subtype": "OPUS"} if name == "x.opus" else {}))
+    told = []
+    assert sum(map(len, iter_audio(path, on_truncated=lambda: told.append(name)))) == pytest.approx(128_000, abs=2_500)
+    assert told == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if name in ("x.flac", "x.m4a"):  # these do not decode to their end
+        with pytest.raises(AudioError, match="is damaged|not readable"):
+            load_audio(path)
+        return
+    assert sum(map(len, iter_audio(path, on_truncated=lambda: told.append(name)))) < 100_000
+    assert told == [name]
+
+
+def test_sizes_that_only_say_streamed_are_no_promise():
+    """What ffmpeg and sox write into a pipe, and headers that count some of themselves."""
+    told = []
+    data = bytearray(wav_bytes())
+    for size in (0xFFFFFFFF, 0xFFFFFFF0, 0x7FFFFFFF, 0x7FFFF000, 0, 32_000 + 44):
+        data[40:44] = struct.pack("<I", size)
+        for _ in iter_audio(bytes(data), on_truncated=lambda size=size: told.append(size)):
+            pass
+    assert told == []
+
+
+def test_blocks_of_arrays_and_of_ffmpeg_are_ten_seconds(tmp_path):
+    """An array in one block cost a copy of the hour; 43 blocks a second cost voice activity detection its speed."""
+    assert [len(block) for block in iter_audio(sweep(25.0))] == [160_000, 160_000, 80_000]
+    assert max(map(len, iter_audio(sweep(25.0, 8_000), 8_000))) < 170_000
+    blocks = [len(block) for block in iter_audio(in_container(tmp_path / "x.m4a", "aac", 25.0))]
+    assert len(blocks) <= 4
+    assert sum(blocks) == pytest.approx(400_000, abs=2_500)
+
+
+def test_what_ffmpeg_decoded_before_the_damage_is_kept(tmp_path):
+    path = in_container(tmp_path / "x.m4a", "aac", 25.0, movflags="faststart")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    num_samples = 0
+    with pytest.raises(AudioError, match="not readable"):  # noqa: PT012
+        for block in iter_audio(path):
+            num_samples += len(block)
+    assert num_samples > 16_000 * 16
+
+
 def test_a_thousand_channels_are_read_in_bounded_blocks(tmp_path):
     """Ten seconds of 1,024 channels at 384 kHz would be 16 GB at once."""
     path = tmp_path / "wide.wav"

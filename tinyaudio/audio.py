@@ -14,9 +14,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ RESAMPLER = "soxr-HQ"
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; outside lie broken headers, not recordings
 BLOCK_S = 10  # seconds decoded at a time
 MAX_BLOCK_VALUES = 1 << 23  # samples of all channels decoded at a time: 32 MiB, whatever a header claims
+MISSING_S = 0.25  # seconds a header may promise too much; encoders' delays and wrongly counted header bytes are shorter
+STREAMED_BYTES = 0x7FFF_F000  # from here on a chunk's size is what a program writes that cannot go back and correct it
+MAX_CHUNKS = 64  # of a RIFF file looked through for its samples
+OGG_TAIL_BYTES = 1 << 17  # holds the last page, which has 65,307 bytes at most
 SPOOL_BYTES = 1 << 26  # of an input without rewind kept in memory; the rest goes to a temporary file
 
 Samples = NDArray[np.float32]
@@ -83,18 +87,25 @@ def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
     return np.concatenate(blocks)
 
 
-def iter_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = None) -> Iterator[Samples]:
+def iter_audio(
+    source: AudioSource | NDArray[Any],
+    sampling_rate: int | None = None,
+    on_truncated: Callable[[], None] = lambda: None,
+) -> Iterator[Samples]:
     """Read one recording in blocks of about ten seconds; arguments and errors as `load_audio`.
+
+    Args:
+        on_truncated: called at the end if the file held less than its header promises, or lacks its end mark (Ogg).
 
     Yields:
         (n,) float32 at 16 kHz; joined they are what `load_audio` returns.
     """
     if isinstance(source, np.ndarray):
-        decoded = iter([(_as_mono(source), SAMPLING_RATE if sampling_rate is None else sampling_rate)])
+        decoded = _array_blocks(source, SAMPLING_RATE if sampling_rate is None else sampling_rate)
     else:
         if sampling_rate is not None:
             raise AudioError("sampling_rate goes with an array; files carry their own")
-        decoded = _decode(source)
+        decoded = _decode(source, on_truncated)
     yield from _resample(decoded, describe(source))
 
 
@@ -120,24 +131,35 @@ def describe(source: object) -> str:
     return f"{type(source).__name__} input"
 
 
-def _as_mono(array: NDArray[Any]) -> Samples:
-    """Bring an array of samples to (S,) float32; integers are scaled to [-1, 1) by their type's range."""
+def _array_blocks(array: NDArray[Any], rate: int) -> Iterator[tuple[Samples, int]]:
+    """Slice an array of samples into mono blocks, so that no copy of an hour is ever made."""
     if array.ndim not in (1, 2):
         raise AudioError(f"array of shape {array.shape}; expected (samples,) or (channels, samples)")
     if array.dtype.kind not in "fiu":
         raise AudioError(f"array of {array.dtype}; expected real numbers")
     if not array.size:
         raise AudioError(f"array of shape {array.shape} holds no samples; expected at least one")
-    if array.dtype.kind in "iu":
-        info = np.iinfo(array.dtype)
-        half = (int(info.max) + 1 - int(info.min)) // 2
-        array = (array.astype(np.float64) - (info.max + 1 - half)) / half
-    if array.ndim == 2:
-        array = array.mean(axis=0 if array.shape[0] <= array.shape[1] else 1)
-    return np.ascontiguousarray(array, dtype=np.float32)
+    _check_rate(rate, "array")
+    rows = array[:, None] if array.ndim == 1 else array.T if array.shape[0] <= array.shape[1] else array
+    size = _block_size(rate, rows.shape[1])
+    for begin in range(0, len(rows), size):
+        yield _mean(_as_float(rows[begin : begin + size]), axis=1), rate
 
 
-def _decode(source: AudioSource) -> Iterator[tuple[Samples, int]]:
+def _as_float(array: NDArray[Any]) -> NDArray[Any]:
+    """Scale integers to [-1, 1) by their type's range; floats stay what they are."""
+    if array.dtype.kind == "f":
+        return array
+    info = np.iinfo(array.dtype)
+    half = (int(info.max) + 1 - int(info.min)) // 2
+    return np.asarray((array.astype(np.float64) - (info.max + 1 - half)) / half)
+
+
+def _block_size(rate: int, num_channels: int) -> int:
+    return max(1, min(rate * BLOCK_S, MAX_BLOCK_VALUES // num_channels))
+
+
+def _decode(source: AudioSource, on_truncated: Callable[[], None]) -> Iterator[tuple[Samples, int]]:
     """Yield mono blocks with their sampling rate, by soundfile if it knows the format, else by PyAV."""
     name = describe(source)
     with _open(source) as stream:
@@ -147,20 +169,69 @@ def _decode(source: AudioSource) -> Iterator[tuple[Samples, int]]:
             sound = soundfile.SoundFile(_Patient(stream))
         except (soundfile.LibsndfileError, RuntimeError) as error:
             stream.seek(0)
-            yield from _decode_with_av(stream, name, str(error))
+            yield from _gather(_decode_with_av(stream, name, str(error), on_truncated))
             return
         with sound:
-            _check_rate(sound.samplerate, name)
+            rate, num_read = sound.samplerate, 0
+            _check_rate(rate, name)
             # The header's length is never believed: 2**60 declared frames end where the file does.
-            size = max(1, min(sound.samplerate * BLOCK_S, MAX_BLOCK_VALUES // sound.channels))
+            size = _block_size(rate, sound.channels)
             try:
                 while len(block := sound.read(size, dtype="float32", always_2d=True)):
-                    yield _mean(block, axis=1), sound.samplerate
+                    num_read += len(block)
+                    yield _mean(block, axis=1), rate
             except (soundfile.LibsndfileError, RuntimeError) as error:
-                raise AudioError(f"{name} is damaged: {_one_line(str(error))}") from error
+                reason = _one_line(str(error)) or "its data does not decode"
+                raise AudioError(f"{name} is damaged: {reason}") from error
+        if _is_truncated(stream, sound, num_read):
+            on_truncated()
 
 
-def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[tuple[Samples, int]]:
+def _is_truncated(stream: BinaryIO, sound: Any, num_read: int) -> bool:
+    """Tell whether a file that libsndfile has read ends before its header says; it takes what there is for all."""
+    promised = float(num_read)
+    if sound.format in ("WAV", "WAVEX", "AIFF"):
+        promised *= _declared_share(stream)
+    elif sound.format == "OGG":
+        return not _has_ogg_end(stream)
+    elif sound.format == "FLAC" or (sound.format in ("MP3", "MPEG") and _counts_frames(stream)):
+        promised = sound.frames if sound.frames < 1 << 48 else num_read  # a stream's header does not know
+    return promised - num_read > MISSING_S * sound.samplerate
+
+
+def _declared_share(stream: BinaryIO) -> float:
+    """Divide the bytes that a RIFF or IFF header declares for its samples by those that are there; 1 if unknown."""
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    order: Literal["little", "big"] = "little" if stream.read(12).startswith(b"RIFF") else "big"
+    for _ in range(MAX_CHUNKS):
+        header = stream.read(8)
+        size = int.from_bytes(header[4:], order)
+        if header[:4] in (b"data", b"SSND"):
+            present = end - stream.tell()
+            return size / present if 0 < present < size < STREAMED_BYTES else 1.0
+        stream.seek(size + size % 2, os.SEEK_CUR)
+    return 1.0
+
+
+def _has_ogg_end(stream: BinaryIO) -> bool:
+    """Look for the flag "last page of its stream" (RFC 3533, section 6) in the last page."""
+    stream.seek(-min(OGG_TAIL_BYTES, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+    tail = stream.read()
+    page = tail.rfind(b"OggS")
+    return page >= 0 and len(tail) > page + 5 and bool(tail[page + 5] & 4)
+
+
+def _counts_frames(stream: BinaryIO) -> bool:
+    """Tell whether an MP3 says how long it is, in its first frame; else libsndfile guesses from the bit rate."""
+    stream.seek(0)
+    head = stream.read(1 << 16)
+    return b"Xing" in head or b"Info" in head
+
+
+def _decode_with_av(
+    stream: BinaryIO, name: str, first_error: str, on_truncated: Callable[[], None]
+) -> Iterator[tuple[Samples, int]]:
     import av
 
     av.logging.set_level(None)  # its complaints reach the caller as exceptions, not on stderr
@@ -174,10 +245,13 @@ def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[t
             if not rate:
                 raise AudioError(f"{name} has an audio track that cannot be decoded; convert it to WAV or FLAC")
             _check_rate(rate, name)
-            to_float = av.AudioResampler(format="fltp", rate=rate)
+            to_float, num_read = av.AudioResampler(format="fltp", rate=rate), 0
             for frame in container.decode(track):
                 for part in to_float.resample(frame):
+                    num_read += part.samples
                     yield _mean(part.to_ndarray(), axis=0), rate
+            if _promised_s(container, track) - num_read / rate > MISSING_S:
+                on_truncated()
     except AudioError:
         raise
     except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
@@ -186,6 +260,34 @@ def _decode_with_av(stream: BinaryIO, name: str, first_error: str) -> Iterator[t
         raise AudioError(
             f"{name} is not readable as audio ({reasons}); expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
+
+
+def _promised_s(container: Any, track: Any) -> float:
+    """Return the seconds that an MP4's or WebM's header declares for a track; 0 where FFmpeg only guesses."""
+    if not {"mov", "matroska"} & set(container.format.name.split(",")):
+        return 0.0
+    if track.duration:
+        return float(track.duration * track.time_base)
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # of the longest track
+
+
+def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, int]]:
+    """Join FFmpeg's blocks of some 20 ms to blocks of `BLOCK_S`: everything behind works a block at a time."""
+    held: list[Samples] = []
+    num_held, rate, failure = 0, 0, None
+    try:
+        for block, rate in decoded:
+            held.append(block)
+            num_held += len(block)
+            if num_held >= BLOCK_S * rate:
+                yield np.concatenate(held), rate
+                held, num_held = [], 0
+    except AudioError as error:  # what came before it counts
+        failure = error
+    if held:
+        yield np.concatenate(held), rate
+    if failure is not None:
+        raise failure
 
 
 def _mean(block: NDArray[Any], axis: int) -> Samples:

@@ -23,8 +23,8 @@ from cache.quantize import Calibration, Moments, Quantized
 from cache.reader import FeatureReader
 from cache.statistics import feature_moments
 from cache.store import FeatureStore
-from cache.tools import store_diff, store_export, store_info, store_merge
-from cache.verify import Fault, store_repair, store_verify
+from cache.tools import store_diff, store_export, store_info, store_merge, unknown_ids
+from cache.verify import Fault, find_faults, store_repair, store_verify
 from cache.writer import ShardWriter
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ShardWriter",
     "epoch_order",
     "feature_moments",
+    "find_faults",
     "make_plan",
     "store_diff",
     "store_export",
@@ -46,4 +47,5 @@ __all__ = [
     "store_merge",
     "store_repair",
     "store_verify",
+    "unknown_ids",
 ]

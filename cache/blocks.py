@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.commits import Commit
+from cache.commits import Commit, note_damage, unreadable
 from cache.errors import CorruptShardError
 from cache.layout import Header, Layout
 from cache.shards import read_chunks
@@ -61,7 +61,8 @@ def read_rows(
         The rows asked for; views of the chunks that were read.
 
     Raises:
-        CorruptShardError: a file is missing or short, or a chunk is not the one that was committed.
+        CorruptShardError: a file is missing, short or unreadable, or a chunk is not the one that was committed. Noted
+            in the store, so that the next repair knows where to look.
     """
     first, last = start // header.chunk_rows, -(-stop // header.chunk_rows)
     arrays: list[NDArray[Any]] = []
@@ -78,11 +79,12 @@ def read_rows(
                 )
             finally:
                 os.close(fd)
-        except FileNotFoundError:
-            raise CorruptShardError(layout.root, commit.shard, f"{name} of it is missing") from None
+        except OSError as error:
+            raise unreadable(layout.root, commit.shard, path.relative_to(layout.root).as_posix(), error) from error
         except EOFError as error:
             raise CorruptShardError(layout.root, commit.shard, f"in {name} {error}") from error
         if (wrong := np.flatnonzero(computed != file.checksums[first:last])).size:
+            note_damage(layout, commit.shard)
             raise CorruptShardError(
                 layout.root, commit.shard, f"chunk {first + wrong[0]} of {name} is not the one that was committed"
             )
@@ -156,8 +158,7 @@ class BlockCache:
     def clear(self) -> None:
         """Forget all blocks."""
         with self._lock:
-            while self._kept:
-                self._kept.popitem()[1].cancel()
+            self._kept.clear()
 
     @property
     def capacity(self) -> int:
@@ -167,7 +168,7 @@ class BlockCache:
     def _evict(self, wanted: Mapping[int, Future[Rows]]) -> None:
         surplus = len(self._kept) - self.capacity
         for block in [block for block in self._kept if block not in wanted][: max(surplus, 0)]:
-            self._kept.pop(block).cancel()
+            del self._kept[block]  # never cancelled: another thread may be waiting for it
 
     def _read(self, block: int) -> Rows:
         header = self._header

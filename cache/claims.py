@@ -1,8 +1,8 @@
 """Who is working on which shard, so that several writers share a store without doing anything twice.
 
 A claim is one small file, made exclusively, that names its owner and is touched now and then. A claim whose owner is
-dead (same machine: no such process; another machine: silent for a lease) may be taken over. Claims only save work: what
-keeps a store right is that nothing is ever placed twice (`durable.place`). Knows nothing of what is written.
+dead (this boot of this machine: no such process; any other: silent for a lease) may be taken over. Claims only save
+work: what keeps a store right is that nothing is ever placed twice (`durable.place`). Knows nothing of what is written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
+from cache.commits import sealed_shards
 from cache.durable import LEASE_S, Owner, clock_of, exclusive, link_into_place, silence_s, temporaries, write_temporary
 from cache.layout import Header, Layout
 
@@ -35,8 +36,11 @@ class Claim:
             if not is_free(path):
                 return None
             path.unlink(missing_ok=True)
-            # Signed from its first moment: a death between making and signing would hold the shard for a lease.
-            link_into_place(write_temporary(path, [str(owner).encode()], owner), path)
+            try:
+                # Signed from its first moment: a death between making and signing would hold the shard for a lease.
+                link_into_place(write_temporary(path, [str(owner).encode()], owner), path)
+            except FileExistsError:  # another was faster, where the file system knows no locks
+                return None
         return cls(path, owner)
 
     def is_mine(self) -> bool:
@@ -81,25 +85,36 @@ def sweep(layout: Layout, header: Header) -> list[Path]:
     """
     folders = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
     now = clock_of(layout.lock.parent)
-    removed = [path for folder in folders for path in _dead_temporaries(folder, now)]
+    removed = [path for folder in folders for path in _dead_temporaries(folder, layout, now)]
     skeletons = [
         path
-        for path in _dead_temporaries(layout.root.parent, now)
+        for path in _dead_temporaries(layout.root.parent, layout, now)
         if path.is_dir() and path.name.startswith(f".{layout.root.name}~")
     ]
-    with exclusive(layout.lock):
-        removed += [path for path in sorted(layout.lock.parent.glob("[0-9]*")) if is_free(path)]
-        removed += _orphans(layout, header)
-        for path in removed:
-            path.unlink(missing_ok=True)
+    for path in removed:
+        path.unlink(missing_ok=True)
     for path in skeletons:
         shutil.rmtree(path, ignore_errors=True)
+    with exclusive(layout.lock):
+        for path in _claims(layout):
+            if is_free(path):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        removed += _remove_orphans(layout, header)
     return removed + skeletons
 
 
-def _dead_temporaries(folder: Path, now: float) -> list[Path]:
-    """List the temporary files of a folder whose writer is dead."""
-    return [path for path, owner in temporaries(folder) if _is_dead(owner, silence_s(path, now))]
+def _claims(layout: Layout) -> list[Path]:
+    return sorted(layout.lock.parent.glob("[0-9]*"))
+
+
+def _dead_temporaries(folder: Path, layout: Layout, now: float) -> list[Path]:
+    """List the temporary files of a folder whose writer is dead, by the file and by the claim that it may hold."""
+    suspects = [(path, owner) for path, owner in temporaries(folder) if _is_dead(owner, silence_s(path, now))]
+    if not suspects:
+        return []
+    beating = {read_owner(path) for path in _claims(layout) if not is_free(path)}
+    return [path for path, owner in suspects if owner is None or owner not in beating]
 
 
 def _is_dead(owner: Owner | None, silent_s: float) -> bool:
@@ -107,16 +122,20 @@ def _is_dead(owner: Owner | None, silent_s: float) -> bool:
     return silent_s > LEASE_S if owner is None else owner.is_dead(silent_s)
 
 
-def _orphans(layout: Layout, header: Header) -> list[Path]:
-    """List shard files of shards that have neither a commit nor a living claim."""
-    orphans = []
-    names = {path.name for path in layout.commit(0).parent.iterdir()}
+def _remove_orphans(layout: Layout, header: Header) -> list[Path]:
+    """Remove shard files of shards that have neither a commit, nor a living claim, nor a place under the seal."""
+    committed = {path.name for path in layout.commit(0).parent.iterdir()}
+    suspects = []
     for directory in {path.parent for path in layout.files_of(0, header).values()}:
         for path in directory.iterdir():
             number = path.name.removeprefix("c.").partition(".")[0]
-            if path.name.startswith(".") or not number.isdigit():
-                continue
-            shard = int(number)
-            if layout.commit(shard).name not in names and is_free(layout.claim(shard)):
-                orphans.append(path)
-    return orphans
+            if number.isdigit() and layout.commit(int(number)).name not in committed:
+                suspects.append((path, int(number)))
+    vouched = sealed_shards(layout) if suspects else set()
+    removed = []
+    for path, shard in suspects:
+        # The claim first: a writer gives it back after its commit, so that a free claim and no commit mean no writer.
+        if shard not in vouched and is_free(layout.claim(shard)) and not layout.commit(shard).exists():
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed

@@ -7,9 +7,10 @@ but also a file swapped for another sound one, cannot pass. Knows nothing of how
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.durable import canonical_json
+from cache.durable import canonical_json, is_lost, place
 from cache.errors import CorruptShardError
 from cache.layout import Header, Layout
 
@@ -110,7 +111,13 @@ def read_commit(layout: Layout, header: Header, shard: int) -> Commit:
         FileNotFoundError: the shard is not committed.
         CorruptShardError: the record is damaged or another's.
     """
-    line = layout.commit(shard).read_bytes()
+    path = layout.commit(shard)
+    try:
+        line = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(layout.root, shard, path.relative_to(layout.root).as_posix(), error) from error
     return check_commit(layout, header, shard, line)
 
 
@@ -135,6 +142,22 @@ def check_commit(layout: Layout, header: Header, shard: int, line: bytes) -> Com
     return commit
 
 
+def sealed_commits(layout: Layout) -> Iterator[Commit]:
+    """Read the records under the seal, each by itself; those that are damaged are left out."""
+    try:
+        lines = layout.sealed_commits.read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            yield Commit.decode(line)
+
+
+def sealed_shards(layout: Layout) -> set[int]:
+    """List the shards that the seal still vouches for, whatever became of their own records."""
+    return {commit.shard for commit in sealed_commits(layout)}
+
+
 def root_digest(commits: Iterable[Commit]) -> str:
     """Compute the digest that seals a store: the sha256 over its commit records in order of shard."""
     digest = hashlib.sha256()
@@ -152,9 +175,41 @@ def check_sizes(root: Path, commit: Commit) -> None:
     for name, file in (commit.arrays | commit.files).items():
         try:
             size = (root / name).stat().st_size
-        except FileNotFoundError:
-            raise CorruptShardError(root, commit.shard, f"{name} is missing") from None
+        except OSError as error:
+            raise unreadable(root, commit.shard, name, error) from error
         if size != file.size_bytes:
             raise CorruptShardError(
                 root, commit.shard, f"{name} has {size:,} bytes, committed with {file.size_bytes:,}"
             )
+
+
+def unreadable(root: Path, shard: int, name: str, error: OSError) -> CorruptShardError:
+    """Say that a committed file cannot be read; bytes that are lost are noted for the next repair."""
+    if isinstance(error, FileNotFoundError):
+        return CorruptShardError(root, shard, f"{name} is missing")
+    if is_lost(error):
+        note_damage(Layout(root), shard)
+    return CorruptShardError(root, shard, f"{name} cannot be read ({error.strerror})")
+
+
+# ------------------------------------------------------------------------------------------- found damaged
+
+
+def note_damage(layout: Layout, shard: int) -> None:
+    """Remember that a committed shard was found damaged, so that the next repair reads all of it; best effort."""
+    path = layout.damaged / f"{shard:06d}"
+    with contextlib.suppress(OSError):  # noted already, or a store that may only be read
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            place(path, [b""])
+
+
+def noted_damage(layout: Layout) -> set[int]:
+    """List the shards that were found damaged since the last repair."""
+    return {int(path.name) for path in layout.damaged.glob("[0-9]*")}
+
+
+def forget_damage(layout: Layout, shards: Iterable[int]) -> None:
+    """Strike notes that have been seen to."""
+    for shard in shards:
+        (layout.damaged / f"{shard:06d}").unlink(missing_ok=True)

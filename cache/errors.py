@@ -16,6 +16,8 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,8 @@ class CorruptShardError(CacheError, OSError):
         self.shard = shard
         what = "feature store" if shard is None else f"shard {shard} of feature store"
         super().__init__(
-            f"{what} {str(store)!r} is damaged: {found}. Type `tinyaudio store verify {store}` to list every fault, "
-            "then the `tinyaudio extract` command that made it: it repairs exactly what is damaged."
+            f"{what} {str(store)!r} is damaged: {found}. Type {command_that_made(store)}, which repairs exactly what "
+            f"is damaged; `tinyaudio store verify --deep {shlex.quote(str(store))}` lists every fault."
         )
 
 
@@ -101,3 +103,29 @@ class DiskFullError(CacheError, OSError):
             f"no space left while writing {str(path)!r}; the unfinished file was removed and nothing of it was "
             "committed. Free some space and type the same command again: it continues where it stopped."
         )
+
+
+# ------------------------------------------------------------------------------------------- what to type
+
+RECIPE, REQUEST = "recipe.toml", "request.json"  # left in a store by `tinyaudio extract`
+MADE_BY = "made_by.txt"  # left by merge and export: the line that does it again
+
+
+def command_that_made(store: Path) -> str:
+    """Spell the command that finishes or repairs a store, as far as the store tells."""
+    if (store / RECIPE).is_file():
+        words = ["tinyaudio", "extract", "--recipe", str(store / RECIPE), "--store", str(store), *_split_option(store)]
+        return f"`{shlex.join(words)}`"
+    try:
+        return f"`{(store / MADE_BY).read_text().strip()}`"
+    except OSError:
+        return "the `tinyaudio extract` command that made it"
+
+
+def _split_option(store: Path) -> list[str]:
+    """Name the split of a store that was asked for one alone."""
+    try:
+        (split,) = json.loads((store / REQUEST).read_text())["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return ["--split", split]

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.commits import Commit, PlainFile
+from cache.commits import Commit, PlainFile, unreadable
 from cache.errors import CorruptShardError
 
 INDEX_SCHEMA = pa.schema(
@@ -69,13 +69,13 @@ def read_committed(root: Path, commit: Commit, folder: str) -> bytes:
     """Read a shard's plain file in `folder` ("index" or "quarantine"), whole and checked.
 
     Raises:
-        CorruptShardError: it is missing or not what was committed.
+        CorruptShardError: it is missing, unreadable or not what was committed.
     """
     (name,) = (name for name in commit.files if name.startswith(folder + "/"))
     try:
         content = (root / name).read_bytes()
-    except FileNotFoundError:
-        raise CorruptShardError(root, commit.shard, f"{name} is missing") from None
+    except OSError as error:
+        raise unreadable(root, commit.shard, name, error) from error
     if PlainFile.of(content) != commit.files[name]:
         raise CorruptShardError(root, commit.shard, f"{name} is not the file that was committed (its digest differs)")
     return content

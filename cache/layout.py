@@ -48,6 +48,7 @@ class Header:
     plan_id: str  # sha256 of the plan's content
     calibration_id: str | None  # int8 only
     fingerprint: dict[str, Any]  # everything needed to recompute a row
+    calibration: str | None = None  # int8 only: the calibration array again, in base64, to mend the file from
 
     @cached_property
     def fingerprint_id(self) -> str:
@@ -68,12 +69,20 @@ class Header:
         return self.dim * self.dtype.itemsize + (2 if self.encoding == "int8" else 0)
 
     def to_attributes(self) -> dict[str, Any]:
-        return {"feature_store": asdict(self) | {"fingerprint_id": self.fingerprint_id}}
+        attributes = asdict(self) | {"fingerprint_id": self.fingerprint_id}
+        if self.calibration is None:
+            del attributes["calibration"]
+        return {"feature_store": attributes}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         header = attributes["feature_store"]
-        return cls(**{field.name: header[field.name] for field in fields(cls)})
+        return cls(**{field.name: header[field.name] for field in fields(cls) if field.name in header})
+
+    def identity(self) -> dict[str, Any]:
+        """What the store holds, without the copy of the calibration, which its id stands for."""
+        attributes: dict[str, Any] = self.to_attributes()["feature_store"]
+        return {name: value for name, value in attributes.items() if name != "calibration"}
 
 
 def divide_shard(rows_per_shard: int) -> tuple[int, int]:
@@ -121,6 +130,11 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.root / "claims" / "lock"
+
+    @property
+    def damaged(self) -> Path:
+        """Notes of shards that were found damaged, one empty file each."""
+        return self.root / "damaged"
 
     def array(self, name: str, shard: int) -> Path:
         return self.root / name / (f"c.{shard}.0" if name == "features" else f"c.{shard}")

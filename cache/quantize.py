@@ -10,6 +10,7 @@ shard; its id is part of the fingerprint. Knows nothing of files.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,24 @@ class Calibration:
     @classmethod
     def from_array(cls, array: NDArray[np.float32]) -> Self:
         return cls(mean=array[0].astype(np.float32), std=array[1].astype(np.float32))
+
+    def to_base64(self) -> str:
+        """Spell the stored bytes as text."""
+        return base64.b64encode(self.array.tobytes()).decode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, dim: int) -> Self:
+        """Read back the stored bytes.
+
+        Raises:
+            ValueError: they are no calibration of so many dimensions.
+        """
+        return cls.from_array(np.frombuffer(content, "<f4").reshape(2, dim))
+
+    @classmethod
+    def from_base64(cls, text: str, dim: int) -> Self:
+        """Read back `to_base64`; errors as `from_bytes`."""
+        return cls.from_bytes(base64.b64decode(text, validate=True), dim)
 
 
 class Moments:

@@ -110,8 +110,9 @@ class FeatureReader:
     def _sealed(self, path: Path) -> bytes:
         try:
             return path.read_bytes()
-        except FileNotFoundError:
-            raise CorruptShardError(self.store.path, None, f"it is sealed and {path.name} is missing") from None
+        except OSError as error:
+            found = f"it is sealed and {path.name} cannot be read ({error.strerror})"
+            raise CorruptShardError(self.store.path, None, found) from error
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -186,9 +187,17 @@ class FeatureReader:
                 f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
                 "its quarantine may say why (`tinyaudio store info`)."
             )
+        return self._present(self.rows_of(position))
+
+    def rows_of(self, position: int) -> Rows:
+        """Read one utterance as stored, and no more than the chunks it lies in; nothing is kept.
+
+        Raises:
+            CorruptShardError: the bytes are not those that were committed.
+        """
         shard, start = divmod(int(self.starts[position]), self.store.rows_per_shard)
         stop = start + int(self.num_frames[position])
-        return self._present(read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop))
+        return read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop)
 
     def prefetch(self, positions: Sequence[int] | NDArray[np.integer]) -> None:
         """Begin to read the blocks of utterances that are wanted next, in that order, as far as the cache holds them.

@@ -74,6 +74,7 @@ def describe(
         num_planned=len(plan),
         plan_id=plan_digest(plan),
         calibration_id=calibration_id,
+        calibration=None if calibration is None else calibration.to_base64(),
         fingerprint={**fingerprint, "store": store},
     )
 
@@ -215,6 +216,12 @@ def encode_rejected(plan: pa.Table) -> bytes:
     )
 
 
+def encode_calibration(calibration: Calibration) -> bytes:
+    """Lay out the one chunk of the calibration array."""
+    content = calibration.array.tobytes()
+    return content + crc32c(content).to_bytes(CRC_BYTES, "little")
+
+
 @contextmanager
 def _beside(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> Iterator[Path]:
     """Make a skeleton next to its place, flushed to the disk, and clear away what is left of it afterwards."""
@@ -226,8 +233,7 @@ def _beside(root: Path, header: Header, plan: pa.Table, calibration: Calibration
             (skeleton / name).parent.mkdir(exist_ok=True)
             (skeleton / name).write_bytes(document)
         if calibration is not None:
-            content = calibration.array.tobytes()
-            layout.calibration.write_bytes(content + crc32c(content).to_bytes(CRC_BYTES, "little"))
+            layout.calibration.write_bytes(encode_calibration(calibration))
         for folder in FOLDERS:
             (skeleton / folder).mkdir()
         write_plan(plan, layout.plan)

@@ -18,21 +18,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache.claims import Claim, sweep
+from cache.claims import sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
 from cache.durable import canonical_json, exclusive, place
-from cache.errors import CorruptShardError, StoreMismatchError, UnsealableStoreError
+from cache.errors import (
+    CorruptShardError,
+    StoreMismatchError,
+    StoreNotFoundError,
+    UnsealableStoreError,
+    command_that_made,
+)
 from cache.index import INDEX_SCHEMA, decode_index, encode_table, read_committed
 from cache.layout import ROWS_PER_SHARD, Encoding, Header, Layout, read_header
 from cache.plan import read_plan
 from cache.quantize import Calibration
 from cache.shards import CRC_BYTES
 from cache.skeleton import build, compare_fields, describe, mend, require
-from cache.writer import ShardWriter
+from cache.writer import ShardWriter, claim_shard
 
 
 class FeatureStore:
@@ -74,6 +79,8 @@ class FeatureStore:
             PlanError: the plan was not made for this shard size.
         """
         root = Path(path)
+        if root.exists() and not root.is_dir():
+            raise StoreNotFoundError(f"{str(root)!r} is a file, not a feature store. Name a folder with --store.")
         header = describe(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
         if not root.exists() or not any(root.iterdir()):
             build(root, header, plan, calibration)
@@ -139,25 +146,49 @@ class FeatureStore:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Mean and std of an int8 store; None for float16.
+        """Mean and std of an int8 store, out of its file or the copy in the header; None for float16.
 
         Raises:
-            CorruptShardError: it is not the calibration that the header names.
+            CorruptShardError: neither is the calibration that the header names.
         """
         if self.header.calibration_id is None:
             return None
+        found = self.calibration_file() or self.calibration_copy()
+        if found is None:
+            raise CorruptShardError(
+                self.path,
+                None,
+                "neither its calibration file nor the copy in its header is the one that the header names",
+            )
+        return found
+
+    def calibration_file(self) -> Calibration | None:
+        """Read the calibration's file; None if it is not the one that the header names."""
         try:
-            content = self.layout.calibration.read_bytes()[:-CRC_BYTES]
-            calibration = Calibration.from_array(np.frombuffer(content, "<f4").reshape(2, self.dim))
-        except (OSError, ValueError) as error:
-            raise CorruptShardError(self.path, None, f"its calibration is unreadable ({error})") from error
-        if calibration.id != self.header.calibration_id:
-            raise CorruptShardError(self.path, None, "its calibration is not the one its header names")
-        return calibration
+            return self._named(Calibration.from_bytes(self.layout.calibration.read_bytes()[:-CRC_BYTES], self.dim))
+        except (OSError, ValueError):
+            return None
+
+    def calibration_copy(self) -> Calibration | None:
+        """Read the calibration's copy in the header; None if it is not the one that the header names, or none."""
+        try:
+            return self._named(Calibration.from_base64(self.header.calibration or "", self.dim))
+        except ValueError:
+            return None
+
+    def _named(self, calibration: Calibration) -> Calibration | None:
+        return calibration if calibration.id == self.header.calibration_id else None
 
     def plan(self, shard: int | None = None) -> pa.Table:
-        """Read the plan: one shard's rows in the order of their sources, or all."""
-        return read_plan(self.layout.plan, shard)
+        """Read the plan: one shard's rows in the order of their sources, or all.
+
+        Raises:
+            CorruptShardError: it cannot be read.
+        """
+        try:
+            return read_plan(self.layout.plan, shard)
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptShardError(self.path, None, f"its plan cannot be read ({error})") from error
 
     # ------------------------------------------------------------------------------------------- how far it is
 
@@ -199,21 +230,14 @@ class FeatureStore:
             A context manager that commits when left without an exception; None if the shard is committed or a living
             writer is at it.
         """
-        if self.layout.commit(shard).exists():
-            return None
-        claim = Claim.take(self.layout, shard)
+        claim = claim_shard(self.layout, self.header, shard)
         if claim is None:
             return None
         try:
-            if not self.layout.commit(shard).exists():
-                return ShardWriter(
-                    self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare
-                )
+            return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare)
         except BaseException:
             claim.release()
             raise
-        claim.release()
-        return None
 
     def seal(self) -> str:
         """Close a finished store: one index, one file of commit records, and a digest over everything.
@@ -228,7 +252,7 @@ class FeatureStore:
         if pending := self.pending_shards():
             raise UnsealableStoreError(
                 f"{len(pending)} of {self.num_shards} shards of {str(self.path)!r} are not committed yet, the first "
-                f"being {pending[0]}. Finish them with the `tinyaudio extract` command that made the store."
+                f"being {pending[0]}. Finish them with {command_that_made(self.path)}."
             )
         commits = [self.commit(shard) for shard in range(self.num_shards)]
         root = root_digest(commits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -14,17 +15,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache.claims import Claim
 from cache.commits import check_sizes
-from cache.durable import Owner, exclusive, link_into_place, place, sync_directory, temporary_of
-from cache.errors import CorruptShardError, StoreMismatchError
+from cache.durable import Owner, temporary_of, write_temporary
+from cache.errors import MADE_BY, RECIPE, REQUEST, CorruptShardError, LostClaimError, StoreMismatchError
 from cache.index import decode_quarantine, read_committed
 from cache.plan import make_plan
 from cache.reader import FeatureReader
 from cache.skeleton import compare_fields
 from cache.store import FeatureStore
-from cache.verify import check_files
+from cache.verify import check_files, store_repair
+from cache.writer import claim_shard, commit_shard
 
+IDS = "ids.txt"  # in an exported store: the ids that were asked for
 DURATION_EDGES_S = (0, 1, 2, 5, 10, 15, 20, 30, 60)  # the last class is open
 Paths = str | os.PathLike[str]
 
@@ -121,14 +123,23 @@ def store_info(path: Paths) -> StoreInfo:
         splits=splits,
         quarantine=dict(_quarantine(store, reader).most_common()),
         durations=_durations(reader),
-        writers=dict(Counter(commit.writer.partition("+")[0] for commit in commits)),
+        writers=dict(Counter(_machine(commit.writer) for commit in commits)),
         first_commit=finished[0] if finished else None,
         last_commit=finished[-1] if finished else None,
     )
 
 
+def _machine(writer: str) -> str:
+    owner = Owner.parse(writer)
+    return writer if owner is None else owner.machine
+
+
 def _quarantine(store: FeatureStore, reader: FeatureReader) -> Counter[str]:
-    lines = decode_quarantine(store.layout.rejected.read_bytes())
+    try:
+        lines = decode_quarantine(store.layout.rejected.read_bytes())
+    except (OSError, ValueError) as error:
+        name = store.layout.rejected.relative_to(store.path)
+        raise CorruptShardError(store.path, None, f"its {name} cannot be read ({error})") from error
     for commit in reader.commits.values():
         if commit.num_quarantined:
             lines += decode_quarantine(read_committed(store.path, commit, "quarantine"))
@@ -148,8 +159,7 @@ def store_diff(path: Paths, other: Paths) -> dict[str, tuple[Any, Any]]:
     Returns:
         Field -> (value in the first, value in the second), for the fields that differ; empty: the same extraction.
     """
-    headers = [FeatureStore.open(each).header.to_attributes()["feature_store"] for each in (path, other)]
-    return compare_fields(headers[0], headers[1])
+    return compare_fields(FeatureStore.open(path).header.identity(), FeatureStore.open(other).header.identity())
 
 
 # ------------------------------------------------------------------------------------------- joining
@@ -170,34 +180,28 @@ class Merged:
 def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
     """Adopt the finished shards of stores made elsewhere from the same plan, and seal the store if it is then complete.
 
-    Every byte is checked against its commit record on the way. Interrupted, it continues when called again.
+    Every byte is checked against its commit record on the way. Interrupted, it continues when called again; what is
+    damaged of the destination is adopted again.
 
     Args:
         destination: a store; if there is none, an empty one like the first source is made.
-        sources: stores with the same plan and fingerprint, as `extract --shard i/N` on several machines leaves them.
+        sources: stores with the same plan and fingerprint, as `extract --shard i/N` on several machines leaves them. If
+            all were made by one recipe, the destination keeps it, and `tinyaudio extract` can go on with it.
 
     Raises:
         StoreMismatchError: a source is another extraction; the fields are named.
         CorruptShardError: a shard of a source is damaged.
     """
     stores = [FeatureStore.open(source) for source in sources]
-    root = Path(destination)
-    if not root.exists():
-        like = stores[0]
-        FeatureStore.create(
-            root,
-            plan=like.plan(),
-            dim=like.dim,
-            encoding=like.encoding,
-            rows_per_shard=like.rows_per_shard,
-            calibration=like.calibration,
-            fingerprint={name: value for name, value in like.fingerprint.items() if name != "store"},
-        )
-    store = FeatureStore.open(root)
+    store = _create_like(stores[0], destination, stores[0].plan())
+    for source in stores:
+        if differences := compare_fields(store.header.identity(), source.header.identity()):
+            raise StoreMismatchError(store.path, differences)
+    store_repair(store)
+    if not _adopt_recipe(store, stores):
+        _replace(store.path / MADE_BY, shlex.join(["tinyaudio", "store", "merge", *map(str, (destination, *sources))]))
     present, adopted = store.committed_shards(), []
     for source in stores:
-        if differences := compare_fields(store.header.to_attributes(), source.header.to_attributes()):
-            raise StoreMismatchError(store.path, differences)
         for shard in source.committed_shards():
             if shard not in present and shard not in adopted and _adopt(store, source, shard):
                 adopted.append(shard)
@@ -206,31 +210,59 @@ def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
     return Merged(adopted=sorted(adopted), present=present, pending=store.pending_shards())
 
 
+def _create_like(store: FeatureStore, destination: Paths, plan: pa.Table) -> FeatureStore:
+    """Make, open or mend a store of this plan that holds the same kind of rows as another."""
+    return FeatureStore.create(
+        destination,
+        plan=plan,
+        dim=store.dim,
+        encoding=store.encoding,
+        rows_per_shard=store.rows_per_shard,
+        calibration=store.calibration,
+        fingerprint={name: value for name, value in store.fingerprint.items() if name != "store"},
+    )
+
+
+def _adopt_recipe(store: FeatureStore, sources: Sequence[FeatureStore]) -> bool:
+    """Copy what `tinyaudio extract` needs to go on with a store, if all sources agree on it.
+
+    Returns:
+        Whether the store has it now.
+    """
+    if (store.path / RECIPE).is_file():
+        return True
+    for name in (REQUEST, RECIPE):
+        found = {(source.path / name).read_bytes() if (source.path / name).is_file() else b"" for source in sources}
+        if len(found) != 1 or b"" in found:
+            return False
+        _replace(store.path / name, found.pop().decode())
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small text file that may be there already."""
+    write_temporary(path, [text.encode()], Owner.me()).replace(path)
+
+
 def _adopt(store: FeatureStore, source: FeatureStore, shard: int) -> bool:
     """Copy one shard, check the copy, and commit it under the record it has."""
-    claim = Claim.take(store.layout, shard)
+    claim = claim_shard(store.layout, store.header, shard)
     if claim is None:
         return False
     commit = source.commit(shard)
-    check_sizes(source.path, commit)
-    names = [*commit.arrays, *commit.files]
+    paths = [store.path / name for name in (*commit.arrays, *commit.files)]
     try:
-        for name in names:
-            _copy(source.path / name, temporary_of(store.path / name, claim.owner))
+        check_sizes(source.path, commit)
+        for path in paths:
+            _copy(source.path / path.relative_to(store.path), temporary_of(path, claim.owner))
         _check_copy(store, source, shard, claim.owner)
-        with exclusive(store.layout.lock):
-            if store.layout.commit(shard).exists():
-                return False
-            for name in names:
-                (store.path / name).unlink(missing_ok=True)
-                link_into_place(temporary_of(store.path / name, claim.owner), store.path / name)
-            for directory in {(store.path / name).parent for name in names}:
-                sync_directory(directory)
-            place(store.layout.commit(shard), [commit.encode()], claim.owner)
+        commit_shard(store.layout, claim, shard, paths, commit)
         return True
+    except LostClaimError:
+        return False
     finally:
-        for name in names:
-            temporary_of(store.path / name, claim.owner).unlink(missing_ok=True)
+        for path in paths:
+            temporary_of(path, claim.owner).unlink(missing_ok=True)
         claim.release()
 
 
@@ -247,7 +279,7 @@ def _check_copy(store: FeatureStore, source: FeatureStore, shard: int, owner: Ow
     commit = source.commit(shard)
     paths = {name: temporary_of(store.path / name, owner) for name in (*commit.arrays, *commit.files)}
     if faults := check_files(source, commit, paths, deep=True):
-        raise CorruptShardError(source.path, shard, faults[0].message)
+        raise CorruptShardError(source.path, shard, f"{faults[0].path} is not what was committed ({faults[0].kind})")
 
 
 # ------------------------------------------------------------------------------------------- cutting out
@@ -263,6 +295,8 @@ def store_export(
     seed: int = 0,
 ) -> FeatureStore:
     """Copy some utterances into a smaller store of their own, for quick ablations; frames are bit for bit the same.
+
+    Interrupted or damaged, it is finished or repaired by the same call.
 
     Args:
         max_hours: at most so much audio of each split, drawn at random; None for all.
@@ -290,19 +324,25 @@ def store_export(
             "source_id": pa.array(chosen).cast(pa.string()),
         }
     )
-    store = FeatureStore.create(
-        destination,
-        plan=make_plan(table, rows_per_shard=reader.store.rows_per_shard, margin_frames=0),
-        dim=reader.store.dim,
-        encoding=reader.store.encoding,
-        rows_per_shard=reader.store.rows_per_shard,
-        calibration=reader.store.calibration,
-        fingerprint={name: value for name, value in reader.store.fingerprint.items() if name != "store"},
-    )
+    plan = make_plan(table, rows_per_shard=reader.store.rows_per_shard, margin_frames=0)
+    store = _create_like(reader.store, destination, plan)
+    store_repair(store)
+    options: dict[str, object] = {"--max-hours": max_hours, "--split": split, "--seed": seed or None}
+    if ids is not None:
+        _replace(store.path / IDS, "".join(f"{utterance_id}\n" for utterance_id in sorted(set(ids))))
+        options["--ids"] = store.path / IDS
+    words = [str(word) for option in options.items() if option[1] is not None for word in option]
+    _replace(store.path / MADE_BY, shlex.join(["tinyaudio", "store", "export", str(source), str(destination), *words]))
     for shard in store.pending_shards():
         _export_shard(reader, store, shard)
     store.seal()
     return store
+
+
+def unknown_ids(source: Paths, ids: Collection[str]) -> list[str]:
+    """List the ids that a store does not hold, in their order."""
+    stored = set(FeatureReader(source).index["utterance_id"].to_pylist())
+    return [utterance_id for utterance_id in dict.fromkeys(ids) if utterance_id not in stored]
 
 
 def _choose(
@@ -328,5 +368,5 @@ def _export_shard(reader: FeatureReader, store: FeatureStore, shard: int) -> Non
         return
     positions = np.sort(np.asarray(writer.plan["source_id"].to_pylist(), dtype=np.int64))
     with writer:
-        for row, rows in zip(reader.index.take(positions).to_pylist(), reader.read_rows(positions), strict=True):
-            writer.append_rows(rows, row)
+        for position, row in zip(positions.tolist(), reader.index.take(positions).to_pylist(), strict=True):
+            writer.append_rows(reader.rows_of(position), row)

@@ -1,8 +1,9 @@
 """Find every way in which a store can be damaged, name it, and undo exactly the damaged shards.
 
 The quick check reads records, sizes, small files and two chunks of each shard: it finds what is missing, cut, swapped,
-stale or foreign. The deep check reads every byte. What it finds is noted in `damaged/`, so that the next `store_repair`
-knows without reading everything again. Good shards are never touched.
+stale or foreign. The deep check reads every byte. What it finds is noted in `damaged/`, as is what a reader stumbles
+over, so that the next `store_repair` knows without reading everything again. Good shards are never touched: one that
+has lost nothing but its record gets it back from under the seal.
 """
 
 from __future__ import annotations
@@ -19,13 +20,24 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from cache.commits import ArrayFile, Commit, committed_shards, root_digest
-from cache.durable import exclusive, place, remove
-from cache.errors import CorruptShardError
+from cache.claims import Claim
+from cache.commits import (
+    ArrayFile,
+    Commit,
+    check_commit,
+    committed_shards,
+    forget_damage,
+    note_damage,
+    noted_damage,
+    root_digest,
+    sealed_commits,
+)
+from cache.durable import exclusive, is_lost, place, remove
+from cache.errors import CorruptShardError, command_that_made
 from cache.layout import Header
 from cache.plan import plan_digest, read_plan
 from cache.shards import expected_index, read_chunks, read_index
-from cache.skeleton import encode_rejected, metadata_faults
+from cache.skeleton import FOLDERS, encode_calibration, encode_rejected, metadata_faults
 from cache.store import FeatureStore
 
 Kind = Literal[
@@ -42,8 +54,11 @@ Kind = Literal[
     "metadata",
     "calibration",
     "seal",
+    "unreadable",  # the disk no longer gives the bytes
+    "out_of_reach",  # no permission, no connection: the bytes may be sound, so they are never taken back
 ]
 SMALL_BYTES = 4 << 30  # a store up to this size is repaired by reading all of it: seconds
+NUM_THREADS = 4  # that check shards: two keep a disk busy, a network file system likes more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,62 +70,81 @@ class Fault:
     path: str  # inside the store
     message: str  # what was found, what was expected, what to type
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the data are damaged, and not merely out of reach."""
+        return self.kind != "out_of_reach"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def store_verify(
-    store: FeatureStore, *, deep: bool = False, progress: Callable[[int], None] | None = None
-) -> list[Fault]:
-    """List what is wrong with a store; an unfinished one is not wrong.
+def find_faults(
+    store: FeatureStore, *, deep: bool | None = False, progress: Callable[[int], None] | None = None
+) -> Iterator[Fault]:
+    """Find what is wrong with a store, one fault after the other; an unfinished one is not wrong.
+
+    Damaged shards are noted as they are found, for the next `store_repair`, wherever the store may be written to.
 
     Args:
-        deep: read every byte. What is found is noted, for the next `store_repair`.
+        deep: read every byte. None: if the store is small. Of shards that were found damaged before, every byte is read
+            anyway.
         progress: called after each shard with the bytes checked.
 
-    Returns:
-        The faults, those of the whole store first, then by shard. Empty: the store is sound.
+    Yields:
+        The faults, those of the whole store first, then by shard. None: the store is sound.
     """
     shards = committed_shards(store.layout)
-    faults = [*_store_faults(store), *_seal_faults(store, shards)]
-    for found in _check_shards(store, shards, deep, progress):
-        faults += found
-    if deep:
-        _note(store, {fault.shard for fault in faults if fault.shard is not None})
-    return faults
+    yield from _store_faults(store)
+    yield from _seal_faults(store, shards)
+    for faults in _check_shards(store, shards, deep, progress):
+        for fault in faults:
+            if fault.shard is not None:
+                note_damage(store.layout, fault.shard)
+            yield fault
+
+
+def store_verify(store: FeatureStore, *, deep: bool | None = False) -> list[Fault]:
+    """List what is wrong with a store; see `find_faults`. Empty: the store is sound."""
+    return list(find_faults(store, deep=deep))
 
 
 def store_repair(store: FeatureStore, *, deep: bool | None = None) -> list[Fault]:
     """Take back the commits of damaged shards, so that they are pending again; sound ones are not touched.
 
+    Lost or damaged records of sound shards come back from under the seal, and a lost calibration from its copy.
+
     Args:
-        deep: read every byte first. None: only of shards that an earlier deep check found damaged, or of all if the
-            store is small.
+        deep: as `find_faults`.
 
     Returns:
-        The faults found. Those of the whole store (plan, metadata, calibration) are mended by `FeatureStore.create`.
+        The faults found. Those of the plan and the metadata are mended by `FeatureStore.create`.
     """
+    for folder in FOLDERS:
+        (store.path / folder).mkdir(exist_ok=True)
+    noted = noted_damage(store.layout)
+    restored = _restore_records(store)
     shards = committed_shards(store.layout)
-    noted = {int(path.stem) for path in _notes(store).glob("[0-9]*")}
-    if deep is None:
-        deep = store.num_shards * store.rows_per_shard * store.header.bytes_per_row <= SMALL_BYTES
     faults = [*_store_faults(store), *_seal_faults(store, shards)]
-    for shard in shards:
-        faults += check_shard(store, shard, deep=deep or shard in noted)
-    damaged = sorted({fault.shard for fault in faults if fault.shard is not None})
+    for found in _check_shards(store, shards, deep):
+        faults += found
+    damaged = sorted({fault.shard for fault in faults if fault.shard is not None and fault.is_lost})
     if damaged or any(fault.kind == "seal" for fault in faults):
         _take_back(store, damaged)
-    for path in _notes(store).glob("[0-9]*"):
-        path.unlink(missing_ok=True)
-    return faults
+    _restore_calibration(store)
+    forget_damage(store.layout, noted)
+    return [*restored, *faults]
 
 
 def check_shard(store: FeatureStore, shard: int, *, deep: bool) -> list[Fault]:
     """List what is wrong with one committed shard."""
+    path = store.layout.commit(shard)
     try:
-        commit = Commit.decode(store.layout.commit(shard).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [_fault(store, "commit_record", shard, store.layout.commit(shard), f"it is unreadable ({error})")]
+        commit = Commit.decode(path.read_bytes())
+    except OSError as error:
+        return [_unreadable(store, shard, path, error)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [_fault(store, "commit_record", shard, path, f"it is unreadable ({error})")]
     paths = {name: store.path / name for name in (*commit.arrays, *commit.files)}
     return [*_foreign(store, shard, commit), *check_files(store, commit, paths, deep=deep)]
 
@@ -123,25 +157,10 @@ def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], 
     """
     faults: list[Fault] = []
     for name, path in paths.items():
-        expected = commit.arrays.get(name) or commit.files[name]
-        if not path.exists():
-            faults.append(_fault(store, "missing", commit.shard, name, "it is not there"))
-        elif path.stat().st_size != expected.size_bytes:
-            faults.append(
-                _fault(
-                    store,
-                    "size",
-                    commit.shard,
-                    name,
-                    f"it has {path.stat().st_size:,} bytes, committed with {expected.size_bytes:,}",
-                )
-            )
-        elif isinstance(expected, ArrayFile):
-            faults += _check_array(store, commit.shard, name, path, expected, deep)
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected.sha256:
-            kind: Kind = "index" if name.startswith("index/") else "quarantine"
-            found = "it is not the file that was committed (its sha256 differs)"
-            faults.append(_fault(store, kind, commit.shard, name, found))
+        try:
+            faults += _check_file(store, commit, name, path, deep)
+        except OSError as error:
+            faults.append(_unreadable(store, commit.shard, name, error))
     return faults
 
 
@@ -149,18 +168,38 @@ def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], 
 
 
 def _check_shards(
-    store: FeatureStore, shards: list[int], deep: bool, progress: Callable[[int], None] | None
+    store: FeatureStore, shards: list[int], deep: bool | None, progress: Callable[[int], None] | None = None
 ) -> Iterator[list[Fault]]:
-    with ThreadPoolExecutor(2, thread_name_prefix="verify") as pool:
-        results = pool.map(lambda shard: check_shard(store, shard, deep=deep), shards)
+    """Check shards side by side; left early, it drops what it has not begun."""
+    if deep is None:
+        deep = store.num_shards * store.rows_per_shard * store.header.bytes_per_row <= SMALL_BYTES
+    noted = noted_damage(store.layout)
+    pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="verify")
+    try:
+        results = [pool.submit(check_shard, store, shard, deep=deep or shard in noted) for shard in shards]
         for shard, faults in zip(shards, results, strict=True):
+            yield faults.result()
             if progress is not None:
                 progress(sum(path.stat().st_size for path in _data(store, shard) if path.exists()))
-            yield faults
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _data(store: FeatureStore, shard: int) -> list[Path]:
     return [store.layout.array(name, shard) for name in store.header.arrays]
+
+
+def _check_file(store: FeatureStore, commit: Commit, name: str, path: Path, deep: bool) -> Iterator[Fault]:
+    expected = commit.arrays.get(name) or commit.files[name]
+    size = path.stat().st_size
+    if size != expected.size_bytes:
+        found = f"it has {size:,} bytes, committed with {expected.size_bytes:,}"
+        yield _fault(store, "size", commit.shard, name, found)
+    elif isinstance(expected, ArrayFile):
+        yield from _check_array(store, commit.shard, name, path, expected, deep)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != expected.sha256:
+        kind: Kind = "index" if name.startswith("index/") else "quarantine"
+        yield _fault(store, kind, commit.shard, name, "it is not the file that was committed (its sha256 differs)")
 
 
 def _foreign(store: FeatureStore, shard: int, commit: Commit) -> Iterator[Fault]:
@@ -252,10 +291,7 @@ def _has_expected_index(path: Path, header: Header, num_chunks: int) -> bool:
 
 def _store_faults(store: FeatureStore) -> Iterator[Fault]:
     layout, header = store.layout, store.header
-    try:
-        store.calibration  # noqa: B018  # reads and checks it
-    except CorruptShardError:
-        yield _fault(store, "calibration", None, layout.calibration, "it is not the calibration that the header names")
+    yield from _calibration_faults(store)
     for name in metadata_faults(store.path, header):
         yield _fault(store, "metadata", None, name, "it does not describe the array of this store")
     try:
@@ -275,6 +311,19 @@ def _store_faults(store: FeatureStore) -> Iterator[Fault]:
         yield _fault(store, "quarantine", None, layout.rejected, "it does not list what the plan rejected")
 
 
+def _calibration_faults(store: FeatureStore) -> Iterator[Fault]:
+    if store.header.calibration_id is None:
+        return
+    is_copied, name = store.calibration_copy() is not None, store.header.calibration_id[:12]
+    if store.calibration_file() is None:
+        other = "the copy in zarr.json is whole" if is_copied else "and there is no whole copy of it in zarr.json"
+        found = f"it is not the calibration {name} that the header names; {other}"
+        yield _fault(store, "calibration", None, store.layout.calibration, found)
+    if not is_copied and store.header.calibration is not None:
+        found = f"the copy of the calibration in it is not the calibration {name} that it names"
+        yield _fault(store, "calibration", None, "zarr.json", found)
+
+
 def _seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
     if not store.is_sealed:
         return
@@ -286,8 +335,9 @@ def _seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
         lines = layout.sealed_commits.read_bytes()
         if root_digest(Commit.decode(line) for line in lines.splitlines()) != seal["root"]:
             yield _fault(store, "seal", None, layout.sealed_commits, "the records are not those that were sealed")
+        committed = set(shards)
         for shard, line in enumerate(lines.splitlines(keepends=True)):
-            if shard in shards and layout.commit(shard).read_bytes() != line:
+            if shard in committed and _is_other(layout.commit(shard), line):
                 yield _fault(store, "seal", shard, layout.commit(shard), "it is not the record that was sealed")
         if hashlib.sha256(layout.sealed_index.read_bytes()).hexdigest() != seal["index_sha256"]:
             yield _fault(store, "seal", None, layout.sealed_index, "it is not the index that was sealed")
@@ -295,7 +345,70 @@ def _seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
         yield _fault(store, "seal", None, layout.sealed, f"the seal is unreadable ({error})")
 
 
+def _is_other(path: Path, content: bytes) -> bool:
+    """Say whether a file that can be read has another content; one that cannot is another check's business."""
+    try:
+        return path.read_bytes() != content
+    except OSError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------- undoing
+
+
+def _restore_records(store: FeatureStore) -> list[Fault]:
+    """Put back lost and damaged commit records from under the seal, where the files of the shard are all sound.
+
+    Returns:
+        The faults that are undone by that.
+    """
+    lost = [commit for commit in sealed_commits(store.layout) if not _has_record(store, commit.shard)]
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="restore") as pool:
+        return [fault for fault in pool.map(lambda commit: _restore_record(store, commit), lost) if fault is not None]
+
+
+def _has_record(store: FeatureStore, shard: int) -> bool:
+    try:
+        check_commit(store.layout, store.header, shard, store.layout.commit(shard).read_bytes())
+    except (CorruptShardError, FileNotFoundError):
+        return False
+    except OSError as error:
+        return not is_lost(error)
+    return True
+
+
+def _restore_record(store: FeatureStore, commit: Commit) -> Fault | None:
+    path = store.layout.commit(commit.shard)
+    if commit.shard not in range(store.num_shards) or any(_foreign(store, commit.shard, commit)):
+        return None
+    claim = Claim.take(store.layout, commit.shard)
+    if claim is None:
+        return None
+    try:
+        files = {name: store.path / name for name in (*commit.arrays, *commit.files)}
+        if check_files(store, commit, files, deep=True) or _has_record(store, commit.shard):
+            return None
+        kind: Kind = "commit_record" if path.exists() else "missing"
+        with exclusive(store.layout.lock):
+            remove(path)
+            place(path, [commit.encode()], claim.owner)
+    finally:
+        claim.release()
+    name = path.relative_to(store.path).as_posix()
+    message = f"{name} (shard {commit.shard}): it was lost, and is restored from commits.jsonl. Nothing is left to do."
+    return Fault(kind=kind, shard=commit.shard, path=name, message=message)
+
+
+def _restore_calibration(store: FeatureStore) -> None:
+    """Write the calibration's file again from its copy in the header."""
+    if store.header.calibration_id is None or store.calibration_file() is not None:
+        return
+    if (copy := store.calibration_copy()) is not None:
+        path = store.layout.calibration
+        path.parent.mkdir(exist_ok=True)
+        with exclusive(store.layout.lock):
+            remove(path)
+            place(path, [encode_calibration(copy)])
 
 
 def _take_back(store: FeatureStore, shards: list[int]) -> None:
@@ -305,32 +418,30 @@ def _take_back(store: FeatureStore, shards: list[int]) -> None:
         for path in (layout.sealed, layout.sealed_commits, layout.sealed_index):
             remove(path)
         for shard in shards:
-            if not layout.commit(shard).exists() or not check_shard(store, shard, deep=True):
+            if not layout.commit(shard).exists() or not any(
+                fault.is_lost for fault in check_shard(store, shard, deep=True)
+            ):
                 continue  # another process has made it again in the meantime
             remove(layout.commit(shard))
             for path in layout.files_of(shard, store.header).values():
                 remove(path)
 
 
-def _notes(store: FeatureStore) -> Path:
-    return store.path / "damaged"
-
-
-def _note(store: FeatureStore, shards: set[int]) -> None:
-    for shard in shards:
-        _notes(store).mkdir(exist_ok=True)
-        path = _notes(store) / f"{shard:06d}"
-        if not path.exists():
-            place(path, [b""])
+def _unreadable(store: FeatureStore, shard: int, path: Path | str, error: OSError) -> Fault:
+    """Name a file that cannot be read: absent, lost on the disk, or merely out of reach."""
+    if isinstance(error, FileNotFoundError):
+        return _fault(store, "missing", shard, path, "it is not there")
+    return _fault(
+        store, "unreadable" if is_lost(error) else "out_of_reach", shard, path, f"it cannot be read ({error.strerror})"
+    )
 
 
 def _fault(store: FeatureStore, kind: Kind, shard: int | None, path: Path | str, found: str) -> Fault:
     name = path if isinstance(path, str) else path.relative_to(store.path).as_posix()
     where = name if shard is None else f"{name} (shard {shard})"
-    again = "everything else stays" if shard is None else "exactly this shard is made again"
-    return Fault(
-        kind=kind,
-        shard=shard,
-        path=name,
-        message=(f"{where}: {found}. Type the `tinyaudio extract` command that made the store: {again}."),
-    )
+    if kind == "out_of_reach":
+        advice = "Make it readable, then check again: it may be sound"
+    else:
+        again = "everything else stays" if shard is None else "exactly this shard is made again"
+        advice = f"Type {command_that_made(store.path)}: {again}"
+    return Fault(kind=kind, shard=shard, path=name, message=f"{where}: {found}. {advice}.")

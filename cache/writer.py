@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -248,13 +248,7 @@ class ShardWriter:
         try:
             with ThreadPoolExecutor(len(encoded)) as pool:  # the disk flushes several files as fast as the largest
                 list(pool.map(lambda path: write_temporary(path, encoded[path][0], owner), encoded))
-                with exclusive(layout.lock):
-                    self._check_uncontested()
-                    for path in encoded:
-                        path.unlink(missing_ok=True)  # left by a writer that died before its commit
-                        link_into_place(temporary_of(path, owner), path)
-                    list(pool.map(sync_directory, {path.parent for path in encoded}))
-                    place(layout.commit(self.shard), [self._record(encoded).encode()], owner)
+            commit_shard(layout, self._claim, self.shard, encoded, self._record(encoded))
         finally:
             for path in encoded:
                 temporary_of(path, owner).unlink(missing_ok=True)
@@ -267,13 +261,6 @@ class ShardWriter:
                 f"shard {self.shard} of {str(self._layout.root)!r} was closed with {len(missing)} of "
                 f"{len(self._planned)} planned utterances neither stored nor quarantined, the first being "
                 f"{missing[0]!r}. Append or quarantine every one; nothing was committed."
-            )
-
-    def _check_uncontested(self) -> None:
-        if not self._claim.is_mine() or self._layout.commit(self.shard).exists():
-            raise LostClaimError(
-                f"another writer took over shard {self.shard} of {str(self._layout.root)!r} while this one seemed "
-                "dead; its work stands and this copy was dropped. Continue with the next shard."
             )
 
     def _encode_arrays(self) -> dict[Path, _Encoded]:
@@ -321,6 +308,62 @@ class ShardWriter:
             writer=str(self._claim.owner),
             finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+
+
+# ------------------------------------------------------------------------------------------- the protocol
+
+
+def claim_shard(layout: Layout, header: Header, shard: int) -> Claim | None:
+    """Claim a shard that is not committed, and clear away what a writer left of it that died before its commit.
+
+    Returns:
+        The claim; None if the shard is committed or a living writer is at it.
+    """
+    if layout.commit(shard).exists() or (claim := Claim.take(layout, shard)) is None:
+        return None
+    with exclusive(layout.lock):
+        if claim.is_mine() and not layout.commit(shard).exists():
+            for path in layout.files_of(shard, header).values():
+                path.unlink(missing_ok=True)
+            return claim
+    claim.release()
+    return None
+
+
+def commit_shard(layout: Layout, claim: Claim, shard: int, paths: Iterable[Path], record: Commit) -> None:
+    """Link the finished temporary files of a shard to their names, then its record. Nothing is ever replaced.
+
+    Raises:
+        LostClaimError: another writer took the shard over; what it placed stands.
+        DiskFullError: a directory cannot grow.
+    """
+    paths = list(paths)
+    with exclusive(layout.lock):
+        try:
+            _check_uncontested(layout, claim, shard)
+            for path in paths:
+                link_into_place(temporary_of(path, claim.owner), path)
+            with ThreadPoolExecutor(len(paths)) as pool:
+                list(pool.map(sync_directory, {path.parent for path in paths}))
+            _check_uncontested(layout, claim, shard)  # again: without kernel locks another may have cleared these names
+            place(layout.commit(shard), [record.encode()], claim.owner)
+        except (FileExistsError, FileNotFoundError) as error:  # only without kernel locks
+            raise _lost(layout, shard) from error
+
+
+def _check_uncontested(layout: Layout, claim: Claim, shard: int) -> None:
+    if not claim.is_mine() or layout.commit(shard).exists():
+        raise _lost(layout, shard)
+
+
+def _lost(layout: Layout, shard: int) -> LostClaimError:
+    return LostClaimError(
+        f"another writer took over shard {shard} of {str(layout.root)!r} while this one seemed dead; its work stands "
+        "and this copy was dropped. Continue with the next shard."
+    )
+
+
+# ------------------------------------------------------------------------------------------- rows
 
 
 def _limits(lengths: Mapping[int, int], block_rows: int) -> dict[int, int]:

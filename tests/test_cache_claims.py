@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import fcntl
 import os
 import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +49,8 @@ def a_dead_pid() -> int:
 def claim_as(store: FeatureStore, shard: int, **changes: object) -> Path:
     """Leave the claim of another writer behind."""
     mine = Owner.me()
-    fields = {"host": mine.host, "boot": mine.boot, "pid": mine.pid, "token": "0123456789abcdef"} | changes
     path = store.layout.claim(shard)
-    path.write_text(str(Owner(**fields)))  # type: ignore[arg-type]
+    path.write_text(str(dataclasses.replace(mine, **{"token": "0123456789abcdef"} | changes)))  # type: ignore[arg-type]
     return path
 
 
@@ -71,7 +73,11 @@ def test_a_committed_shard_is_not_written_again(tmp_path: Path) -> None:
     [
         ({}, 2 * LEASE_S, False),  # this very process lives, however long it is silent
         ({"pid": "dead"}, 0, True),
-        ({"boot": "00000000"}, 0, True),  # the machine was started again
+        ({"started": 1}, 0, True),  # its pid was given out again: another boot of a container, say
+        ({"started": 0}, 0, False),  # nothing tells whether this is still the same process
+        ({"started": 0}, 2 * LEASE_S, True),
+        ({"boot": "00000000"}, 0, False),  # this machine was started again, or another one has its name
+        ({"boot": "00000000"}, 2 * LEASE_S, True),
         ({"host": "elsewhere"}, 0, False),
         ({"host": "elsewhere"}, LEASE_S / 2, False),
         ({"host": "elsewhere"}, 2 * LEASE_S, True),
@@ -87,6 +93,14 @@ def test_a_claim_expires_with_its_writer(
     then = path.stat().st_mtime - silent_s
     os.utime(path, (then, then))
     assert (store.write_shard(0) is not None) == is_taken_over
+
+
+def test_a_claim_in_the_old_spelling_expires_by_its_process_or_its_silence(tmp_path: Path) -> None:
+    mine = Owner.me()
+    owners = [Owner.parse(f"{mine.host}+{mine.boot}+{pid}+{mine.token}") for pid in (mine.pid, a_dead_pid())]
+    assert [owner.is_dead(0) for owner in owners] == [False, True]
+    assert owners[0].is_dead(2 * LEASE_S)
+    assert Owner.parse(str(mine)) == mine
 
 
 def test_a_living_claim_beats_its_heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +190,7 @@ def test_sealing_again_changes_nothing(tmp_path: Path) -> None:
 def test_the_janitor_removes_only_what_is_nobodys(tmp_path: Path) -> None:
     store = create(tmp_path / "store", FEATURES)
     write(store, 0)
-    alive, dead = Owner.me(), Owner(host=Owner.me().host, boot=Owner.me().boot, pid=a_dead_pid(), token="0" * 16)
+    alive, dead = Owner.me(), dataclasses.replace(Owner.me(), pid=a_dead_pid(), token="0" * 16)
     claimed = Claim.take(store.layout, 1)
     kept = [
         store.layout.array("features", 0),
@@ -196,6 +210,96 @@ def test_the_janitor_removes_only_what_is_nobodys(tmp_path: Path) -> None:
     assert set(sweep(store.layout, store.header)) == {*gone, skeleton}
     assert all(path.exists() for path in kept)
     claimed.release()
+
+
+def test_the_janitor_spares_a_shard_that_is_committed_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    orphan = store.layout.array("features", 2)
+    orphan.write_bytes(b"x")
+
+    def commit_meanwhile(claim: Path) -> bool:
+        store.layout.commit(2).write_bytes(b"a record")
+        return True
+
+    monkeypatch.setattr("cache.claims.is_free", commit_meanwhile)
+    assert sweep(store.layout, store.header) == []
+    assert orphan.exists()
+
+
+def test_the_janitor_spares_the_files_of_a_distant_writer_whose_claim_beats(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    claim = claim_as(store, 1, host="elsewhere")
+    unfinished = temporary_of(store.layout.array("features", 1), read_owner(claim))
+    unfinished.write_bytes(b"flushing for longer than a lease")
+    os.utime(unfinished, (0, 0))
+    assert sweep(store.layout, store.header) == []
+    os.utime(claim, (0, 0))
+    assert set(sweep(store.layout, store.header)) == {claim, unfinished}
+
+
+def test_what_a_dead_writer_left_of_a_shard_does_not_stop_its_successor(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    store.layout.array("features", 0).write_bytes(b"half a shard")
+    write(store, 0)
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_late_writer_replaces_nothing_where_the_file_system_knows_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=r"gives no locks \(No locks available\)"):
+        store = create(tmp_path / "store", FEATURES)
+    late = store.write_shard(0)
+    for utterance_id in late.plan["utterance_id"].to_pylist():
+        append(late, utterance_id)
+    store.layout.claim(0).unlink()
+    write(FeatureStore.open(store.path), 0)
+    monkeypatch.setattr("cache.writer._check_uncontested", lambda *_: None)  # it had looked just before
+    before = store.layout.array("features", 0).stat().st_ino
+    with pytest.raises(LostClaimError, match="its work stands"):
+        late.__exit__(None, None, None)
+    assert store.layout.array("features", 0).stat().st_ino == before
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_shard_is_on_the_disk_before_its_record_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create(tmp_path / "store", FEATURES, encoding="int8")
+    steps: list[tuple[str, str]] = []
+
+    def spy(name: str, function: Callable[..., object], label: Callable[..., str]) -> None:
+        def record(*args: object) -> object:
+            steps.append((name, label(*args)))
+            return function(*args)
+
+        monkeypatch.setattr(os, name, record)
+
+    def file_of(fd: int, *_: object) -> str:
+        return str(Path(f"/proc/self/fd/{fd}").readlink().relative_to(store.path)).lstrip(".").replace("/.", "/")
+
+    def of_temporary(name: str) -> str:
+        return name.partition("~")[0]
+
+    spy("writev", os.writev, lambda fd, _: of_temporary(file_of(fd)))
+    spy("fsync", os.fsync, lambda fd: of_temporary(file_of(fd)))
+    spy("link", os.link, lambda _, target: str(Path(target).relative_to(store.path)))
+    write(store, 0)
+    steps = [step for step in steps if not step[1].startswith("claims")]
+    record = "commits/000000.json"
+    ours = ["features/c.0.0", "scales/c.0", "index/000000.parquet", "quarantine/000000.jsonl"]
+    for name in [*ours, record]:
+        folder = name.partition("/")[0]
+        wanted = [("writev", name), ("fsync", name), ("link", name), ("fsync", folder)]
+        if name == "quarantine/000000.jsonl":  # empty: nothing to write
+            wanted = wanted[1:]
+        assert [step for step in steps if step in wanted] == wanted
+    begun = steps.index(("link", record))
+    assert all(steps.index(("fsync", name.partition("/")[0])) < begun for name in ours)
 
 
 def test_many_threads_share_one_store(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ Run: pytest tests/test_cache_faults.py
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,16 @@ import numpy as np
 import pytest
 from cache_stores import Features, calibrate, create, fill, make_features, make_table, sealed
 
-from cache import CacheError, FeatureReader, FeatureStore, make_plan, store_repair, store_verify
+from cache import (
+    CacheError,
+    FeatureReader,
+    FeatureStore,
+    find_faults,
+    make_plan,
+    store_diff,
+    store_repair,
+    store_verify,
+)
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 from cache.verify import Fault
 
@@ -87,9 +98,12 @@ SHARD_FAULTS: list[tuple[str, Callable[[FeatureStore], object], set[int], set[st
     ("index flipped", lambda s: flip(s.layout.index(2), 30), {2}, {"index"}),
     ("two indexes swapped", lambda s: swap(s.layout.index(2), s.layout.index(3)), {2, 3}, {"index", "size"}),
     ("quarantine replaced", lambda s: s.layout.quarantine(2).write_text("{}\n"), {2}, {"size"}),
-    ("commit record flipped", lambda s: flip(s.layout.commit(2), 40), {2}, {"commit_record", "seal"}),
-    ("commit record deleted", lambda s: s.layout.commit(2).unlink(), {2}, {"missing"}),
-    ("two commit records swapped", lambda s: swap(s.layout.commit(2), s.layout.commit(3)), {2, 3}, {"swapped", "seal"}),
+]
+RECORD_FAULTS: list[tuple[str, Callable[[FeatureStore], object], set[int], set[str]]] = [
+    ("flipped", lambda s: flip(s.layout.commit(2), 40), {2}, {"commit_record", "seal"}),
+    ("deleted", lambda s: s.layout.commit(2).unlink(), {2}, {"missing"}),
+    ("two swapped", lambda s: swap(s.layout.commit(2), s.layout.commit(3)), {2, 3}, {"swapped", "seal"}),
+    ("all deleted", lambda s: shutil.rmtree(s.path / "commits"), {0, 1, 2, 3}, {"missing"}),
 ]
 
 
@@ -108,6 +122,31 @@ def test_a_fault_is_found_named_and_repaired(
     assert make_again(store, FEATURES) == sorted(shards)
     assert store_verify(store, deep=True) == []
     assert content_of(store) == before
+
+
+@pytest.mark.parametrize(
+    ("plant", "shards", "kinds"), [fault[1:] for fault in RECORD_FAULTS], ids=[fault[0] for fault in RECORD_FAULTS]
+)
+def test_a_lost_record_comes_back_from_under_the_seal_and_no_sound_shard_is_made_again(
+    store: FeatureStore, plant: Callable[[FeatureStore], object], shards: set[int], kinds: set[str]
+) -> None:
+    before = {path: path.stat().st_ino for path in store.layout.array("features", 0).parent.iterdir()}
+    records = store.layout.sealed_commits.read_bytes()
+    plant(store)
+    faults = store_verify(store)
+    assert {fault.shard for fault in faults} == shards
+    assert {fault.kind for fault in faults} <= kinds
+    assert make_again(store, FEATURES) == []
+    assert {path: path.stat().st_ino for path in store.layout.array("features", 0).parent.iterdir()} == before
+    assert b"".join(store.layout.commit(shard).read_bytes() for shard in range(4)) == records
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_lost_record_of_a_damaged_shard_does_not_come_back(store: FeatureStore) -> None:
+    flip(store.layout.array("features", 2), 5)
+    store.layout.commit(2).unlink()
+    assert make_again(store, FEATURES) == [2]
+    assert store_verify(store, deep=True) == []
 
 
 @pytest.mark.parametrize(
@@ -162,6 +201,89 @@ def test_what_the_deep_check_found_is_repaired_without_reading_everything(store:
     assert store.pending_shards() == [2]
 
 
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
+    """A store of several chunks a shard that passes for too large to be read whole on every repair."""
+    monkeypatch.setattr("cache.verify.SMALL_BYTES", 0)
+    return sealed(tmp_path / "store", make_features([500] * 8), rows_per_shard=2048)
+
+
+def in_chunk(store: FeatureStore, chunk: int) -> int:
+    return chunk * (store.header.chunk_rows * store.header.bytes_per_row + 4) + 5
+
+
+def test_what_a_reader_stumbles_over_is_repaired_by_extract_alone(large: FeatureStore) -> None:
+    flip(large.layout.array("features", 1), in_chunk(large, 1))
+    assert store_verify(large) == []  # neither the first nor the last chunk
+    assert store_repair(large) == []
+    with pytest.raises(CorruptShardError, match=r"chunk 1 of features.*store verify --deep"):
+        FeatureReader(large).read(range(8))
+    assert {(fault.shard, fault.kind) for fault in store_verify(large)} == {(1, "bit_flip")}
+    assert {fault.shard for fault in store_repair(large)} == {1}
+    assert large.pending_shards() == [1]
+    assert not list(large.layout.damaged.iterdir())
+
+
+def test_a_damaged_store_that_may_only_be_read_is_still_named(
+    large: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(large.layout.array("features", 1), in_chunk(large, 1))
+
+    def read_only(self: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(CorruptShardError, match="chunk 1 of features"):
+        FeatureReader(large).read(range(8))
+    assert [fault.kind for fault in store_verify(large, deep=True)] == ["bit_flip"]
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """Make a file answer every read of its chunks with an error."""
+    preadv, stat = os.preadv, path.stat()
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if os.fstat(fd).st_ino == stat.st_ino:
+            raise OSError(code, os.strerror(code))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr("os.preadv", read)
+
+
+def test_a_bad_sector_is_a_fault_like_any_other(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store.layout.array("features", 2)
+    fail_to_read(monkeypatch, path, errno.EIO)
+    (fault,) = store_verify(store)
+    assert (fault.kind, fault.shard, fault.path) == ("unreadable", 2, "features/c.2.0")
+    assert "Input/output error" in fault.message
+    with pytest.raises(CorruptShardError, match=r"features/c\.2\.0 cannot be read \(Input/output error\)"):
+        FeatureReader(store).read(range(8))
+    store_repair(store)
+    monkeypatch.undo()
+    assert make_again(store, FEATURES) == [2]
+    assert store_verify(store, deep=True) == []
+
+
+def test_a_shard_that_is_merely_out_of_reach_is_not_made_again(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_read(monkeypatch, store.layout.array("features", 2), errno.EACCES)
+    (fault,) = store_verify(store)
+    assert (fault.kind, fault.shard) == ("out_of_reach", 2)
+    assert "Make it readable" in fault.message
+    assert store_repair(store) == [fault]
+    assert store.pending_shards() == []
+    assert store.is_sealed
+
+
+def test_an_interrupted_check_has_noted_what_it_found(store: FeatureStore) -> None:
+    flip(store.layout.array("features", 1), 5)
+    checks = find_faults(store, deep=True)
+    assert next(checks).shard == 1
+    checks.close()
+    assert {fault.shard for fault in store_repair(store, deep=False)} == {1}
+
+
 def test_repairing_a_sound_store_changes_nothing(store: FeatureStore) -> None:
     before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
     assert store_repair(store) == []
@@ -175,7 +297,17 @@ def test_a_shard_of_another_extraction_is_foreign(tmp_path: Path) -> None:
     other = sealed(tmp_path / "other", FEATURES, fingerprint={"encoder": {"id": "other"}})
     shutil.copy(other.layout.commit(2), store.layout.commit(2))
     assert {(fault.shard, fault.kind) for fault in store_verify(store)} == {(2, "foreign_fingerprint"), (2, "seal")}
+    assert make_again(store, FEATURES) == []  # its own record is still under the seal
+
+
+def test_a_foreign_shard_that_no_seal_vouches_for_is_made_again(tmp_path: Path) -> None:
+    store = create(tmp_path / "store", FEATURES)
+    fill(store, FEATURES)
+    other = sealed(tmp_path / "other", FEATURES, fingerprint={"encoder": {"id": "other"}})
+    shutil.copy(other.layout.commit(2), store.layout.commit(2))
+    assert {(fault.shard, fault.kind) for fault in store_verify(store)} == {(2, "foreign_fingerprint")}
     assert make_again(store, FEATURES) == [2]
+    assert store_verify(store, deep=True) == []
 
 
 def test_a_shard_of_another_plan_is_stale(tmp_path: Path) -> None:
@@ -185,7 +317,7 @@ def test_a_shard_of_another_plan_is_stale(tmp_path: Path) -> None:
     assert {(fault.shard, fault.kind) for fault in store_verify(store)} >= {(2, "stale_plan")}
     shutil.copy(other.layout.plan, store.layout.plan)
     assert (None, "stale_plan") in {(fault.shard, fault.kind) for fault in store_verify(store)}
-    assert make_again(store, FEATURES) == [2]
+    assert make_again(store, FEATURES) == []
     assert store_verify(store, deep=True) == []
 
 
@@ -241,6 +373,48 @@ def test_another_calibration_is_another_extraction(tmp_path: Path) -> None:
     assert store.fingerprint["store"]["calibration_id"] == store.calibration.id
 
 
+def test_a_lost_calibration_comes_back_from_its_copy_in_the_header(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int8")
+    before = store.layout.calibration.read_bytes()
+    flip(store.layout.calibration, 3)
+    damaged = FeatureStore.open(store.path)
+    assert damaged.calibration.id == store.header.calibration_id
+    (fault,) = store_verify(damaged)
+    assert (fault.kind, fault.path) == ("calibration", "calibration/c.0.0")
+    assert "the copy in zarr.json is whole" in fault.message
+    store_repair(damaged)
+    assert store.layout.calibration.read_bytes() == before
+    assert store_verify(FeatureStore.open(store.path)) == []
+
+
+def change_header(store: FeatureStore, change: Callable[[dict[str, object]], object]) -> FeatureStore:
+    path = store.path / "zarr.json"
+    document = json.loads(path.read_text())
+    change(document["attributes"]["feature_store"])
+    path.write_text(json.dumps(document))
+    return FeatureStore.open(store.path)
+
+
+def test_a_damaged_copy_of_the_calibration_is_named_and_mended(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int8")
+    other = calibrate(make_features([30] * 8, seed=1), 8)
+    damaged = change_header(store, lambda header: header.update(calibration=other.to_base64()))
+    assert [(fault.kind, fault.path) for fault in store_verify(damaged)] == [("calibration", "zarr.json")]
+    assert damaged.calibration.id == store.header.calibration_id
+    assert make_again(damaged, FEATURES) == []
+    assert store_verify(FeatureStore.open(store.path)) == []
+
+
+def test_a_store_from_before_the_copy_is_sound(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int8")
+    older = change_header(store, lambda header: header.pop("calibration"))
+    assert store_verify(older, deep=True) == []
+    assert store_diff(store.path, older.path) == {}
+    older.layout.calibration.unlink()
+    with pytest.raises(CorruptShardError, match="neither"):
+        FeatureStore.open(store.path).calibration  # noqa: B018
+
+
 def test_training_on_another_fingerprint_is_refused(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", FEATURES)
     store.require_fingerprint(store.fingerprint)
@@ -261,6 +435,8 @@ def test_a_path_without_a_store_says_what_to_do(tmp_path: Path, what: str) -> No
     path = tmp_path / "store"
     if what == "file":
         path.write_text("not a store")
+        with pytest.raises(StoreNotFoundError, match="is a file, not a feature store"):
+            create(path, FEATURES)
     if what == "folder":
         path.mkdir()
         (path / "notes.txt").write_text("mine")

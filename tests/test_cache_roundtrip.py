@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import FeatureReader, FeatureStore, Quantized, make_plan, store_verify
+from cache.blocks import BlockCache, Rows
 from cache.index import decode_quarantine
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=24)
@@ -211,6 +213,24 @@ def test_prefetched_blocks_are_read_once(tmp_path: Path) -> None:
     reader.read(range(20))
     used = sum(len(file.checksums) for shard in range(store.num_shards) for file in store.commit(shard).arrays.values())
     assert reader.bytes_read == used * store.header.chunk_rows * 8 * 2
+
+
+def test_a_block_that_leaves_the_cache_still_reaches_whoever_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = sealed(tmp_path / "store", make_features([60] * 3))
+    commits = {shard: store.commit(shard) for shard in range(3)}
+    blocks = BlockCache(store.layout, store.header, commits, num_threads=1, cache_bytes=1)
+    gate, read = threading.Event(), BlockCache._read
+
+    def read_later(self: BlockCache, block: int) -> Rows:
+        gate.wait(10)
+        return read(self, block)
+
+    monkeypatch.setattr(BlockCache, "_read", read_later)
+    waiting = [blocks.fetch([block])[block] for block in range(3)]
+    gate.set()
+    assert [len(future.result(10).features) for future in waiting] == [64] * 3
 
 
 def test_a_small_cache_still_reads_everything(tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import socket
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_stores import create, fill, make_features, sealed
+from typer.testing import CliRunner
 
 from cache import (
     FeatureReader,
@@ -20,7 +25,9 @@ from cache import (
     store_merge,
     store_verify,
 )
+from cache.blocks import Rows, read_rows
 from cache.errors import CorruptShardError, StoreMismatchError
+from tinyaudio.cli import app
 
 FEATURES = make_features([30] * 7 + [65, 20])
 SPLITS = ["train"] * 6 + ["dev"] * 3
@@ -72,6 +79,112 @@ def test_parts_made_on_three_machines_merge_into_the_store_of_one(tmp_path: Path
     for shard in range(whole.num_shards):
         for name in whole.layout.files_of(shard, whole.header):
             assert (merged.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def run(line: str) -> str:
+    """Type a command; returns what it says."""
+    words = shlex.split(line)
+    result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    return result.output
+
+
+def damage(store: FeatureStore, shard: int) -> None:
+    path = store.layout.array("features", shard)
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+
+
+def command_named_in(message: str) -> str:
+    """Find the command that a message tells to type."""
+    return next(part for part in message.split("`") if part.startswith("tinyaudio"))
+
+
+@pytest.mark.parametrize("how", ["merge", "export", "export of some"])
+def test_the_message_of_a_damaged_merged_or_exported_store_names_a_command_that_repairs_it(
+    tmp_path: Path, how: str
+) -> None:
+    source = sealed(tmp_path / "a source", FEATURES)
+    if how == "merge":
+        store_merge(tmp_path / "made", [source.path])
+    else:
+        store_export(source.path, tmp_path / "made", ids=None if how == "export" else {"u0", "u4", "u5"}, seed=1)
+    made = FeatureStore.open(tmp_path / "made")
+    before = {path.name: path.read_bytes() for path in (made.path / "features").iterdir()}
+    damage(made, 0)
+    with pytest.raises(CorruptShardError) as error:
+        FeatureReader(made).read([0])
+    run(command_named_in(str(error.value)))
+    assert store_verify(made, deep=True) == []
+    assert {path.name: path.read_bytes() for path in (made.path / "features").iterdir()} == before
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_merged_store_keeps_the_recipe_that_all_parts_agree_on(tmp_path: Path, agree: bool) -> None:
+    parts = [create(tmp_path / f"part{i}", FEATURES) for i in range(2)]
+    for i, part in enumerate(parts):
+        fill(part, FEATURES, part.pending_shards(part=(i, 2)))
+        (part.path / "request.json").write_text(json.dumps({"splits": ["dev"]}))
+        (part.path / "recipe.toml").write_text(f"seed = {0 if agree else i}\n")
+    store_merge(tmp_path / "merged", [part.path for part in parts])
+    merged = FeatureStore.open(tmp_path / "merged")
+    merged.layout.array("features", 0).unlink()
+    with pytest.raises(CorruptShardError) as error:
+        FeatureReader(merged)
+    recipe = merged.path / "recipe.toml"
+    extract = f"tinyaudio extract --recipe {recipe} --store {merged.path} --split dev"
+    merge = f"tinyaudio store merge {merged.path} {parts[0].path} {parts[1].path}"
+    assert command_named_in(str(error.value)) == (extract if agree else merge)
+    assert recipe.exists() == agree
+
+
+def test_an_export_reads_one_utterance_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sealed(tmp_path / "store", FEATURES)
+    held: list[weakref.ref[object]] = []
+    most = 0
+
+    def counted(*args: object) -> Rows:
+        nonlocal most
+        rows = read_rows(*args)  # type: ignore[arg-type]
+        held.append(weakref.ref(rows))
+        most = max(most, sum(each() is not None for each in held))
+        return rows
+
+    monkeypatch.setattr("cache.reader.read_rows", counted)
+    store_export(source.path, tmp_path / "small")
+    assert len(held) == 8
+    assert most <= 2
+
+
+def test_ids_that_are_not_stored_are_counted_and_named(tmp_path: Path) -> None:
+    source = sealed(tmp_path / "store", FEATURES)
+    (tmp_path / "ids").write_text("u0\nnobody\nu1\nno one\n")
+    said = run(f"tinyaudio store export {source.path} {tmp_path / 'small'} --ids {tmp_path / 'ids'}")
+    assert "2 of the 4 ids" in said
+    assert "nobody, no one" in said
+    assert len(FeatureReader(tmp_path / "small")) == 2
+
+
+def test_info_names_machines_as_people_do(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    assert list(store_info(store.path).writers) == [re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())]
+
+
+def test_info_without_the_list_of_rejected_utterances_says_so_in_one_line(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    store.layout.rejected.unlink()
+    with pytest.raises(CorruptShardError, match=r"quarantine/plan\.jsonl cannot be read"):
+        store_info(store.path)
+
+
+def test_verify_prints_faults_as_they_are_found_and_its_progress_to_stderr(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    damage(store, 1)
+    result = CliRunner().invoke(app, ["store", "verify", str(store.path), "--deep"])
+    assert result.exit_code == 1
+    assert "features/c.1.0 (shard 1): chunk 0 is not the one that was committed" in result.stdout
+    assert f"/{store.num_shards}" in result.stderr
+    assert "1 faults" in result.stderr
 
 
 def test_merging_another_extraction_is_refused(tmp_path: Path) -> None:

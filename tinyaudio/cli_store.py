@@ -1,6 +1,7 @@
 """The `store` commands: look into, check, compare, join and cut out feature stores. Part of the roof."""
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 from tinyaudio.cli_options import JsonOption, say
 
 StoreArgument = Annotated[Path, typer.Argument(help="Feature store.", metavar="STORE")]
+
+SHOWN_IDS = 10  # of those that are not there
 
 store = typer.Typer(help="Look into, check, compare, join and cut out feature stores.", no_args_is_help=True)
 
@@ -37,21 +40,26 @@ def verify(
 ) -> None:
     """Name every fault: flipped bits (--deep), truncated, missing or swapped files, records of another store.
 
-    Exits 1 if there is one. `tinyaudio extract`, typed again, repairs exactly the damaged shards.
+    Exits 1 if there is one. `tinyaudio extract`, typed again, repairs exactly the damaged shards; what an interrupted
+    check has found counts too.
     """
-    from cache import FeatureStore, store_verify
+    from tqdm import tqdm
+
+    from cache import FeatureStore, find_faults
 
     opened = FeatureStore.open(path)
-    faults = store_verify(opened, deep=deep)
-    for fault in faults:
-        print(fault.message)
+    faults = []
+    with tqdm(total=len(opened.committed_shards()), unit=" shards", file=sys.stderr, disable=not deep) as bar:
+        for fault in find_faults(opened, deep=deep, progress=lambda _: bar.update()):
+            faults.append(fault)
+            tqdm.write(fault.message, file=sys.stdout)
     if json:
         print(json_module.dumps({"faults": [fault.to_dict() for fault in faults], "deep": deep}))
     elif not faults:
         checked = "every byte" if deep else "records and sizes; --deep reads every byte"
         print(f"{path} is sound: {len(opened.committed_shards())} of {opened.num_shards} shards, checked {checked}")
     if faults:
-        say(f"tinyaudio: {len(faults)} faults in {path}; type the `tinyaudio extract` that made it again to repair it")
+        say(f"tinyaudio: {len(faults)} faults in {path}")
         raise typer.Exit(1)
 
 
@@ -103,9 +111,12 @@ def export(
     seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
 ) -> None:
     """Copy some utterances into a smaller store, for quick ablations; frames stay bit for bit the same."""
-    from cache import store_export, store_info
+    from cache import store_export, store_info, unknown_ids
 
     wanted = None if ids is None else _read_ids(ids)
+    if wanted is not None and (unknown := unknown_ids(source, wanted)):
+        shown = ", ".join(unknown[:SHOWN_IDS]) + (", ..." if len(unknown) > SHOWN_IDS else "")
+        say(f"warning: {len(unknown)} of the {len(wanted)} ids in {ids} are not stored in {source}: {shown}")
     try:
         made = store_export(source, destination, max_hours=max_hours, split=split, ids=wanted, seed=seed)
     except ValueError as error:

@@ -36,6 +36,15 @@ def test_padding_changes_no_valid_projected_frame(kind, stack_factor):
         assert torch.allclose(alone, padded[:, :count], atol=1e-6)
 
 
+def test_conv_projector_is_a_strided_convolution():
+    torch.manual_seed(0)
+    projector = build_projector("conv", 6, 7, 5, 8)
+    features = torch.randn(2, 15, 6)
+    context = torch.nn.functional.pad(features, (0, 0, 2, 2)).transpose(1, 2)
+    hidden = torch.nn.functional.gelu(projector.conv(context)).transpose(1, 2)
+    assert torch.allclose(projector(features), projector.linear_out(hidden), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "parameters"),
     [("mlp", 14_684_160), ("linear", 5120 * 2048 + 2048), ("norm_mlp", 14_684_160 + 5120)],

@@ -9,7 +9,6 @@ samples + 256 MB of features), plus activations (on a CPU, of one batch a core).
 """
 
 import contextlib
-import ctypes
 import itertools
 import queue
 import shutil
@@ -35,6 +34,7 @@ from pipelines.identity import LoadedEncoder
 from pipelines.no_speech import is_no_speech
 from pipelines.recipes import Recipe
 from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE, Samples
+from tinyaudio.encoder import give_back_free_memory
 
 AHEAD_SHARDS = 1
 AHEAD_BATCHES = 2
@@ -100,12 +100,6 @@ def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
     finally:
         stopped.set()
         thread.join()
-
-
-def give_back_free_memory() -> None:
-    """Return what malloc keeps of freed batches: as no two are of one size, the heap would creep up over the shards."""
-    with contextlib.suppress(AttributeError):  # glibc alone has it, and alone needs it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class ShardLine:

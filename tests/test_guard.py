@@ -13,6 +13,10 @@ from tinyaudio.guard import CODES, cut_loop, find_loop, judge, token_budget
         ("so it goes on and on " + "it it it it it it it it", "repetition"),
         ("::::::::::::::", "repetition"),
         ("I'm an AI language model and I don't have the ability to transcribe audio", "refusal"),
+        ("I\u2019m an AI and I cannot process audio", "refusal"),
+        ("as a language model i do not hear things", "refusal"),
+        ("i'm sorry but i can't help with that", "refusal"),
+        ("i cannot listen to the audio file", "refusal"),
         ("Please provide the audio you would like me to transcribe", "refusal"),
         ("word " * 3 + "other things were said in a very short time by nobody", "implausible_rate"),
     ],
@@ -32,11 +36,24 @@ def test_known_failures_are_found(text, fault):
         "the quick brown fox jumps over the lazy dog and the lazy dog does not mind the quick brown fox at all",
         "i am not a language model but a person",
         "ha ha ha ha",
+        "i can't hear you very well could you speak up",
+        "i cannot access the building before nine",
+        "i'm an ai researcher and i like it here",
+        "please provide an address",
         "",
     ],
 )
 def test_honest_speech_passes(text):
     assert judge(text, 8.0, is_complete=True) is None
+
+
+def test_hardly_a_letter_for_seconds_of_speech_is_empty():
+    assert judge("", 3.0, is_complete=True, speech_s=2.0) == "empty"
+    assert judge(". ,", 3.0, is_complete=True, speech_s=2.0) == "empty"
+    assert judge("uh", 12.0, is_complete=True, speech_s=10.0) == "empty"
+    assert judge("", 3.0, is_complete=True, speech_s=0.6) is None, "a cough"
+    assert judge("yes", 3.0, is_complete=True, speech_s=2.0) is None
+    assert judge("", 3.0, is_complete=True) is None, "nobody listened for speech"
 
 
 def test_output_without_an_end_is_truncated():

@@ -180,6 +180,24 @@ def test_seams_double_and_lose_no_word(before, after, expected):
     assert f"{left} {right}".strip() == expected
 
 
+def test_one_word_in_common_is_no_agreement_at_the_price_of_four():
+    before, after = "we walked down to the sea and", "they said that the boats are gone"
+    assert join_texts(before, after, overlap_s=1.0) == (before, after, False)
+
+
+def test_a_gap_early_in_a_window_is_better_than_none():
+    """Speech, one gap after a sixth of the window, and speech without a pause for longer than the rest of it."""
+    frames = np.full((150, FRAME_LENGTH), 0.1, np.float32)
+    probabilities = np.ones(len(frames))
+    window = rules(window_s=4.0)[1].window
+    probabilities[window // 6 : window // 6 + 4] = 0.0
+    cutter = _Cutter(rules(window_s=4.0)[1])
+    cutter.add(frames.reshape(-1)[: (window + 4) * FRAME_LENGTH], probabilities[: window + 4])
+    (piece,) = cutter.pieces(is_final=False)
+    assert piece.end_s == pytest.approx(window // 6 * FRAME_LENGTH / SAMPLING_RATE, abs=0.15)
+    assert "no_pause" not in piece.warnings
+
+
 def test_windows_that_share_no_word_are_kept_whole_and_reported():
     assert join_texts("one two", "three four", overlap_s=1.0) == ("one two", "three four", False)
 

@@ -16,12 +16,13 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AudioError
+from .truncation import MISSING_S, is_truncated, promised_s
 
 SAMPLING_RATE = 16_000  # Hz; what HuBERT and wav2vec 2.0 were trained on
 WINDOW_LENGTH = 400  # samples, 25 ms: receptive field of the convolutions (kernels 10,3,3,3,3,2,2)
@@ -31,10 +32,6 @@ RESAMPLER = "soxr-HQ"
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; outside lie broken headers, not recordings
 BLOCK_S = 10  # seconds decoded at a time
 MAX_BLOCK_VALUES = 1 << 23  # samples of all channels decoded at a time: 32 MiB, whatever a header claims
-MISSING_S = 0.25  # seconds a header may promise too much; encoders' delays and wrongly counted header bytes are shorter
-STREAMED_BYTES = 0x7FFF_F000  # from here on a chunk's size is what a program writes that cannot go back and correct it
-MAX_CHUNKS = 64  # of a RIFF file looked through for its samples
-OGG_TAIL_BYTES = 1 << 17  # holds the last page, which has 65,307 bytes at most
 SPOOL_BYTES = 1 << 26  # of an input without rewind kept in memory; the rest goes to a temporary file
 
 Samples = NDArray[np.float32]
@@ -106,7 +103,10 @@ def iter_audio(
         if sampling_rate is not None:
             raise AudioError("sampling_rate goes with an array; files carry their own")
         decoded = _decode(source, on_truncated)
-    yield from _resample(decoded, describe(source))
+    try:
+        yield from _resample(decoded, describe(source))
+    except OSError as error:  # of the disk, or of its being full while a pipe is copied
+        raise AudioError(f"{describe(source)} cannot be read: {error.strerror or error}") from error
 
 
 def probe_duration_s(path: str | os.PathLike[str]) -> float | None:
@@ -165,8 +165,9 @@ def _decode(source: AudioSource, on_truncated: Callable[[], None]) -> Iterator[t
     with _open(source) as stream:
         import soundfile
 
+        patient = _Patient(stream)
         try:
-            sound = soundfile.SoundFile(_Patient(stream))
+            sound = soundfile.SoundFile(patient)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             stream.seek(0)
             yield from _gather(_decode_with_av(stream, name, str(error), on_truncated))
@@ -181,52 +182,12 @@ def _decode(source: AudioSource, on_truncated: Callable[[], None]) -> Iterator[t
                     num_read += len(block)
                     yield _mean(block, axis=1), rate
             except (soundfile.LibsndfileError, RuntimeError) as error:
+                patient.complain()
                 reason = _one_line(str(error)) or "its data does not decode"
                 raise AudioError(f"{name} is damaged: {reason}") from error
-        if _is_truncated(stream, sound, num_read):
+        patient.complain()
+        if is_truncated(stream, sound, num_read):
             on_truncated()
-
-
-def _is_truncated(stream: BinaryIO, sound: Any, num_read: int) -> bool:
-    """Tell whether a file that libsndfile has read ends before its header says; it takes what there is for all."""
-    promised = float(num_read)
-    if sound.format in ("WAV", "WAVEX", "AIFF"):
-        promised *= _declared_share(stream)
-    elif sound.format == "OGG":
-        return not _has_ogg_end(stream)
-    elif sound.format == "FLAC" or (sound.format in ("MP3", "MPEG") and _counts_frames(stream)):
-        promised = sound.frames if sound.frames < 1 << 48 else num_read  # a stream's header does not know
-    return promised - num_read > MISSING_S * sound.samplerate
-
-
-def _declared_share(stream: BinaryIO) -> float:
-    """Divide the bytes that a RIFF or IFF header declares for its samples by those that are there; 1 if unknown."""
-    end = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    order: Literal["little", "big"] = "little" if stream.read(12).startswith(b"RIFF") else "big"
-    for _ in range(MAX_CHUNKS):
-        header = stream.read(8)
-        size = int.from_bytes(header[4:], order)
-        if header[:4] in (b"data", b"SSND"):
-            present = end - stream.tell()
-            return size / present if 0 < present < size < STREAMED_BYTES else 1.0
-        stream.seek(size + size % 2, os.SEEK_CUR)
-    return 1.0
-
-
-def _has_ogg_end(stream: BinaryIO) -> bool:
-    """Look for the flag "last page of its stream" (RFC 3533, section 6) in the last page."""
-    stream.seek(-min(OGG_TAIL_BYTES, stream.seek(0, os.SEEK_END)), os.SEEK_END)
-    tail = stream.read()
-    page = tail.rfind(b"OggS")
-    return page >= 0 and len(tail) > page + 5 and bool(tail[page + 5] & 4)
-
-
-def _counts_frames(stream: BinaryIO) -> bool:
-    """Tell whether an MP3 says how long it is, in its first frame; else libsndfile guesses from the bit rate."""
-    stream.seek(0)
-    head = stream.read(1 << 16)
-    return b"Xing" in head or b"Info" in head
 
 
 def _decode_with_av(
@@ -250,7 +211,7 @@ def _decode_with_av(
                 for part in to_float.resample(frame):
                     num_read += part.samples
                     yield _mean(part.to_ndarray(), axis=0), rate
-            if _promised_s(container, track) - num_read / rate > MISSING_S:
+            if promised_s(container, track) - num_read / rate > MISSING_S:
                 on_truncated()
     except AudioError:
         raise
@@ -260,15 +221,6 @@ def _decode_with_av(
         raise AudioError(
             f"{name} is not readable as audio ({reasons}); expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
-
-
-def _promised_s(container: Any, track: Any) -> float:
-    """Return the seconds that an MP4's or WebM's header declares for a track; 0 where FFmpeg only guesses."""
-    if not {"mov", "matroska"} & set(container.format.name.split(",")):
-        return 0.0
-    if track.duration:
-        return float(track.duration * track.time_base)
-    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # of the longest track
 
 
 def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, int]]:
@@ -299,10 +251,23 @@ class _Patient:
     """A stream that stays where it is when a damaged file asks it to go before its beginning.
 
     soundfile calls it from C, where an exception cannot be raised and is printed to stderr with its traceback instead.
+    What the disk complains of ends the file there, and is raised by `complain`.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.read, self.tell, self._seek = stream.read, stream.tell, stream.seek
+        self.tell, self._read, self._seek = stream.tell, stream.read, stream.seek
+        self._complaint: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._read(size)
+        except OSError as error:
+            self._complaint = error
+            return b""
+
+    def complain(self) -> None:
+        if self._complaint is not None:
+            raise self._complaint
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with contextlib.suppress(OSError, ValueError, OverflowError):
@@ -369,7 +334,10 @@ def _spool(stream: Any) -> BinaryIO:
     copy = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (handed over to the caller)
     try:
         shutil.copyfileobj(stream, copy, 1 << 20)
-    except TypeError as error:
+    except BaseException as error:
+        copy.close()
+        if not isinstance(error, TypeError):
+            raise
         raise AudioError(f"{describe(stream)} gives text; expected a file opened in binary mode") from error
     copy.seek(0)
     return cast(BinaryIO, copy)

@@ -6,7 +6,9 @@ Knows HuBERT, wav2vec 2.0 and WavLM through `AutoModel`; knows nothing of stores
 """
 
 import contextlib
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 from .audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames, pad_to_window
 from .errors import ModelError
 from .frozen import freeze, load_frozen
+
+# oneDNN keeps a compiled kernel for each of the last 1,024 shapes, and no two batches have the same: 250 MB for nothing
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,7 +85,12 @@ def encoder_inputs(feature_extractor: Any, recordings: Sequence[Samples]) -> tup
 
 
 def encode(
-    encoder: PreTrainedModel, input_values: Tensor, attention_mask: Tensor, precision: str = "float32"
+    encoder: PreTrainedModel,
+    input_values: Tensor,
+    attention_mask: Tensor,
+    precision: str = "float32",
+    *,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the frozen encoder.
 
@@ -89,29 +99,54 @@ def encode(
         input_values: (B, S) float32, as `encoder_inputs` makes them, on the encoder's device.
         attention_mask: (B, S), 1 on samples, 0 on padding; at least 400 ones a row.
         precision: "float32", or "bfloat16" for autocast. An autocast around the call is overridden either way.
+        lengths: samples of each row, where the caller knows them: asking a GPU for them means waiting for it.
 
     Returns:
         features (B, T, D) float32, zero behind each row's end, and num_frames (B,) int64.
     """
     if encoder.training:
         raise AssertionError("the encoder is in training mode: dropout and SpecAugment would change features")
-    frames = torch.tensor([num_frames(n) for n in attention_mask.sum(-1).tolist()], device=input_values.device)
-    with torch.no_grad(), _autocast(input_values.device.type, precision):
+    if lengths is None:
+        lengths = attention_mask.sum(-1).tolist()
+    counts = [num_frames(length) for length in lengths]
+    frames = torch.tensor(counts).to(input_values.device, non_blocking=True)
+    device = input_values.device.type
+    with torch.no_grad(), _autocast(device, precision), _exact_convolutions(device, precision):
         if encoder.config.feat_extract_norm == "layer":
             features = encoder(input_values, attention_mask=attention_mask).last_hidden_state
         else:
-            features = _encode_one_by_one(encoder, input_values, attention_mask, int(frames.max()))
+            features = _encode_one_by_one(encoder, input_values, lengths, max(counts))
     valid = torch.arange(features.shape[1], device=features.device)[None, :] < frames[:, None]
     return features.float() * valid[:, :, None], frames
 
 
-def _encode_one_by_one(encoder: PreTrainedModel, values: Tensor, mask: Tensor, num_rows: int) -> Tensor:
+def give_back_free_memory() -> None:
+    """Return what malloc keeps of freed batches: as no two are of one size, the heap would creep up for hours."""
+    with contextlib.suppress(AttributeError):  # glibc alone has it, and alone needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _encode_one_by_one(encoder: PreTrainedModel, values: Tensor, lengths: Sequence[int], num_rows: int) -> Tensor:
     """Encode unpadded: encoders with group norm (the "base" sizes) average over time, so padding would change them."""
     features = values.new_zeros(len(values), num_rows, encoder.config.hidden_size)
-    for i, num_samples in enumerate(mask.sum(-1).tolist()):
+    for i, num_samples in enumerate(lengths):
         alone = encoder(values[i : i + 1, :num_samples]).last_hidden_state[0]
         features[i, : len(alone)] = alone
     return features
+
+
+@contextlib.contextmanager
+def _exact_convolutions(device_type: str, precision: str) -> Iterator[None]:
+    """Compute a GPU's float32 convolutions in float32: by default cuDNN rounds what goes into them to TF32's 10 bits."""
+    if device_type != "cuda" or precision != "float32":
+        yield
+        return
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -59,6 +59,7 @@ TRAVELLING = (
     "recognize.py",
     "segments.py",
     "transcript.py",
+    "truncation.py",
     "voice.py",
 )
 # Every class is named through this one module: transformers copies each entry file of a local folder into a package of

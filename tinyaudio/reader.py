@@ -19,6 +19,7 @@ from .segments import Piece, cut
 
 Input = AudioSource | np.ndarray | tuple[np.ndarray, int]  # a tuple is samples and their sampling rate in Hz
 
+PATIENCE_S = 1.0  # how long a group waits for company, so that a slow input holds up nothing that is done
 WAIT_S = 0.1  # how often a blocked thread looks whether it should stop
 
 
@@ -30,12 +31,14 @@ class End:
         input, name: which one.
         duration_s: seconds that could be read.
         error: one line, if reading broke off.
+        warnings: of the input as a whole, codes of `guard.CODES`.
     """
 
     input: int
     name: str
     duration_s: float
     error: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 Event = Piece | End
@@ -66,10 +69,18 @@ class PieceReader:
         self._thread.join(timeout=5)
 
     def groups(self) -> Iterator[list[Event]]:
-        """Hand out events in order, as many as hold `max_pieces` pieces at a time."""
+        """Hand out events in order, as many as hold `max_pieces` pieces at a time; fewer where reading is slow."""
         group: list[Event] = []
         num_pieces = 0
-        while (event := self._queue.get()) is not None:
+        while True:
+            try:
+                event = self._queue.get(timeout=PATIENCE_S if group else None)
+            except queue.Empty:
+                yield group
+                group, num_pieces = [], 0
+                continue
+            if event is None:
+                break
             if isinstance(event, BaseException):
                 raise event
             group.append(event)
@@ -101,14 +112,17 @@ class PieceReader:
         audio, rate = source if isinstance(source, tuple) else (source, None)
         name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else describe(audio)
         clock, error = _Clock(), None
+        warnings: list[str] = []
         try:
-            for index, piece in enumerate(cut(clock.watch(iter_audio(audio, rate), self), self._window_s)):
+            blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
+            for index, piece in enumerate(cut(clock.watch(blocks, self), self._window_s)):
                 yield replace(piece, input=number, index=index, name=name)
             if not clock.num_samples:
                 error = f"{describe(audio)} holds no samples; expected at least one"
         except AudioError as problem:
             error = str(problem)
-        yield End(input=number, name=name, duration_s=clock.num_samples / SAMPLING_RATE, error=error)
+        duration_s = clock.num_samples / SAMPLING_RATE
+        yield End(input=number, name=name, duration_s=duration_s, error=error, warnings=tuple(warnings))
 
 
 class _Clock:

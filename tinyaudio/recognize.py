@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .audio import SAMPLING_RATE, Samples
-from .encoder import encoder_inputs
+from .audio import SAMPLING_RATE
+from .encoder import encoder_inputs, give_back_free_memory
+from .errors import ModelError
 from .guard import RETRIED, cut_loop, judge, token_budget
 from .reader import End, Event, Input, PieceReader
 from .segments import Piece, join_texts
@@ -65,7 +67,7 @@ class Progress:
     """How far a stream has come.
 
     Args:
-        done_s: seconds of audio transcribed so far.
+        done_s: seconds of audio done with so far: transcribed, without speech, or of an input that ended.
         read_s: seconds of audio read so far.
         num_done: inputs finished, in whatever way.
     """
@@ -106,36 +108,55 @@ class Recognizer:
         """Transcribe inputs: one transcript each, in their order, with bounded memory.
 
         An input that cannot be read gives a transcript with `error` set; nothing is raised for it.
+
+        Raises:
+            ModelError: a batch that the GPU's memory does not hold.
         """
         window_s = options.window_s or self.model.config.window_s
         desk = _Desk()
+        tell = on_progress or (lambda _: None)
         with PieceReader(sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size) as reader:
             for events in reader.groups():
                 desk.open(events)
                 pieces = [event for event in events if isinstance(event, Piece)]
                 for batch in batches_by_length(pieces, options.batch_size):
-                    desk.fill(batch, self.decode([piece.samples for piece in batch], options))
-                    if on_progress:
-                        on_progress(Progress(done_s=desk.done_s, read_s=reader.read_s, num_done=desk.num_done))
-                yield from desk.finished()
+                    desk.fill(batch, self._decode_if_it_fits(batch, options))
+                    tell(Progress(done_s=desk.done_s, read_s=reader.read_s, num_done=desk.num_done))
+                finished = list(desk.finished())
+                give_back_free_memory()
+                tell(Progress(done_s=desk.done_s, read_s=reader.read_s, num_done=desk.num_done))
+                yield from finished
 
-    def decode(self, recordings: Sequence[Samples], options: Options) -> list[tuple[str, tuple[str, ...]]]:
-        """Decode one batch of recordings that fit the window: (text, warnings) of each."""
+    def _decode_if_it_fits(self, batch: Sequence[Piece], options: Options) -> list[tuple[str, tuple[str, ...]]]:
+        try:
+            return self.decode(batch, options)
+        except torch.OutOfMemoryError as error:
+            longest_s = max(len(piece.samples) for piece in batch) / SAMPLING_RATE
+            raise ModelError(
+                f"{len(batch)} segments of up to {longest_s:.1f} s do not fit into the memory of {self.model.device}; "
+                f"lower --batch-size (batch_size, now {options.batch_size}), or free memory there"
+            ) from error
+
+    def decode(self, pieces: Sequence[Piece], options: Options) -> list[tuple[str, tuple[str, ...]]]:
+        """Decode one batch of pieces that fit the window: (text, warnings) of each."""
+        recordings = [piece.samples for piece in pieces]
         values, mask = encoder_inputs(self.feature_extractor, recordings)
         features, num_frames = self.model.encode(values.to(self.model.device), mask.to(self.model.device))
         durations = [len(samples) / SAMPLING_RATE for samples in recordings]
         first = self._write(features, num_frames, durations, options, {})
-        faults = [judge(text, duration, whole) for (text, whole), duration in zip(first, durations, strict=True)]
+        find_fault = [
+            partial(judge, duration_s=duration, speech_s=piece.end_s - piece.start_s)
+            for piece, duration in zip(pieces, durations, strict=True)
+        ]
+        faults = [find(text, is_complete=whole) for find, (text, whole) in zip(find_fault, first, strict=True)]
+        outputs: list[tuple[str, tuple[str, ...]]] = [(text, ()) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
-        second: dict[int, tuple[str, bool]] = {}
         if again:
             settings = {**RETRY, "num_beams": max(RETRY_NUM_BEAMS, self._setting(options, "num_beams"))}
-            some = self._write(features[again], num_frames[again], [durations[i] for i in again], options, settings)
-            second = dict(zip(again, some, strict=True))
-        return [
-            (first[i][0], ()) if faults[i] is None else _settle(first[i][0], str(faults[i]), *second[i], durations[i])
-            for i in range(len(first))
-        ]
+            second = self._write(features[again], num_frames[again], [durations[i] for i in again], options, settings)
+            for i, (text, whole) in zip(again, second, strict=True):
+                outputs[i] = _settle(first[i][0], str(faults[i]), text, find_fault[i](text, is_complete=whole))
+        return outputs
 
     def _write(
         self,
@@ -151,7 +172,7 @@ class Recognizer:
         config = copy.deepcopy(self.model.generation_config)
         chosen = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
         config.update(**{name: value for name, value in chosen.items() if value is not None})
-        others = config.update(**options.generate, **settings, max_new_tokens=int(budgets.max()))
+        others = config.update(**{**options.generate, **settings, "max_new_tokens": int(budgets.max())})
         criteria = StoppingCriteriaList([TokenBudgets(budgets)])
         with warnings.catch_warnings():
             # Penalties not seeing the prompt is what we want: it holds audio.
@@ -160,7 +181,7 @@ class Recognizer:
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ended = (tokens == self.model.config.eos_token_id).any(-1).tolist()
+        ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
         return [(" ".join(text.split()), whole) for text, whole in zip(texts, ended, strict=True)]
 
     def _setting(self, options: Options, name: str) -> int:
@@ -181,10 +202,15 @@ def batches_by_length(pieces: Sequence[Piece], batch_size: int) -> Iterator[list
         yield batch
 
 
-def _settle(first: str, fault: str, second: str, whole: bool, duration_s: float) -> tuple[str, tuple[str, ...]]:
-    """Choose between an output that tripped the guard and its second decoding."""
-    new_fault = judge(second, duration_s, whole)
-    if new_fault is None:
+def _ended(tokens: Tensor, eos_token_id: int, budgets: Tensor) -> Tensor:
+    """Tell which rows ended by themselves, (B,) bool: what fills a row stopped at its budget may be end-of-text too."""
+    num_written = (tokens != eos_token_id).cumprod(-1).sum(-1)
+    return (num_written < tokens.shape[1]) & (num_written != budgets)
+
+
+def _settle(first: str, fault: str, second: str, new_fault: str | None) -> tuple[str, tuple[str, ...]]:
+    """Choose between an output that tripped the guard and its second decoding; nothing is no better than a loop cut."""
+    if new_fault is None and (second or fault in ("refusal", "implausible_rate")):
         return second, (fault + RETRIED,)
     if fault == "repetition":  # the cut first output: penalties distort what an unfinished loop says
         return cut_loop(first), (fault,)
@@ -199,6 +225,7 @@ class _Open:
     pieces: list[Piece] = field(default_factory=list)
     outputs: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     end: End | None = None
+    done_s: float = 0.0
 
     def transcript(self) -> Transcript:
         if self.end is None:
@@ -221,7 +248,8 @@ class _Open:
             segments=tuple(segments),
             duration_s=self.end.duration_s,
             warnings=tuple(code for segment in segments for code in segment.warnings)
-            + (() if segments or self.end.error else ("no_speech",)),
+            + (() if segments or self.end.error else ("no_speech",))
+            + self.end.warnings,
             error=self.end.error,
         )
 
@@ -244,7 +272,11 @@ class _Desk:
     def fill(self, batch: Sequence[Piece], outputs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
         for piece, output in zip(batch, outputs, strict=True):
             self._inputs[piece.input].outputs[piece.index] = output
-            self.done_s += piece.advance_s
+            self._advance(self._inputs[piece.input], piece.advance_s)
+
+    def _advance(self, entry: _Open, seconds: float) -> None:
+        self.done_s += seconds
+        entry.done_s += seconds
 
     def finished(self) -> Iterator[Transcript]:
         """Hand out, in order of the inputs, those whose end was read (all pieces before it are decoded by then)."""
@@ -254,4 +286,5 @@ class _Desk:
                 return
             del self._inputs[number]
             self.num_done += 1
+            self._advance(entry, entry.end.duration_s - entry.done_s)  # what follows its last piece
             yield entry.transcript()

@@ -8,6 +8,7 @@ no more than one window and one block of samples is held at a time. Travels with
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -182,14 +183,13 @@ class _Cutter:
         return len(self._spans) if is_final else None
 
     def _longest_gap(self, first: int) -> int:
-        """Count the spans before the longest gap in the later three quarters of a window; 0 where there is none."""
-        found, longest = 0, 0
-        for i in range(len(self._spans) - 1):
-            length = self._spans[i + 1].start - self._spans[i].end
-            used = self._spans[i].end - first
-            if self.rule.window // 4 <= used <= self.rule.window and length >= longest:
-                found, longest = i + 1, length
-        return found
+        """Count the spans before the longest gap of a window, in its later three quarters if there is one; 0: none."""
+        gaps = [
+            (span.end - first >= self.rule.window // 4, following.start - span.end, count)
+            for count, (span, following) in enumerate(pairwise(self._spans), 1)
+            if span.end - first <= self.rule.window
+        ]
+        return max(gaps, default=(False, 0, 0))[2]
 
     def _emit(self, num_spans: int) -> Piece:
         """Hand out the first spans, with silence on both sides."""
@@ -294,7 +294,8 @@ def join_texts(before: str, after: str, overlap_s: float) -> tuple[str, str, boo
 def _best_match(tail: list[str], head: list[str]) -> tuple[int, int, int] | None:
     """Find the shared words that leave the fewest others out: their place in both lists, and how many they are.
 
-    Words behind them in the first list and before them in the second are half-heard edges, and cost half a word each.
+    Words behind them in the first list and before them in the second are half-heard edges, and cost half a word each;
+    a match that costs more than it has words is none.
     """
     best: tuple[tuple[float, int], tuple[int, int, int]] | None = None
     for i in range(len(tail)):
@@ -304,7 +305,7 @@ def _best_match(tail: list[str], head: list[str]) -> tuple[int, int, int] | None
                 size += 1
             left_out = len(tail) - i - size + j
             merit = (size - left_out / 2, -left_out)
-            if size and left_out <= 2 * size + 2 and (best is None or merit > best[0]):
+            if size and left_out <= 2 * size and (best is None or merit > best[0]):
                 best = merit, (i, j, size)
     return best[1] if best else None
 

@@ -1,4 +1,4 @@
-"""What `bench store` races: the corpus that all contestants read and write, and the contestants.
+"""What `bench store` races: the stores that are read and written, and the contestants.
 
 Optional contestants (extra `bench`) are imported where they are used, and left out when not installed.
 """
@@ -27,6 +27,8 @@ from cache.durable import sync_directory
 from cache.layout import ROWS_PER_SHARD
 
 DIM = 1024  # HuBERT-large
+NARROW = 4  # of the store on which read amplification is counted
+LENGTHS = "log-normal length (median 7 s, sigma 0.6, cut to 2-30 s, mean 8.3 s)"
 MIB = 1 << 20
 CACHE_BYTES = 512 * MIB  # less than the corpus, so that blocks come and go as in a long run
 WINDOW_BLOCKS = 2
@@ -48,7 +50,7 @@ class BenchCorpus:
 
 
 def loquacious_like_frames(count: int, seed: int) -> NDArray[np.int64]:
-    """Draw utterance lengths like LoquaciousSet's: log-normal (median 7 s, sigma 0.6), cut to 2-30 s; mean 8.3 s."""
+    """Draw utterance lengths like LoquaciousSet's, as `LENGTHS` says."""
     rng = np.random.default_rng(seed)
     seconds = rng.lognormal(np.log(7.0), 0.6, 2 * count)
     seconds = seconds[(seconds >= 2) & (seconds <= 30)][:count]
@@ -80,7 +82,18 @@ def make_corpus(folder: Path, size_mb: int, seed: int) -> BenchCorpus:
     return BenchCorpus(store=store, rows=rows, starts=reader.starts, num_frames=frames, order=order, sample=sample)
 
 
-def create_store(path: Path, lengths: NDArray[np.int64], rows_per_shard: int) -> FeatureStore:
+def make_wide_store(folder: Path, size_mb: int, seed: int) -> FeatureStore:
+    """Make a store of full-size blocks of narrow rows, so that there are many times the blocks that a window holds."""
+    lengths = loquacious_like_frames(size_mb * MIB // (2 * NARROW) // 425, seed)
+    store = create_store(folder / "wide", lengths, ROWS_PER_SHARD, NARROW)
+    rows = np.zeros((ROWS_PER_SHARD, NARROW), np.float16)
+    for shard in store.pending_shards():
+        write_shard(store, shard, rows)
+    store.seal()
+    return store
+
+
+def create_store(path: Path, lengths: NDArray[np.int64], rows_per_shard: int, dim: int = DIM) -> FeatureStore:
     ids = [f"u{i}" for i in range(len(lengths))]
     plan = make_plan(
         rows_per_shard=rows_per_shard,
@@ -93,7 +106,7 @@ def create_store(path: Path, lengths: NDArray[np.int64], rows_per_shard: int) ->
             }
         ),
     )
-    return FeatureStore.create(path, plan=plan, dim=DIM, rows_per_shard=rows_per_shard, fingerprint={"bench": True})
+    return FeatureStore.create(path, plan=plan, dim=dim, rows_per_shard=rows_per_shard, fingerprint={"bench": True})
 
 
 def write_shard(store: FeatureStore, shard: int, rows: NDArray[np.float16]) -> tuple[float, float]:

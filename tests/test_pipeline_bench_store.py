@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cache import EpochOrder, FeatureReader, FeatureStore, epoch_order
 from pipelines import bench_store as bench
 
 
 def test_the_benchmark_reports_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "NUM_UTTERANCES", 20_000)
     monkeypatch.setattr(bench, "PADDING_UTTERANCES", 20_000)
+    monkeypatch.setattr(bench, "WIDE_MB", 4)
     result = json.loads(json.dumps(bench.bench_store(tmp_path, size_mb=16, rounds=1, seed=0)))
     for name in (
         "read_warm_vs_zarr",
@@ -33,8 +36,39 @@ def test_the_benchmark_reports_every_figure(tmp_path: Path, monkeypatch: pytest.
     assert {"store", "sequential", "zarr", "memmap"} <= result["read_cold_mb_s"].keys()
     table = bench.format_table(result)
     assert "Break-even" in table
+    assert "log-normal length (median 7 s, sigma 0.6, cut to 2-30 s, mean 8.3 s)" in table
     assert all(name in table for name in ("read_warm_vs_zarr", "padding", "write_vs_plain"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_worlds_that_order_an_epoch_differently_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PADDING_UTTERANCES", 20_000)
+    calls = itertools.count()
+
+    def moody(*args: object, **options: object) -> EpochOrder:
+        return epoch_order(*args, **options | {"seed": next(calls) // 4})  # another one for the resume
+
+    assert bench._worlds_agree(0)
+    monkeypatch.setattr(bench, "epoch_order", moody)
+    assert not bench._worlds_agree(0)
+
+
+def test_read_amplification_shows_blocks_that_are_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(store: FeatureStore, split: str, world_size: int) -> FeatureReader:
+        return FeatureReader(store, split=split, cache_bytes=2 * store.header.block_rows * store.header.bytes_per_row)
+
+    monkeypatch.setattr(bench, "WIDE_MB", 4)
+    monkeypatch.setattr(bench, "open_training_reader", forgetful)
+    assert bench._amplification(tmp_path, 0) > 2
+
+
+def test_a_hollow_store_is_a_store(tmp_path: Path) -> None:
+    starts, frames = bench._index_like(2_000, 0)
+    store = bench.make_hollow_store(tmp_path / "hollow", starts, frames, 0)
+    reader = FeatureReader(store, split="train")
+    assert len(reader) == 2_000
+    assert 12 < np.mean([len(text.split()) for text in reader.index["transcript"].to_pylist()]) < 28
+    assert sum(rows.features.shape[0] for rows in reader.read_rows(range(100))) == frames[:100].sum()
 
 
 def test_lengths_are_like_those_of_loquacious_set() -> None:

@@ -85,13 +85,13 @@ class TinyAudioOutput(ModelOutput):
 
     Args:
         loss: scalar, cross-entropy in nats per target token (or summed and divided by `num_items_in_batch`).
-        num_targets: scalar int64, target tokens in the batch.
+        num_targets: target tokens in the batch.
         projected_rms: scalar, RMS of the valid projected frames over the RMS of the decoder's embeddings; it predicts
             trouble earlier than the loss (too quiet saturates attention, too loud drowns the prompt).
     """
 
     loss: Tensor | None = None
-    num_targets: Tensor | None = None
+    num_targets: int | None = None
     projected_rms: Tensor | None = None
 
 
@@ -131,6 +131,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._checkpoints_activations = self._uses_liger = False
         self._compiled_decoder: Any = None
         self._cached_embedding_rms: Tensor | None = None
+        self._cached_prompt_ids: tuple[Tensor, Tensor] | None = None
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
@@ -245,6 +246,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_frames: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        host_counts: tuple[list[int], list[int]] | None = None,
         **_: Any,
     ) -> TinyAudioOutput:
         """Compute the loss of transcripts, from stored features or from audio.
@@ -254,6 +256,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features: (B, T, D) encoder output, zero behind each end. num_frames: (B,) valid frames.
             labels: (B, L) ids of `prompt.transcript_ids`, -100 behind each end.
             num_items_in_batch: target tokens over all accumulated batches; the summed loss is divided by it.
+            host_counts: `num_frames` and the targets of each row as plain numbers, if the caller has them; else they
+                are asked of the device, and the host waits for it.
 
         Raises:
             ModelError: neither audio nor features, no labels, or a part that is not attached.
@@ -262,19 +266,28 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ModelError("forward computes a loss and needs labels; use generate() for transcripts")
         features, num_frames = self._features(input_values, attention_mask, features, num_frames)
         projected, lengths = self.project(features, num_frames)
-        hidden, targets = self._hidden_at_targets(projected, lengths, labels)
+        if host_counts is None:
+            host_counts = num_frames.tolist(), (labels != IGNORED_LABEL).sum(-1).tolist()
+        frames, num_targets = (torch.tensor(counts) for counts in host_counts)
+        host_lengths = num_projected(frames, self.config.stack_factor)
+        hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
         cross_entropy = liger_cross_entropy if self._uses_liger else summed_cross_entropy
         total = cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
         return TinyAudioOutput(
             loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
-            num_targets=torch.tensor(len(targets), device=total.device),
+            num_targets=len(targets),
             projected_rms=self._relative_rms(projected.detach(), lengths),
         )
 
-    def _hidden_at_targets(self, projected: Tensor, lengths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the decoder and pick the hidden states that predict a target: (N, H), and the targets (N,)."""
+    def _hidden_at_targets(
+        self, projected: Tensor, lengths: Tensor, labels: Tensor, num_targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the decoder and pick the hidden states that predict a target: (N, H), and the targets (N,).
+
+        Args:
+            lengths, num_targets: (B,) projected frames and targets of each row, on the host.
+        """
         prefix, suffix = self._prompt_embeddings()
-        num_targets = (labels != IGNORED_LABEL).sum(-1)
         target_ids = [row[:n] for row, n in zip(labels, num_targets.tolist(), strict=True)]
         embed = self.get_input_embeddings()
         rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in target_ids])
@@ -283,19 +296,24 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decoder = self._compiled_decoder or self._decoder().get_decoder()
         states = decoder(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
         first = len(prefix) + lengths + len(suffix) - 1  # the last prompt position predicts the first target
-        row = torch.repeat_interleave(torch.arange(len(rows), device=labels.device), num_targets)
-        offset = torch.cat([torch.arange(n, device=labels.device) for n in num_targets.tolist()])
-        return states[row, first[row] + offset], torch.cat(target_ids)
+        row = torch.repeat_interleave(torch.arange(len(rows)), num_targets)
+        offset = torch.cat([torch.arange(n) for n in num_targets.tolist()])
+        row, position = torch.stack([row, first[row] + offset]).to(states.device, non_blocking=True)
+        return states[row, position], torch.cat(target_ids)
 
     def _prompt_embeddings(self) -> tuple[Tensor, Tensor]:
         embed = self.get_input_embeddings()
-        ids = (self.config.prompt_prefix_ids, self.config.prompt_suffix_ids)
-        prefix, suffix = (embed(torch.tensor(part, dtype=torch.long, device=embed.weight.device)) for part in ids)
-        return prefix, suffix
+        ids = self._cached_prompt_ids
+        if ids is None or ids[0].device != embed.weight.device:
+            parts = (self.config.prompt_prefix_ids, self.config.prompt_suffix_ids)
+            prefix, suffix = (torch.tensor(part, dtype=torch.long, device=embed.weight.device) for part in parts)
+            ids = self._cached_prompt_ids = (prefix, suffix)
+        return embed(ids[0]), embed(ids[1])
 
     def _relative_rms(self, projected: Tensor, lengths: Tensor) -> Tensor:
         valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
-        return projected[valid].float().square().mean().sqrt() / self._embedding_rms()
+        energy = (projected.float().square() * valid[:, :, None]).sum()  # picking rows would wait for the device
+        return (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._embedding_rms()
 
     def _embedding_rms(self) -> Tensor:
         if self._cached_embedding_rms is None:
@@ -366,7 +384,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
             raise ModelError(f"{name!r} lacks projector weights {lost}; train it again")
-        for key, value in overrides.items():
+        for key, value in _without_pins(overrides).items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)
         return model.eval()
@@ -378,7 +396,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
         self.attach(encoder=encoder)
         wanted = config.decoder_dtype if dtype in (None, "auto") else dtype
-        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        wanted = _dtype(wanted) if isinstance(wanted, str) else wanted
         decoder = load_decoder(config.decoder_id, config.decoder_revision, wanted)
         # A hub revision pins the decoder; only a local folder can change behind our back (6 GB take 4 s to digest).
         if Path(config.decoder_id).is_dir() and wanted == getattr(torch, config.decoder_dtype):
@@ -397,6 +415,19 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 _OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
+
+
+def _without_pins(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Let go of the revision of a part that another copy takes the place of: it is a commit of the original's."""
+    moved = {f"{part}_revision": None for part in ("encoder", "decoder") if f"{part}_id" in overrides}
+    return {**moved, **overrides}
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"dtype {name!r} is not one of torch's; expected float32, bfloat16 or float16")
+    return dtype
 
 
 def _check_width(part: str, found: int, expected: int) -> None:

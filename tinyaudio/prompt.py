@@ -29,8 +29,15 @@ def prompt_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def transcript_ids(tokenizer: Any, transcript: str) -> list[int]:
     """Tokenise a training target: a space, the transcript, end-of-text. An empty transcript is end-of-text alone."""
-    words = transcript.strip()
-    return (_ids(tokenizer, " " + words) if words else []) + [end_of_text_id(tokenizer)]
+    return many_transcript_ids(tokenizer, [transcript])[0]
+
+
+def many_transcript_ids(tokenizer: Any, transcripts: Sequence[str]) -> list[list[int]]:
+    """Tokenise training targets in one call, which a tokenizer in Rust spreads over its threads."""
+    words = [transcript.strip() for transcript in transcripts]
+    found = tokenizer([" " + one if one else "" for one in words], add_special_tokens=False)["input_ids"]
+    end = end_of_text_id(tokenizer)
+    return [[*map(int, ids), end] for ids in found]
 
 
 def end_of_text_id(tokenizer: Any) -> int:
@@ -56,7 +63,7 @@ def assemble(
     Args:
         prefix: (a, H) embeddings of the ids before the audio.
         audio: (B, P, H) projector output.
-        num_projected: (B,) valid projected frames of each row.
+        num_projected: (B,) valid projected frames of each row; a GPU's is waited for, so the host's is better.
         suffix: (b, H) embeddings of the ids after the audio.
         targets: B tensors (L_i, H), embedded transcripts; None at inference.
 

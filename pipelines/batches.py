@@ -7,8 +7,11 @@ batches while the model works on this one. Features of an int8 store leave here 
 on the training device.
 """
 
+import contextlib
+import hashlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +23,14 @@ from torch import Tensor
 
 from cache import FeatureReader, FeatureStore
 from cache.order import NUM_STREAMS, WINDOW_BLOCKS, EpochOrder, epoch_order
+from pipelines.derived import remembered
 from pipelines.errors import RunError
 from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
-from tinyaudio.prompt import prompt_ids, transcript_ids
+from tinyaudio.prompt import many_transcript_ids, prompt_ids
 
 BATCHES_AHEAD = 2  # batches made while the model works; a batch of 4,096 positions is 40 MB and takes some 20 ms
 BLOCKS_AHEAD = 32  # batches of which the blocks are read in advance, so that a new window of blocks is no stall
+TOKENIZED_AT_ONCE = 16_384  # transcripts in one call; a Python number takes 36 bytes where the array takes 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +49,44 @@ class Targets:
 
 
 def tokenize(tokenizer: Any, transcripts: Sequence[str]) -> Targets:
-    """Tokenise transcripts as `prompt.transcript_ids` does."""
-    rows = [transcript_ids(tokenizer, text) for text in transcripts]
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    return Targets(ids=np.fromiter((i for row in rows for i in row), np.int32, int(offsets[-1])), offsets=offsets)
+    """Tokenise transcripts as `prompt.transcript_ids` does, on all threads."""
+    ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
+    with _threads_of_the_tokenizer():
+        for first in range(0, len(transcripts), TOKENIZED_AT_ONCE):
+            rows = many_transcript_ids(tokenizer, transcripts[first : first + TOKENIZED_AT_ONCE])
+            ids.append(np.concatenate([np.asarray(row, np.int32) for row in rows]))
+            lengths.append(np.asarray([len(row) for row in rows], np.int64))
+    return Targets(ids=np.concatenate(ids), offsets=np.cumsum(np.concatenate(lengths)))
+
+
+@contextlib.contextmanager
+def _threads_of_the_tokenizer() -> Iterator[None]:
+    """Let the Rust tokenizer use its threads; afterwards the setting is back, and with it safety for who forks."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def stored_targets(reader: FeatureReader, tokenizer: Any, say: Callable[[str], None] = print) -> Targets:
+    """Tokenise the transcripts of a split, once for a store: every start, rank and cell needs all of them."""
+
+    def work_out() -> dict[str, NDArray[Any]]:
+        targets = tokenize(tokenizer, reader.index["transcript"].to_pylist())
+        return {"ids": targets.ids, "offsets": targets.offsets}
+
+    depends_on = {"split": reader.split, "tokenizer": tokenizer_digest(tokenizer), "targets": 1}
+    return Targets(**remembered(reader.store, "token-ids", depends_on, work_out, say))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest what decides token ids: the tokenizer with its added tokens, and the one that ends a transcript."""
+    whole = f"{tokenizer.backend_tokenizer.to_str()}\n{tokenizer.eos_token_id}"
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def positions_needed(reader: FeatureReader, targets: Targets, tokenizer: Any, stack_factor: int) -> NDArray[np.int64]:
@@ -67,24 +106,25 @@ def collate(
 
     Returns:
         features (B, T, D) float16, or int8 with scales (B, T) float16; num_frames (B,); labels (B, L), -100 behind each
-        end; utterance_ids, for messages.
+        end; host_counts, num_frames and label lengths as numbers; utterance_ids, for messages.
     """
     rows = reader.read_rows(positions)
     firsts = [min(drop, len(row.features) - 1) for drop, row in zip(dropped or [0] * len(rows), rows, strict=True)]
     counts = [len(row.features) - first for first, row in zip(firsts, rows, strict=True)]
     features = np.zeros((len(rows), max(counts), reader.store.dim), rows[0].features.dtype)
-    labels = np.full((len(rows), int(targets.lengths[list(positions)].max())), IGNORED_LABEL, np.int64)
+    lengths = [len(targets[position]) for position in positions]
+    labels = np.full((len(rows), max(lengths)), IGNORED_LABEL, np.int64)
     scales = None if rows[0].scales is None else np.zeros(features.shape[:2], np.float16)
     for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
         features[i, : counts[i]] = row.features[firsts[i] :]
         if scales is not None and row.scales is not None:
             scales[i, : counts[i]] = row.scales[firsts[i] :]
-        target = targets[position]
-        labels[i, : len(target)] = target
+        labels[i, : lengths[i]] = targets[position]
     batch: dict[str, Any] = {
         "features": torch.from_numpy(features),
         "num_frames": torch.tensor(counts),
         "labels": torch.from_numpy(labels),
+        "host_counts": (counts, lengths),
         "utterance_ids": reader.index["utterance_id"].take(np.asarray(positions)).to_pylist(),
     }
     return batch if scales is None else {**batch, "scales": torch.from_numpy(scales)}
@@ -174,6 +214,25 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.num_batches
 
+    def progress(self) -> dict[str, Any]:
+        """Say what a resume needs to know: the batches of each epoch so far, and of how many utterances."""
+        return {"batches_per_epoch": list(self._lengths), "utterances_in_split": len(self.reader)}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Go on from `progress`, without the orders of epochs that are over.
+
+        Raises:
+            RunError: the split has grown or shrunk, so no batch would be what it was.
+        """
+        before = progress.get("utterances_in_split", len(self.reader))
+        if before != len(self.reader):
+            raise RunError(
+                f"{str(self.reader.store.path)!r} holds {len(self.reader):,} utterances of split {self.reader.split!r} "
+                f"and held {before:,} when the run was last saved; expected the same, or the order of training would "
+                "change. Start a new --run"
+            )
+        self._lengths = list(progress.get("batches_per_epoch", []))
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Give a batch as `collate` does, with its `num_tokens` (decoder positions), `num_targets` and `duration_s`."""
         started = time.monotonic()
@@ -232,6 +291,11 @@ def open_training_reader(store: FeatureStore, split: str, world_size: int) -> Fe
     blocks = WINDOW_BLOCKS * max(1, NUM_STREAMS // world_size)
     size_bytes = blocks * store.header.block_rows * store.header.bytes_per_row
     return FeatureReader(store, split=split, cache_bytes=size_bytes * 3 // 2)
+
+
+def longest_batch(costs: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+    """Choose the longest utterances, as many as fill one batch: where memory runs out, it does so on these."""
+    return np.sort(np.argsort(costs, kind="stable")[-max(1, budget // int(costs.max())) :])
 
 
 def cut_by_budget(ordered: NDArray[np.int64], costs: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:

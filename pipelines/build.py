@@ -1,6 +1,7 @@
 """From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,12 +39,18 @@ def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
 
 
 def build_model(
-    recipe: Recipe, store: FeatureStore, device: torch.device, *, is_fresh: bool = True
+    recipe: Recipe,
+    store: FeatureStore,
+    device: torch.device,
+    *,
+    is_fresh: bool = True,
+    say: Callable[[str], None] = print,
 ) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
     """Make the model that stage two trains; the seed decides the projector.
 
     Args:
-        is_fresh: the projector starts here, so whiten it if the recipe says so; that reads the whole split once.
+        is_fresh: the projector starts here, so whiten it if the recipe says so; that reads the whole split once for a
+            store.
 
     Raises:
         MissingModelError, ModelError: a part cannot be loaded.
@@ -82,7 +89,8 @@ def build_model(
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
     if recipe.projector.whiten and is_fresh:
-        fold_whitening(model.projector, *feature_statistics(FeatureReader(store, split=recipe.corpus.train_split)))
+        reader = FeatureReader(store, split=recipe.corpus.train_split)
+        fold_whitening(model.projector, *feature_statistics(reader, say))
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
     return model.to(device), processor
 

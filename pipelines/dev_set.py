@@ -6,7 +6,7 @@ the word errors do.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache import FeatureReader, FeatureStore
-from pipelines.batches import Dequantizer, Targets, collate, cut_by_budget, tokenize
+from pipelines.batches import Dequantizer, Targets, collate, cut_by_budget, stored_targets
 from pipelines.recipes import Recipe
 from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
@@ -46,22 +46,38 @@ class DevSet:
     targets: Targets = field(repr=False)
 
     @classmethod
-    def open(cls, recipe: Recipe, store: FeatureStore, processor: TinyAudioProcessor) -> "DevSet | None":
+    def open(
+        cls, recipe: Recipe, store: FeatureStore, processor: TinyAudioProcessor, say: Callable[[str], None] = print
+    ) -> "DevSet | None":
         """Choose from the dev split, or from what is being overfitted; None if the store has no dev split."""
         settings = recipe.train
         if settings.overfit_utterances is not None:
             reader = FeatureReader(store, split=recipe.corpus.train_split)
-            return cls.of(reader, processor, chosen_for_overfitting(len(reader), settings.overfit_utterances))
+            return cls.of(reader, processor, chosen_for_overfitting(len(reader), settings.overfit_utterances), say)
         split = recipe.corpus.dev_split
         if split is None or not any(store.commit(shard).split == split for shard in store.committed_shards()):
             return None
         reader = FeatureReader(store, split=split)
-        return cls.of(reader, processor, np.random.default_rng(0).permutation(len(reader))[: settings.eval_utterances])
+        positions = np.random.default_rng(0).permutation(len(reader))[: settings.eval_utterances]
+        return cls.of(reader, processor, positions, say)
 
     @classmethod
-    def of(cls, reader: FeatureReader, processor: TinyAudioProcessor, positions: NDArray[np.int64]) -> "DevSet":
-        targets = tokenize(processor.tokenizer, reader.index["transcript"].to_pylist())
+    def of(
+        cls,
+        reader: FeatureReader,
+        processor: TinyAudioProcessor,
+        positions: NDArray[np.int64],
+        say: Callable[[str], None],
+    ) -> "DevSet":
+        targets = stored_targets(reader, processor.tokenizer, say)
         return cls(reader=reader, processor=processor, positions=positions, targets=targets)
+
+    def largest_batch(self) -> "DevSet":
+        """Keep the one batch of generation that takes most memory."""
+        frames = self.reader.num_frames.astype(np.int64)
+        return replace(
+            self, positions=max(self._cut(self.positions), key=lambda batch: len(batch) * int(frames[batch].max()))
+        )
 
     @torch.no_grad()
     def transcribe(
@@ -104,7 +120,7 @@ class DevSet:
                 assert output.loss is not None
                 assert output.num_targets is not None
                 sums[i] += float(output.loss)
-            sums[2] += float(output.num_targets)
+            sums[2] += output.num_targets
         own, other, count = (sum(column) for column in zip(sums, *_gather(sums), strict=True))
         return Listening(own=own / count, other=other / count) if count else None
 
@@ -112,12 +128,15 @@ class DevSet:
         self, positions: NDArray[np.int64], device: torch.device
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Cut this process's share into batches of like length, on the device."""
-        frames = self.reader.num_frames.astype(np.int64)
-        ordered = np.array(sorted(positions.tolist(), key=lambda p: (frames[p], p)), np.int64)
-        for positions_here in cut_by_budget(ordered, frames, BATCH_FRAMES)[rank() :: world_size()]:
+        for positions_here in self._cut(positions)[rank() :: world_size()]:
             batch = collate(self.reader, self.targets, positions_here.tolist())
             tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             yield positions_here.tolist(), tensors
+
+    def _cut(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        frames = self.reader.num_frames.astype(np.int64)
+        ordered = np.array(sorted(positions.tolist(), key=lambda p: (frames[p], p)), np.int64)
+        return cut_by_budget(ordered, frames, BATCH_FRAMES)
 
 
 def chosen_for_overfitting(num_utterances: int, wanted: int) -> NDArray[np.int64]:

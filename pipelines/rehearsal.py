@@ -1,43 +1,77 @@
 """A rehearsal of stage two, for before a night's run: one step of everything, in a temporary folder.
 
-Train a step, evaluate, save, stop, resume, train another, load what was saved as anyone would, and transcribe with it.
-What would fail after hours (a batch that does not fit, a full disk, a decoder that cannot be loaded again) fails now.
+Train a step on the longest utterances, evaluate a full batch, save, stop, resume, train another, load what was saved
+as anyone would, and transcribe with it. What would fail after hours (a batch that does not fit, a full disk, a decoder
+that cannot be loaded again) fails now.
 """
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cache import FeatureReader, FeatureStore
-from pipelines.batches import Dequantizer, collate, tokenize
+from pipelines.batches import Dequantizer, collate, stored_targets
 from pipelines.errors import RunError
+from pipelines.identity import pick_device
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
 from pipelines.train import train
+from pipelines.trainer import num_processes
 from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 
 STEPS = 2
-OFTEN = {"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "eval_utterances": 4}
+OFTEN = {"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1}
+QUIETLY: dict[str, Any] = {"report_to": [], "overfit_utterances": None}  # two steps learn nothing by heart
 
 
-def rehearse(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a rehearsal went through; `peak_memory_bytes` is the most that training or evaluating took."""
+
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+    transcript: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"trained, evaluated, saved, loaded and resumed, with at most {self.peak_memory_bytes / 1e9:.1f} GB; the "
+            f"loaded model writes {self.transcript[:60]!r}"
+        )
+
+
+def rehearse(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> Rehearsal:
     """Do one step of everything, with the recipe's own sizes; leaves nothing behind.
 
     Raises:
-        RunError: what was saved does not do what the trained model did; and everything that `train` raises.
+        RunError: several processes, a stop from outside, and everything that `train` raises.
     """
-    short = recipe.model_copy(update={"train": recipe.train.model_copy(update={**OFTEN, "report_to": []})})
+    if num_processes() > 1:
+        raise RunError(
+            f"--dev-run under {num_processes()} processes; expected one: leave torchrun away for the rehearsal"
+        )
+    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=OFTEN | QUIETLY)})
     with tempfile.TemporaryDirectory(prefix="tinyaudio-rehearsal-") as folder:
         run = Run(Path(folder) / "run")
-        train(short, store, run, device=device, say=say, is_latest=False, stop_after=1)
-        report = train(short, store, run, resume=True, device=device, say=say, is_latest=False)
+        train(short, store, run, device=device, say=say, is_rehearsal=True, stop_after=1)
+        report = train(short, store, run, resume=True, device=device, say=say, is_rehearsal=True)
+        if not report.is_finished:
+            raise RunError(f"the rehearsal ended at step {report.steps} of {STEPS}; it was stopped from outside")
         transcript = _transcribe_one(run, store, recipe.corpus.train_split, device)
-    if not report.is_finished:
-        raise RunError(f"the rehearsal ended at step {report.steps} of {STEPS}; it was stopped from outside")
-    say(f"trained, evaluated, saved, loaded and resumed; the loaded model writes {transcript[:60]!r}")
+    return Rehearsal(
+        steps=report.steps,
+        seconds=report.seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+        transcript=transcript,
+    )
 
 
 def _transcribe_one(run: Run, store: Path, split: str, device: str) -> str:
@@ -45,8 +79,10 @@ def _transcribe_one(run: Run, store: Path, split: str, device: str) -> str:
     model = TinyAudioForConditionalGeneration.from_pretrained(run.folder, trust_remote_code=False)
     processor = TinyAudioProcessor.from_pretrained(run.folder, trust_remote_code=False)  # else it asks, on stdin
     reader = FeatureReader(FeatureStore.open(store), split=split)
-    batch = collate(reader, tokenize(processor.tokenizer, reader.index["transcript"].to_pylist()), [0])
-    features = Dequantizer(reader)(batch)
+    batch = collate(reader, stored_targets(reader, processor.tokenizer), [0])
+    model = model.to(pick_device(device))
+    batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     with torch.no_grad():
+        features = Dequantizer(reader)(batch)
         tokens = model.generate(features=features, num_frames=batch["num_frames"], num_beams=1, max_new_tokens=20)
     return str(processor.decode_transcripts(tokens)[0])

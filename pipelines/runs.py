@@ -32,6 +32,7 @@ _FREE_TO_CHANGE = {
     "train.keep_checkpoints",
     "train.report_to",
 }
+_CORPUS_COUNTS = {"corpus.train_split", "corpus.dev_split"}  # the rest of its section is in the store's fingerprint
 _MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model")
 
 
@@ -66,11 +67,16 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def begin(self, recipe: Recipe, state: dict[str, Any], *, is_latest: bool = True) -> None:
-        """Make the folder and say what will be done in it.
+    def begin(self, recipe: Recipe, state: dict[str, Any]) -> None:
+        """Make the folder and say what will be done in it; errors as `check_free`."""
+        self.check_free()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(self.folder / "recipe.toml")
+        self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
+        self.point_latest_here()
 
-        Args:
-            is_latest: let runs/latest point here.
+    def check_free(self) -> None:
+        """Find out whether a run may begin here.
 
         Raises:
             RunError: the folder holds a run already, or something else.
@@ -80,11 +86,6 @@ class Run:
         if any(name != "recipe.toml" and not name.startswith(".") for name in found):
             what = "holds an unfinished run; add --resume to go on" if self.state else "is not empty and is no run"
             raise RunError(f"{str(self.folder)!r} {what}, or name another --run")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(self.folder / "recipe.toml")
-        self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
-        if is_latest:
-            self.point_latest_here()
 
     def check_resumable(self, recipe: Recipe, fingerprint_id: str) -> None:
         """Refuse to go on with anything else than what was begun.
@@ -94,8 +95,8 @@ class Run:
         """
         if not self.state:
             raise RunError(f"{str(self.folder)!r} holds no run to resume; expected a folder with run.json")
-        sections = ("encoder", "decoder", "store", "projector", "train")
-        drift = {k: v for k, v in differing_keys(self.recipe, recipe, sections).items() if k not in _FREE_TO_CHANGE}
+        sections = ("corpus", "encoder", "decoder", "store", "projector", "train")
+        drift = {k: v for k, v in differing_keys(self.recipe, recipe, sections).items() if _counts(k)}
         if self.state["store_fingerprint"] != fingerprint_id:
             drift["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
         if drift:
@@ -124,7 +125,7 @@ class Run:
         write_atomically(self.folder / "metrics.jsonl", "".join(kept))
 
     @staticmethod
-    def progress(path: Path) -> dict[str, float]:
+    def progress(path: Path) -> dict[str, Any]:
         """Read what a run had gone through at a checkpoint."""
         return dict(json.loads(path.read_text()))
 
@@ -133,9 +134,9 @@ class Run:
         write_atomically(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
 
     def point_latest_here(self) -> None:
-        """Make runs/latest a link to this run, if it lies under runs/."""
+        """Make runs/latest a link to this run, if it lies in runs/."""
         link = self.folder.parent / LATEST
-        if link.exists() and not link.is_symlink():
+        if self.folder.parent.resolve() != RUNS.resolve() or (link.exists() and not link.is_symlink()):
             return
         temporary = link.with_name(f".{LATEST}.{os.getpid()}")
         temporary.symlink_to(self.folder.name)
@@ -149,6 +150,11 @@ class Run:
             temporary = self.folder / f".{path.name}.tmp"
             shutil.copyfile(path, temporary)
             temporary.replace(self.folder / path.name)
+
+
+def _counts(key: str) -> bool:
+    """Say whether a setting may not differ when a run goes on."""
+    return key in _CORPUS_COUNTS if key.startswith("corpus.") else key not in _FREE_TO_CHANGE
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from cache import FeatureStore
-from pipelines.batches import TrainingBatches, open_training_reader, positions_needed, tokenize
+from pipelines.batches import TrainingBatches, longest_batch, open_training_reader, positions_needed, stored_targets
 from pipelines.build import build_model
 from pipelines.dev_set import DevSet, chosen_for_overfitting
 from pipelines.encoder_passes import counting_encoder_passes
@@ -27,7 +27,7 @@ from pipelines.runs import Run
 from pipelines.trainer import (
     PROGRESS,
     ProjectorTrainer,
-    check_reporters,
+    check_settings,
     is_main_process,
     last_checkpoint,
     num_processes,
@@ -78,35 +78,41 @@ def train(
     resume: bool = False,
     device: str = "auto",
     say: Say = print,
-    is_latest: bool = True,
     stop_after: int | None = None,
+    is_rehearsal: bool = False,
 ) -> TrainReport:
     """Run stage two, or go on with it.
 
     Args:
         store_path: what stage one made.
-        run: where everything goes; a finished run is left alone.
+        run: where everything goes; a finished run of the same settings is left alone.
         resume: go on from the last checkpoint (or from the start, if there is none yet).
-        say: receives lines for people.
-        is_latest: let runs/latest point to this run.
+        say: receives lines for people, from the first process alone.
         stop_after: a step after which to stop as on SIGTERM, saved; None for the recipe's end.
+        is_rehearsal: train on the longest utterances and evaluate on one full batch.
 
     Raises:
         StoreNotFoundError, StoreMismatchError: no store, or of another encoder.
-        RunError: a run in the way, settings that drifted, a loss that is not finite, or an overfit that failed.
+        RunError: a run in the way, settings that drifted or cannot be had here, a loss or a weight that is not finite,
+            or an overfit that failed.
+        ModelError: a frozen part cannot be loaded, or Liger Kernel cannot run here.
     """
-    if run.is_finished:
-        say(f"{run.folder} is finished; nothing to do (name another --run to train again)")
-        return TrainReport(**run.state["report"])
+    told = say if is_main_process() else _say_nothing
+    device_here = _device_of_process(device)
+    check_settings(recipe, device_here)
     store = FeatureStore.open(store_path)
     check_encoder(recipe.encoder, store.fingerprint, store_path)
-    check_reporters(recipe)
-    if resume:
+    is_finished = run.is_finished
+    if resume or is_finished:
         run.check_resumable(recipe, store.fingerprint_id)
         recipe = _at_the_recorded_commit(recipe, run)
+    elif is_main_process():
+        run.check_free()
+    if is_finished:
+        told(f"{run.folder} is finished; nothing to do (name another --run to train again)")
+        return _checked(TrainReport(**run.state["report"]), recipe)
     checkpoint = last_checkpoint(run) if resume else None
-    told = say if is_main_process() else _say_nothing
-    stage = _Stage(recipe, store, run, checkpoint, _device_of_process(device), told)
+    stage = _Stage(recipe, store, run, checkpoint, device_here, told, is_rehearsal)
     if not resume and is_main_process():
         made_from = {
             "store": str(store_path.resolve()),
@@ -114,19 +120,25 @@ def train(
             "encoder_revision": stage.model.config.encoder_revision,
             "decoder_revision": stage.model.config.decoder_revision,
         }
-        run.begin(recipe, made_from, is_latest=is_latest)
+        run.begin(recipe, made_from)
     with counting_encoder_passes() as count:
         report = stage.run_to_the_end(lambda: count.passes, stop_after)
     if not report.is_finished:
-        say(
+        told(
             f"stopped at step {report.steps} of {recipe.train.steps}, saved; "
             f"go on with the same command and --run {run.folder} --resume"
         )
-    elif recipe.train.overfit_utterances is not None and (report.dev_wer or 0.0) > OVERFIT_WER:
+    return _checked(report, recipe)
+
+
+def _checked(report: TrainReport, recipe: Recipe) -> TrainReport:
+    """Refuse to call an overfit that failed a success."""
+    few = recipe.train.overfit_utterances
+    if report.is_finished and few is not None and (report.dev_wer is None or report.dev_wer > OVERFIT_WER):
+        wer = "unknown" if report.dev_wer is None else f"{100 * report.dev_wer:.1f} %"
         raise RunError(
-            f"{recipe.train.overfit_utterances} utterances were not learnt by heart in {report.steps} steps: WER "
-            f"{100 * (report.dev_wer or 0.0):.1f} %, expected at most {100 * OVERFIT_WER:.0f} %; raise train.steps or "
-            "train.learning_rate, and look at the pairs above"
+            f"{few} utterances were not learnt by heart in {report.steps} steps: WER {wer}, expected at most "
+            f"{100 * OVERFIT_WER:.0f} %; raise train.steps or train.learning_rate in a new --run, and look at the pairs"
         )
     return report
 
@@ -143,9 +155,18 @@ def _say_nothing(_: str) -> None:
 
 
 def _device_of_process(device: str) -> torch.device:
-    """Give each process of torchrun its own GPU."""
+    """Give each process of torchrun its own GPU.
+
+    Raises:
+        RunError: one GPU of several is named; transformers' Trainer would take the first all the same.
+    """
+    if device.startswith("cuda:"):
+        index = device.removeprefix("cuda:")
+        raise RunError(
+            f"device {device!r}; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES={index} to choose a GPU"
+        )
     found = pick_device(device)
-    if found.type == "cuda" and found.index is None:
+    if found.type == "cuda":
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(found)
     return found
@@ -155,14 +176,23 @@ class _Stage:
     """Stage two with everything loaded."""
 
     def __init__(
-        self, recipe: Recipe, store: FeatureStore, run: Run, checkpoint: Path | None, device: torch.device, say: Say
+        self,
+        recipe: Recipe,
+        store: FeatureStore,
+        run: Run,
+        checkpoint: Path | None,
+        device: torch.device,
+        say: Say,
+        is_rehearsal: bool,
     ) -> None:
         self.recipe, self.store, self.run, self.checkpoint = recipe, store, run, checkpoint
         self.device, self.say = device, say
-        self.model, self.processor = build_model(recipe, store, device, is_fresh=checkpoint is None)
+        self.model, self.processor = build_model(recipe, store, device, is_fresh=checkpoint is None, say=say)
         self.reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
-        self.batches = self._plan_batches()
-        self.dev = DevSet.open(recipe, store, self.processor)
+        self.batches = self._plan_batches(is_rehearsal)
+        self.dev = DevSet.open(recipe, store, self.processor, say)
+        if self.dev is not None and is_rehearsal:
+            self.dev = self.dev.largest_batch()
         if recipe.train.gradient_checkpointing:
             self.model.checkpoint_activations()
         if recipe.train.compile:
@@ -170,18 +200,23 @@ class _Stage:
         if recipe.train.liger:
             self.model.use_liger()
 
-    def _plan_batches(self) -> TrainingBatches:
+    def _plan_batches(self, is_rehearsal: bool) -> TrainingBatches:
         settings, tokenizer = self.recipe.train, self.processor.tokenizer
-        targets = tokenize(tokenizer, self.reader.index["transcript"].to_pylist())
-        few = settings.overfit_utterances
+        targets = stored_targets(self.reader, tokenizer, self.say)
+        costs = positions_needed(self.reader, targets, tokenizer, self.recipe.projector.stack_factor)
+        chosen = None
+        if settings.overfit_utterances is not None:
+            chosen = chosen_for_overfitting(len(self.reader), settings.overfit_utterances)
+        elif is_rehearsal and len(self.reader):
+            chosen = longest_batch(costs, settings.batch_tokens)
         return TrainingBatches(
             self.reader,
             targets,
-            positions_needed(self.reader, targets, tokenizer, self.recipe.projector.stack_factor),
+            costs,
             budget=settings.batch_tokens,
             seed=settings.seed,
             num_batches=settings.steps * settings.accumulate,
-            chosen=None if few is None else chosen_for_overfitting(len(self.reader), few),
+            chosen=chosen,
             jitter_frames=settings.jitter_frames,
             world_size=num_processes(),
             is_pinned=self.device.type == "cuda",
@@ -193,22 +228,24 @@ class _Stage:
         first_step = 0 if checkpoint is None else step_of(checkpoint)
         if is_main_process() and self.run.state:
             self.run.rewind_metrics(first_step)
-        watch.resume()
+        watch.resume(first_step)
         trainer = self._trainer(watch, first_step)
         if checkpoint is not None:
-            trainer.meter.restore(self.run.progress(checkpoint / PROGRESS))
+            progress = self.run.progress(checkpoint / PROGRESS)
+            trainer.meter.restore(progress)
+            self.batches.restore(progress)
         with stop_on_sigterm(watch):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self._check_frozen()
-        newest, totals = trainer.checkpoint_now(), trainer.meter.totals()
+        newest, totals, steps = trainer.checkpoint_now(), trainer.meter.totals(), trainer.state.global_step
         report = TrainReport(
             run=str(self.run.folder),
-            steps=trainer.state.global_step,
+            steps=steps,
             loss=watch.last_loss,
             dev_wer=watch.last_wer,
             parameters=sum(p.numel() for p in self.model.projector.parameters()),
             seconds=totals["seconds"],
-            is_finished=watch.is_learnt_by_heart or trainer.state.global_step >= self.recipe.train.steps,
+            is_finished=watch.is_learnt_by_heart or (steps >= self.recipe.train.steps and watch.has_judged(steps)),
             num_utterances=int(totals["num_utterances"]),
             audio_s=totals["audio_s"],
             encoder_passes=count_passes(),

@@ -1,7 +1,7 @@
 """transformers' Trainer over batches by number: exact, resumable, saving models that load as they are.
 
-Invariants: a checkpoint folder is complete or does not exist; a loss that is not finite is found before anything is
-saved or evaluated; `train.accumulate` batches make a step whatever the number of processes, so one process and eight
+Invariants: a checkpoint folder is complete or does not exist; a loss or a weight that is not finite is found before
+anything is saved; `train.accumulate` batches make a step whatever the number of processes, so one process and eight
 take the same steps.
 """
 
@@ -25,6 +25,7 @@ from pipelines.errors import RunError
 from pipelines.meter import Meter
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
+from tinyaudio.loss import load_liger
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 
 PROGRESS = "progress.json"  # in a checkpoint: what the run had gone through
@@ -41,6 +42,7 @@ class ProjectorTrainer(Trainer):
         self.projected_rms: Tensor | None = None
         self._dequantize = Dequantizer(batches.reader)
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, utterance ids, loss
+        self._newest: tuple[int, list[str]] = (0, [])  # the step under way and the utterances of its batches
 
     def get_train_dataloader(self) -> Any:
         numbers = [[number] for number in range(len(self.batches))]
@@ -55,6 +57,7 @@ class ProjectorTrainer(Trainer):
             num_frames=inputs["num_frames"],
             labels=inputs["labels"],
             num_items_in_batch=num_items_in_batch,
+            host_counts=inputs["host_counts"],
         )
         self._check_soon(inputs["utterance_ids"], output.loss.detach())
         self.projected_rms = output.projected_rms
@@ -72,7 +75,9 @@ class ProjectorTrainer(Trainer):
 
     def _check_soon(self, utterance_ids: list[str], loss: Tensor) -> None:
         """Look at the loss one batch late: by then a GPU has finished it, and need not be waited for."""
-        self._unchecked.append((self.state.global_step + 1, utterance_ids, loss))
+        step = self.state.global_step + 1
+        self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
+        self._unchecked.append((step, utterance_ids, loss))
         self.check_finite(keep=1)
 
     def check_finite(self, keep: int = 0) -> None:
@@ -88,6 +93,22 @@ class ProjectorTrainer(Trainer):
                     f"loss is {loss.item()} at step {step}, on utterances {', '.join(utterance_ids)}; nothing was "
                     "saved since the last checkpoint. Look at these utterances, or lower train.learning_rate"
                 )
+
+    def check_weights(self) -> None:
+        """Look at the projector itself: the gradient of a finite loss may not be finite, and then no weight is.
+
+        Raises:
+            RunError: some weight is not finite; with the last step, which must have done it, and its utterances.
+        """
+        self.check_finite()
+        weights = self.accelerator.unwrap_model(self.model).projector.parameters()
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+            step, utterance_ids = self._newest
+            raise RunError(
+                f"projector weights are not finite after step {step}, on utterances {', '.join(utterance_ids)}: their "
+                "loss was finite and its gradient was not; nothing was saved since the last checkpoint. Look at these "
+                "utterances, or lower train.learning_rate"
+            )
 
     # ------------------------------------------------------------------------------------- metrics
 
@@ -113,7 +134,7 @@ class ProjectorTrainer(Trainer):
         folder, staging = Path(self.args.output_dir), Path(self._get_output_dir(trial))
         if (folder / name).is_dir():
             return
-        self.check_finite()
+        self.check_weights()
         with self.meter.paused():
             totals = self.meter.totals()
             if self.args.should_save:
@@ -122,7 +143,8 @@ class ProjectorTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                (staging / name / PROGRESS).write_text(json.dumps(totals) + "\n")
+                progress = {**totals, **self.batches.progress()}
+                (staging / name / PROGRESS).write_text(json.dumps(progress) + "\n")
                 _flush(staging / name)
                 (staging / name).rename(folder / name)
                 _forget_old(folder, keep=self.args.save_total_limit or 1)
@@ -166,17 +188,8 @@ def _forget_old(folder: Path, keep: int) -> None:
 
 
 def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> TrainingArguments:
-    """Translate a recipe into what transformers calls things.
-
-    Raises:
-        RunError: `train.accumulate` cannot be divided among the processes.
-    """
-    settings, on_gpu, processes = recipe.train, device.type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.accumulate % processes:
-        raise RunError(
-            f"train.accumulate is {settings.accumulate} and there are {processes} processes; expected a multiple of "
-            f"{processes}, since a step takes train.accumulate batches over all processes"
-        )
+    """Translate a recipe into what transformers calls things; makes the folder of checkpoints."""
+    settings, on_gpu = recipe.train, device.type == "cuda"
     if is_main_process():
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
@@ -187,7 +200,7 @@ def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> Traini
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_accumulation_steps=settings.accumulate // processes,
+        gradient_accumulation_steps=settings.accumulate // num_processes(),
         per_device_train_batch_size=1,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         bf16=settings.bf16 and on_gpu,
@@ -226,12 +239,25 @@ def tensorboard(recipe: Recipe, run: Run, first_step: int) -> list[TrainerCallba
     return [TensorBoardCallback(SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=purge))]
 
 
-def check_reporters(recipe: Recipe) -> None:
-    """Find out before a run begins that what it reports to is there.
+def check_settings(recipe: Recipe, device: torch.device) -> None:
+    """Find out before anything is loaded what would stop the run later.
 
     Raises:
-        RunError: a name in `train.report_to` that transformers does not know, or whose package is not installed.
+        RunError: `train.accumulate` cannot be divided among the processes, or something to report to is not installed.
+        ModelError: `train.liger` where Liger Kernel cannot run.
     """
+    accumulate, processes = recipe.train.accumulate, num_processes()
+    if accumulate % processes:
+        raise RunError(
+            f"train.accumulate is {accumulate} and there are {processes} processes; expected a multiple of "
+            f"{processes}, since a step takes train.accumulate batches over all processes"
+        )
+    if recipe.train.liger:
+        load_liger(device)
+    _check_reporters(recipe)
+
+
+def _check_reporters(recipe: Recipe) -> None:
     available = {"tensorboard", *get_available_reporting_integrations()}
     missing = [name for name in recipe.train.report_to if name not in available]
     if missing:

@@ -6,20 +6,32 @@ and the loader of checkpoints know nothing of it:
     W ((x - mean) / std) + b  =  (W / std) x  +  (b - (W / std) mean)
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cache import FeatureReader, feature_moments
+from pipelines.derived import remembered
 from pipelines.errors import RunError
 from tinyaudio.projectors import Projector
 
 
-def feature_statistics(reader: FeatureReader) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Compute mean and standard deviation per dimension over all frames of a split: (D,) each, std positive."""
-    moments = feature_moments(reader)
-    calibration = moments.calibration()  # its std is positive where a dimension never moves
-    return calibration.mean, calibration.std
+def feature_statistics(
+    reader: FeatureReader, say: Callable[[str], None] = print
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Compute mean and standard deviation per dimension over all frames of a split: (D,) each, std positive.
+
+    That reads the whole split, over an hour for 2,500 hours of speech, so it is done once for a store.
+    """
+
+    def work_out() -> dict[str, NDArray[np.float32]]:
+        calibration = feature_moments(reader).calibration()  # its std is positive where a dimension never moves
+        return {"mean": calibration.mean, "std": calibration.std}
+
+    found = remembered(reader.store, "mean-and-deviation", {"split": reader.split, "moments": 1}, work_out, say)
+    return found["mean"], found["std"]
 
 
 @torch.no_grad()

@@ -13,12 +13,10 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from safetensors.torch import load_file
 
 from pipelines.corpora import open_corpus
-from pipelines.errors import RunError
 from pipelines.extract import extract, wanted_splits
 from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
-from pipelines.trainer import training_arguments
 
 OVERRIDES = ["train.accumulate=2", "train.log_every=1", "train.report_to=[]"]
 
@@ -86,9 +84,3 @@ def test_processes_stop_together_and_another_number_goes_on(recipe_file, store, 
     assert report.is_finished
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
-
-
-def test_batches_that_cannot_be_shared_out_are_refused(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(RunError, match=r"train.accumulate is 2 and there are 3 processes; expected a multiple of 3"):
-        training_arguments(load_recipe(str(recipe_file), OVERRIDES), Run(tmp_path / "run"), torch.device("cpu"))

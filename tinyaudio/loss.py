@@ -42,17 +42,28 @@ def liger_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Ten
     """Do the same with Liger Kernel's fused Triton kernel.
 
     Raises:
-        ModelError: liger-kernel is not installed, the states are not on a GPU, or the head is not a Linear.
+        ModelError: as `load_liger`, or the head is not a Linear.
     """
+    fused = load_liger(hidden.device)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"train.liger needs a linear head; found {type(head).__name__}. Set train.liger=false")
+    loss: Tensor = fused(reduction="sum")(head.weight, hidden, targets, head.bias)
+    return loss
+
+
+def load_liger(device: torch.device) -> Any:
+    """Import Liger Kernel's loss.
+
+    Raises:
+        ModelError: this is no GPU, or liger-kernel is not installed.
+    """
+    if device.type != "cuda":
+        raise ModelError(f"train.liger needs a GPU; found device {device.type!r}. Set train.liger=false")
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
         raise ModelError(f"train.liger needs liger-kernel (pip install 'tinyaudio[liger]'): {error}") from error
-    if not hidden.is_cuda or not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"train.liger needs a GPU and a linear head; found {hidden.device.type!r}, {type(head).__name__}"
-        )
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, hidden, targets, head.bias)
+    return LigerFusedLinearCrossEntropyLoss
 
 
 def _vocabulary(head: nn.Module, hidden: Tensor) -> int:

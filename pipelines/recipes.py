@@ -7,7 +7,7 @@ with a leading `./` or `../` are relative to the recipe file.
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,12 +157,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, corpus: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
         name_or_path: "demo", "loquacious-small", ... or the path of a TOML file.
         overrides: "section.key=value"; the value is TOML, or else taken as a string.
+        corpus: another [corpus] section instead of the recipe's own; overrides come after it.
 
     Raises:
         RecipeError: not found, not TOML, an unknown key, or a value out of range.
@@ -172,7 +175,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         settings = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{str(path)!r} is not TOML: {error}") from error
-    settings = {"name": path.stem, **settings}
+    settings = {"name": path.stem, **settings, **({"corpus": dict(corpus)} if corpus is not None else {})}
     _anchor(settings, path.parent)
     _forget_revisions(settings, overrides)
     for override in overrides:

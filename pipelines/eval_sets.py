@@ -1,13 +1,15 @@
 """Evaluation sets: which utterances of a split are scored, and their audio at 16 kHz.
 
 A sample of N is random and not the head, and stays the same whatever the order of files: utterances are ranked by a
-hash of seed and id. A smaller sample is part of a larger one.
+hash of seed and id. A smaller sample is part of a larger one. Ids are unique: a second "x" becomes "x#2", and a row
+without an id goes by its place; how many were renamed is part of the set's identity.
 """
 
 import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class EvalSet:
     corpus: Corpus | None  # None where clips do not come from a corpus
     utterances: tuple[Utterance, ...]
     split_size: int  # utterances in the whole split
+    num_renamed: int = 0  # of the whole split
 
     @property
     def corpus_name(self) -> str:
@@ -65,15 +68,23 @@ class EvalSet:
     def identity(self) -> dict[str, Any]:
         """Return what was scored: the corpus, the split and how it was sampled."""
         assert self.corpus is not None
+        return self._identity({"provenance": self.corpus.provenance(self.split)})
+
+    def _identity(self, origin: dict[str, Any]) -> dict[str, Any]:
         return {
             "corpus": self.corpus_name,
             "config": self.section.config,
-            "provenance": self.corpus.provenance(self.split),
+            **origin,
             "split": self.split,
             "source": self.source,
             "max_samples": self.max_samples,
             "seed": self.seed if self.max_samples is not None else None,
+            **({"renamed_ids": self.num_renamed} if self.num_renamed else {}),
         }
+
+    def environment(self) -> dict[str, Any]:
+        """Return what decodes and resamples the recordings."""
+        return {name: version(name) for name in ("soundfile", "soxr", "av")}
 
     def load(self, wanted: Iterable[str]) -> Iterator["Window"]:
         """Decode utterances, in windows of about `WINDOW_S` seconds; what cannot be decoded comes as its error."""
@@ -109,11 +120,12 @@ def open_eval_set(
 
     Raises:
         CorpusError: no such corpus or split.
-        EvaluationError: nothing to score, or two utterances of one id.
+        EvaluationError: nothing to score.
     """
     corpus = open_corpus(section)
-    name = section.name or ""
-    everything = [_utterance(row, name) for row in corpus.scan(split).to_pylist()]
+    rows = corpus.scan(split).to_pylist()
+    names, num_renamed = unique_names([row["utterance_id"] or f"{split}/{row['source_id']}" for row in rows])
+    everything = [_utterance(row, name, section) for row, name in zip(rows, names, strict=True)]
     return EvalSet(
         section=section,
         split=split,
@@ -123,14 +135,30 @@ def open_eval_set(
         corpus=corpus,
         utterances=choose(everything, split, max_samples, seed, source),
         split_size=len(everything),
+        num_renamed=num_renamed + sum(not row["utterance_id"] for row in rows),
     )
+
+
+def unique_names(names: Iterable[str]) -> tuple[list[str], int]:
+    """Give the second bearer of a name the suffix "#2", and so on; returns the names and how many were changed."""
+    seen: set[str] = set()
+    made = []
+    num_changed = 0
+    for name in names:
+        unique, number = name, 1
+        while unique in seen:
+            number += 1
+            unique = f"{name}#{number}"
+        num_changed += number > 1
+        seen.add(unique)
+        made.append(unique)
+    return made, num_changed
 
 
 def choose(
     everything: list[Utterance], split: str, max_samples: int | None, seed: int, source: str | None
 ) -> tuple[Utterance, ...]:
     """Pick a source and a random sample, in the order of the corpus; errors as `open_eval_set`."""
-    _check_ids(everything, split)
     chosen = [one for one in everything if source is None or one.source == source]
     if not chosen:
         sources = sorted({one.source for one in everything if one.source})
@@ -142,17 +170,9 @@ def choose(
     return tuple(chosen)
 
 
-def _utterance(row: dict[str, Any], corpus_name: str) -> Utterance:
-    row["source"] = row["source"] or source_of(corpus_name, row["utterance_id"])
-    return Utterance(**row)
-
-
-def _check_ids(utterances: list[Utterance], split: str) -> None:
-    seen: set[str] = set()
-    for one in utterances:
-        if one.utterance_id in seen:
-            raise EvaluationError(f"split {split!r} holds two utterances {one.utterance_id!r}; expected one of each id")
-        seen.add(one.utterance_id)
+def _utterance(row: dict[str, Any], name: str, section: CorpusSection) -> Utterance:
+    source = row["source"] or source_of(section.name or str(section.path), row["utterance_id"] or "")
+    return Utterance(**{**row, "utterance_id": name, "source": source})
 
 
 def _rank(utterance_id: str, seed: int) -> str:

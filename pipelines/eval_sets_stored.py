@@ -1,23 +1,28 @@
 """Evaluation sets whose clips are features from a store: no audio is read and no encoder runs.
 
-Only for a model that was made for this store's encoder. Utterances that the store holds in quarantine belong to the set
-and count as failures, with the reason they were put there for.
+Only for a model that was made for this store's encoder. What the plan left out or extraction put into quarantine
+belongs to the set all the same: it counts as failed, with the reason.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from cache import FeatureReader, FeatureStore
 from cache.quantize import Quantized
 from pipelines.errors import EvaluationError
-from pipelines.eval_sets import EvalSet, Utterance, Window, choose, windows
+from pipelines.eval_sets import EvalSet, Utterance, Window, choose, unique_names, windows
 from pipelines.providers import Clip
+from pipelines.recipes import CorpusSection
+from pipelines.sources import source_of
 from tinyaudio.errors import AudioError
+
+_PLANNED = ["utterance_id", "duration_s", "transcript", "speaker", "sex", "source", "reason"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +30,14 @@ class StoredEvalSet(EvalSet):
     """A split of a store, or a random part of it."""
 
     reader: FeatureReader
-    quarantined: dict[str, str]
+    reasons: dict[str, str]  # why an utterance of the split is not in the store
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "corpus": self.corpus_name,
-            "config": self.section.config,
-            "store_fingerprint": self.reader.store.fingerprint_id,
-            "split": self.split,
-            "source": self.source,
-            "max_samples": self.max_samples,
-            "seed": self.seed if self.max_samples is not None else None,
-        }
+        return self._identity({"store_fingerprint": self.reader.store.fingerprint_id})
+
+    def environment(self) -> dict[str, Any]:
+        """Return nothing: no recording is decoded."""
+        return {}
 
     @property
     def encoder_weights(self) -> str:
@@ -46,11 +47,11 @@ class StoredEvalSet(EvalSet):
     def load(self, wanted: Iterable[str]) -> Iterator[Window]:
         chosen = set(wanted)
         for window in windows([one for one in self.utterances if one.utterance_id in chosen]):
-            kept = [one for one in window if one.utterance_id not in self.quarantined]
+            kept = [one for one in window if one.utterance_id not in self.reasons]
             loaded: Window = [
-                (one, AudioError(f"not in the store: {self.quarantined[one.utterance_id]}"))
+                (one, AudioError(f"not in the store: {self.reasons[one.utterance_id]}"))
                 for one in window
-                if one.utterance_id in self.quarantined
+                if one.utterance_id in self.reasons
             ]
             rows = self.reader.read([int(one.source_id) for one in kept])
             yield loaded + [(one, _clip(one, features)) for one, features in zip(kept, rows, strict=True)]
@@ -67,9 +68,9 @@ def _clip(utterance: Utterance, stored: Any) -> Clip:
 
 
 def open_stored_set(
-    store_path: Path, section: Any, *, split: str, max_samples: int | None, seed: int, source: str | None
+    store_path: Path, section: CorpusSection, *, split: str, max_samples: int | None, seed: int, source: str | None
 ) -> StoredEvalSet:
-    """List what a store holds of a split.
+    """List what a store was to hold of a split.
 
     Raises:
         StoreNotFoundError: there is no store.
@@ -79,9 +80,13 @@ def open_stored_set(
         reader = FeatureReader(FeatureStore.open(store_path), split=split)
     except ValueError as error:
         raise EvaluationError(f"{error}; run `tinyaudio extract --split {split} --store {store_path}`") from error
-    quarantined = {line["utterance_id"]: line["reason"] for line in _quarantine(reader.store) if line["split"] == split}
-    everything = [_utterance(position, row) for position, row in enumerate(reader.index.to_pylist())]
-    everything += [_missing(name) for name in sorted(quarantined)]
+    corpus = section.name or str(section.path)
+    stored = [_stored(position, row, corpus) for position, row in enumerate(reader.index.to_pylist())]
+    absent = _absent(reader.store, split, {one.utterance_id for one in stored}, corpus)
+    names, num_renamed = unique_names([one.utterance_id for one in stored] + [one.utterance_id for one, _ in absent])
+    everything = [replace(one, utterance_id=name) for one, name in zip(stored, names, strict=False)]
+    missing = {name: (one, reason) for name, (one, reason) in zip(names[len(stored) :], absent, strict=True)}
+    everything += [replace(one, utterance_id=name) for name, (one, _) in missing.items()]
     return StoredEvalSet(
         section=section,
         split=split,
@@ -91,33 +96,38 @@ def open_stored_set(
         corpus=None,
         utterances=choose(everything, split, max_samples, seed, source),
         split_size=len(everything),
+        num_renamed=num_renamed,
         reader=reader,
-        quarantined=quarantined,
+        reasons={name: reason for name, (_, reason) in missing.items()},
     )
 
 
-def _utterance(position: int, row: dict[str, Any]) -> Utterance:
-    extra = json.loads(row["extra"] or "{}")
+def _stored(position: int, row: dict[str, Any], corpus: str) -> Utterance:
+    sex = json.loads(row["extra"] or "{}").get("sex")
+    return _utterance({**row, "source_id": str(position), "sex": sex}, corpus)
+
+
+def _absent(store: FeatureStore, split: str, stored: set[str], corpus: str) -> list[tuple[Utterance, str]]:
+    """List what the split has and the store has not, with the reason: planned out, or quarantined."""
+    plan = pq.read_table(Path(store.path) / "plan.parquet", columns=_PLANNED, filters=[("split", "==", split)])
+    quarantined = {line["utterance_id"]: line["reason"] for line in _quarantine(store) if line["split"] == split}
+    found = []
+    for row in plan.to_pylist():
+        reason = row["reason"] or quarantined.get(row["utterance_id"], "not extracted yet")
+        if row["reason"] or row["utterance_id"] not in stored:
+            found.append((_utterance({**row, "source_id": ""}, corpus), reason))
+    return found
+
+
+def _utterance(row: dict[str, Any], corpus: str) -> Utterance:
     return Utterance(
         utterance_id=row["utterance_id"],
-        source_id=str(position),
+        source_id=row["source_id"],
         duration_s=row["duration_s"],
         transcript=row["transcript"],
         speaker=row["speaker"],
-        sex=extra.get("sex"),
-        source=row["source"],
-    )
-
-
-def _missing(utterance_id: str) -> Utterance:
-    return Utterance(
-        utterance_id=utterance_id,
-        source_id="",
-        duration_s=None,
-        transcript="",
-        speaker=None,
-        sex=None,
-        source=None,
+        sex=row["sex"],
+        source=row["source"] or source_of(corpus, row["utterance_id"]),
     )
 
 

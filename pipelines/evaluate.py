@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance
-from pipelines.normalizers import text_policy
+from pipelines.normalizers import open_normalizer, text_policy
 from pipelines.predictions import (
     Prediction,
     appending,
@@ -33,6 +33,7 @@ from pipelines.summary import Settings, Summary, load_settings, save_settings, s
 from tinyaudio.errors import AudioError
 
 OnProgress = Callable[[int, int], None]
+OnMissing = Callable[[Sequence[Utterance]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def evaluate(
     scoring: Scoring = Scoring(),
     trained_on: str | None = None,
     retry_failed: bool = False,
+    on_missing: OnMissing | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Transcribe a set and score it.
@@ -77,42 +79,71 @@ def evaluate(
         scoring: normaliser and comparison; can be changed later with `score_again`.
         trained_on: corpus of the training recipe, for the note on contamination.
         retry_failed: try utterances again that failed in an earlier call.
+        on_missing: called once, when the folder is ours, with what has no answer yet; it may raise to stop.
         on_progress: called with (utterances done, utterances in all).
 
     Raises:
         EvaluationError: the folder holds another evaluation, or `scoring` names something that is not there.
     """
+    _check_scoring(scoring, eval_set, output)
+    settings = _settings(provider, eval_set, trained_on)
     output.mkdir(parents=True, exist_ok=True)
     with claimed(output):
-        predictions, num_resumed = _answer_all(provider, eval_set, output, trained_on, retry_failed, on_progress)
+        _claim(output / "settings.json", settings)
+        done = _earlier(output / "predictions.jsonl", retry_failed)
+        num_resumed = len(done)
+        missing = [one for one in eval_set.utterances if one.utterance_id not in done]
+        if on_missing is not None:
+            on_missing(missing)
+        if missing:
+            _note_environment(output / "settings.json", settings)
+            _answer(provider, eval_set, missing, output / "predictions.jsonl", done, on_progress)
+        predictions = tuple(done[one.utterance_id] for one in eval_set.utterances)
+        write_predictions(output / "predictions.jsonl", predictions)
         summary = score_again(output, output, scoring)
     return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
 
 
-def _answer_all(
+def _check_scoring(scoring: Scoring, eval_set: EvalSet, output: Path) -> None:
+    """Refuse before anything is decoded or paid for what `score_again` would refuse afterwards."""
+    open_normalizer(scoring.normalizer, eval_set.section)
+    other = _open_other(scoring, output)
+    if other is None:
+        return
+    if {one.utterance_id for one in other[1]}.isdisjoint(one.utterance_id for one in eval_set.utterances):
+        raise EvaluationError(
+            f"{str(scoring.compare_with)!r} has no utterance in common with {eval_set.name!r}; expected the same set"
+        )
+
+
+def _open_other(scoring: Scoring, source: Path) -> tuple[Settings, list[Prediction]] | None:
+    if scoring.compare_with is None:
+        return None
+    if _predictions_in(scoring.compare_with).resolve() == _predictions_in(source).resolve():
+        raise EvaluationError(f"{str(source)!r} cannot be compared with itself; name another evaluation")
+    return read_evaluation(scoring.compare_with)
+
+
+def _predictions_in(source: Path) -> Path:
+    return source if source.is_file() else source / "predictions.jsonl"
+
+
+def _answer(
     provider: Provider,
     eval_set: EvalSet,
-    output: Path,
-    trained_on: str | None,
-    retry_failed: bool,
+    missing: Sequence[Utterance],
+    path: Path,
+    done: dict[str, Prediction],
     on_progress: OnProgress | None,
-) -> tuple[tuple[Prediction, ...], int]:
-    """Ask for every answer that is not on the disk yet; returns all of them, and how many were there before."""
-    path = output / "predictions.jsonl"
-    done = _earlier(path, retry_failed)
-    num_resumed = len(done)
-    missing = [one.utterance_id for one in eval_set.utterances if one.utterance_id not in done]
-    _claim(output / "settings.json", _settings(provider, eval_set, trained_on), is_computing=bool(missing))
-    if missing:
-        with appending(path) as log:
-            for one in _predict(provider, eval_set, missing):
-                log.add(one)
-                done[one.utterance_id] = one
-                if on_progress is not None:
-                    on_progress(len(done), len(eval_set.utterances))
-    predictions = tuple(done[one.utterance_id] for one in eval_set.utterances)
-    write_predictions(path, predictions)
-    return predictions, num_resumed
+) -> None:
+    """Ask for what is missing, line by line into the file and into `done`."""
+    write_predictions(path, done.values())  # without the failures that are tried again
+    with appending(path) as log:
+        for one in _predict(provider, eval_set, [one.utterance_id for one in missing]):
+            log.add(one)
+            done[one.utterance_id] = one
+            if on_progress is not None:
+                on_progress(len(done), len(eval_set.utterances))
 
 
 def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
@@ -124,10 +155,10 @@ def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
         scoring: how.
 
     Raises:
-        EvaluationError: no predictions there, no such normaliser, or a comparison with another set.
+        EvaluationError: no predictions there, no such normaliser, or a comparison with another set or with itself.
     """
     settings, predictions = read_evaluation(source)
-    other = read_evaluation(scoring.compare_with) if scoring.compare_with is not None else None
+    other = _open_other(scoring, source)
     summary = summarize(
         settings, predictions, normalizer=scoring.normalizer, merge_compounds=scoring.merge_compounds, other=other
     )
@@ -146,21 +177,12 @@ def read_evaluation(source: Path) -> tuple[Settings, list[Prediction]]:
     Raises:
         EvaluationError: no predictions there, or files that are not readable.
     """
-    path = source / "predictions.jsonl" if source.is_dir() else source
+    path = _predictions_in(source)
     predictions = read_predictions(path)
     beside = path.with_name("settings.json")
     if beside.is_file():
         return load_settings(beside), predictions
     return Settings(provider="predictions", model={"name": path.stem}, scored={"corpus": "unknown"}), predictions
-
-
-def unanswered(eval_set: EvalSet, output: Path, retry_failed: bool = False) -> list[Utterance]:
-    """List what `evaluate` would have to ask for."""
-    path = output / "predictions.jsonl"
-    drop_torn_line(path)
-    found = read_predictions(path) if path.is_file() else []
-    done = {one.utterance_id for one in found if not (retry_failed and one.is_failed)}
-    return [one for one in eval_set.utterances if one.utterance_id not in done]
 
 
 def _settings(provider: Provider, eval_set: EvalSet, trained_on: str | None) -> Settings:
@@ -170,15 +192,15 @@ def _settings(provider: Provider, eval_set: EvalSet, trained_on: str | None) -> 
         scored=eval_set.identity(),
         text_policy=text_policy(eval_set.section),
         trained_on=trained_on,
-        environments=(provider.environment(),),
+        environments=({**provider.environment(), **eval_set.environment()},),
     )
     # as it will be read back, so that the two can be compared
     as_json = {name: json.loads(json.dumps(getattr(made, name))) for name in ("model", "scored", "environments")}
     return replace(made, **{**as_json, "environments": tuple(as_json["environments"])})
 
 
-def _claim(path: Path, wanted: Settings, is_computing: bool) -> None:
-    """Say in a folder what it is for, or check that it is for this; note a new environment."""
+def _claim(path: Path, wanted: Settings) -> None:
+    """Say in a folder what it is for, or check that it is for this."""
     if not path.is_file():
         save_settings(path, wanted)
         return
@@ -197,7 +219,12 @@ def _claim(path: Path, wanted: Settings, is_computing: bool) -> None:
             f"{str(path.parent)!r} holds another evaluation ({', '.join(differing)} differ: see settings.json); "
             "name another folder with --output, or delete this one"
         )
-    if is_computing and wanted.environments[0] not in found.environments:
+
+
+def _note_environment(path: Path, wanted: Settings) -> None:
+    """Add what answers are computed on from now on, if it is not what it was."""
+    found = load_settings(path)
+    if wanted.environments[0] not in found.environments:
         save_settings(path, replace(found, environments=(*found.environments, *wanted.environments)))
 
 
@@ -207,14 +234,11 @@ def _unnamed(model: dict[str, object]) -> dict[str, object]:
 
 
 def _earlier(path: Path, retry_failed: bool) -> dict[str, Prediction]:
+    """Read the answers of an earlier call; a line torn by a kill is cut off."""
     drop_torn_line(path)
     if not path.is_file():
         return {}
-    found = read_predictions(path)
-    kept = [one for one in found if not (retry_failed and one.is_failed)]
-    if len(kept) < len(found):
-        write_predictions(path, kept)
-    return {one.utterance_id: one for one in kept}
+    return {one.utterance_id: one for one in read_predictions(path) if not (retry_failed and one.is_failed)}
 
 
 def _predict(provider: Provider, eval_set: EvalSet, missing: Sequence[str]) -> Iterator[Prediction]:

@@ -14,7 +14,7 @@ from pipelines.recipes import Recipe
 from pipelines.report import headline, mark, percent, set_name
 from pipelines.report_blocks import Block, Bullets, Code, Heading, Paragraph, Table, to_markdown
 from pipelines.scoring import Interval
-from pipelines.sources import LOQUACIOUS
+from pipelines.sources import is_loquacious
 from pipelines.summary import Score, Summary
 
 PIPELINE_TAG = "automatic-speech-recognition"
@@ -290,7 +290,7 @@ def _uses(facts: CardFacts) -> list[Block]:
         limits.append(
             "output is in lower case" + (" without punctuation" if corpus.text_punctuation == "remove" else "")
         )
-    if corpus is not None and corpus.name in LOQUACIOUS:
+    if corpus is not None and is_loquacious(corpus.name or corpus.path):
         limits.append("parts of the training transcripts were made by machines, with their errors")
     return [
         Heading(2, "Intended use"),

@@ -2,7 +2,8 @@
 
 The ledger is the memory that keeps anyone from paying twice. Before a job is created its intention is written down
 (with the upload's address, which is the job's alone), and its id as soon as it is known; both are on the disk before
-anything else happens. An intention without an id is looked up at the provider before it is tried again.
+anything else happens. An intention without an id is looked up at the provider before it is tried again. Whoever asks
+or pays holds the evaluation's folder, and reads the ledger again first: another process may have paid meanwhile.
 """
 
 import json
@@ -12,9 +13,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-from pipelines.predictions import drop_torn_line
+from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
 PRICES = Path(__file__).parent / "provider_prices.toml"
@@ -32,11 +31,17 @@ class Ledger:
     """Jobs by utterance, in a file of JSON lines that only grows; safe among threads of one process."""
 
     def __init__(self, path: Path) -> None:
-        """Open or begin a ledger; a line torn by a kill is cut off."""
+        """Open or begin a ledger."""
         self._path, self._lock = path, threading.Lock()
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Read what is on the disk now; a last line torn by a kill does not count, and is cut off by the next note."""
+        content = self._path.read_bytes() if self._path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        self._torn_at = len(whole) if len(whole) < len(content) else None
         self._jobs: dict[str, Job] = {}
-        drop_torn_line(path)
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in whole.decode().splitlines():
             entry = json.loads(line)
             self._jobs[entry["utterance_id"]] = Job(upload=entry["upload"], job_id=entry["job_id"])
 
@@ -49,7 +54,11 @@ class Ledger:
         entry = {"utterance_id": utterance_id, "upload": job.upload, "job_id": job.job_id}
         with self._lock:
             self._jobs[utterance_id] = job
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as stream:
+                if self._torn_at is not None:
+                    stream.truncate(self._torn_at)
+                    self._torn_at = None
                 stream.write(json.dumps(entry) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -135,9 +144,18 @@ class Quote:
         return f"{self.clips:,} clips, {self.hours:.2f} h: {cost}"
 
 
+def _prices(provider: str) -> dict[str, Any]:
+    return dict(tomllib.loads(PRICES.read_text())[provider])
+
+
+def model_names(provider: str) -> list[str]:
+    """List the models that a provider takes, by `provider_prices.toml`."""
+    return list(_prices(provider)["models"])
+
+
 def quote(provider: str, model: str, durations_s: list[float]) -> Quote:
     """Compute a price from `provider_prices.toml`."""
-    prices = tomllib.loads(PRICES.read_text())[provider]
+    prices = _prices(provider)
     hours = sum(durations_s) / 3600
     per_hour = prices["usd_per_hour"].get(model)
     usd = None if per_hour is None else hours * per_hour

@@ -22,7 +22,7 @@ import httpx
 from assemblyai import api
 
 from pipelines.errors import EvaluationError
-from pipelines.paid_jobs import Job, Ledger, Patience, Quote, StoppedError, Verdict, Waiter, quote
+from pipelines.paid_jobs import Job, Ledger, Patience, Quote, StoppedError, Verdict, Waiter, model_names, quote
 from pipelines.providers import Answer, Clip, ProviderOptions
 
 KEY_VARIABLE = "ASSEMBLYAI_API_KEY"
@@ -30,6 +30,8 @@ DEFAULT_MODEL = "universal-3-5-pro"
 LANGUAGE = "en"
 JOBS_FILE = "assemblyai-jobs.jsonl"
 TRANSIENT = {429, 500, 502, 503, 504}
+# What the SDK lets through of a reply with status 200 that is not what it should be: no JSON, or without its fields.
+_MALFORMED = (ValueError, KeyError)
 LOOKUP_PAGES, LOOKUP_LIMIT = 20, 200  # newest jobs searched for one whose id was lost; 200 is the service's page limit
 
 
@@ -41,8 +43,11 @@ class AssemblyAIProvider:
     def __init__(self, options: ProviderOptions, api_key: str, patience: Patience | None = None) -> None:
         if options.output is None:
             raise EvaluationError("provider 'assemblyai' needs an output folder, to keep the ids of paid jobs in")
-        options.output.mkdir(parents=True, exist_ok=True)
         self.model = options.model or DEFAULT_MODEL
+        if self.model not in model_names(self.name):
+            raise EvaluationError(
+                f"AssemblyAI has no speech model {self.model!r}; expected one of {', '.join(model_names(self.name))}"
+            )
         self.concurrency = options.concurrency
         self.settings = assemblyai.Settings(api_key=api_key)
         self.waiter = Waiter(patience or Patience(poll_first_s=self.settings.polling_interval))
@@ -54,7 +59,7 @@ class AssemblyAIProvider:
         """Open an account.
 
         Raises:
-            EvaluationError: no key, or no output folder.
+            EvaluationError: no key, no output folder, or no such speech model.
         """
         api_key = options.api_key or os.environ.get(KEY_VARIABLE)
         if not api_key:
@@ -66,14 +71,17 @@ class AssemblyAIProvider:
 
     def environment(self) -> dict[str, Any]:
         sdk = version("assemblyai")
-        return {"is_remote": True, "url": self.settings.base_url, "sdk": sdk, "concurrency": self.concurrency}
+        where = {"is_remote": True, "url": self.settings.base_url, "sdk": sdk, "concurrency": self.concurrency}
+        return {**where, "audio": "16 kHz mono, 16-bit WAV"}
 
     def quote(self, clips: Sequence[tuple[str, float]]) -> Quote:
         """Say what clips (id, seconds) will cost; those whose job is known already cost nothing."""
+        self.ledger.read_again()
         unpaid = [seconds for name, seconds in clips if self.ledger.job(name).job_id is None]
         return quote(self.name, self.model, unpaid)
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+        self.ledger.read_again()
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._answer, clip) for clip in clips]
             try:
@@ -95,6 +103,8 @@ class AssemblyAIProvider:
             return _failed(clip, _reason(error), started, job_id)
         except (httpx.HTTPError, TimeoutError) as error:
             return _failed(clip, f"{type(error).__name__}: {error}", started, job_id)
+        except _MALFORMED:
+            return _failed(clip, "HTTP 200 with a body that is not the service's JSON", started, job_id)
         if done.status == assemblyai.TranscriptStatus.error:
             self.ledger.note(clip.utterance_id, Job())  # failed jobs are not charged; a retry submits anew
             return _failed(clip, done.error or "status error without a reason", started, job_id)
@@ -135,7 +145,7 @@ class AssemblyAIProvider:
             except assemblyai.types.AssemblyAIError as error:
                 is_uncertain = error.status_code != 429  # a refusal is certain; anything else may have made a job
                 raise
-            except httpx.HTTPError:
+            except (httpx.HTTPError, *_MALFORMED):
                 is_uncertain = True
                 raise
 
@@ -178,7 +188,7 @@ class AssemblyAIProvider:
             after = response.headers.get("retry-after", "") if response is not None else ""
             retry_after_s = float(after) if error.status_code == 429 and after.isdigit() else 0.0
             return Verdict(is_transient=error.status_code in TRANSIENT, retry_after_s=retry_after_s)
-        return Verdict(is_transient=isinstance(error, httpx.HTTPError))
+        return Verdict(is_transient=isinstance(error, (httpx.HTTPError, *_MALFORMED)))
 
     def _client(self) -> Any:
         """One client for each thread, since `last_response` belongs to whoever asked last."""

@@ -69,7 +69,8 @@ class CTCProvider:
         }
 
     def environment(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, **local_environment(self.model.device)}
+        precision = str(self.model.dtype).removeprefix("torch.")
+        return {"batch_size": self.batch_size, "encoder_precision": precision, **local_environment(self.model.device)}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
         # encoders with group norm average over padding; they get one clip at a time

@@ -2,6 +2,10 @@
 
 Clips go in as arrays at 16 kHz, so neither the ffmpeg binary nor torchaudio is called. A clip that the pipeline refuses
 is a failure of that clip; the others of its batch are done one by one.
+
+Whisper's kind is told what the pipeline would guess: the language is English, and clips beyond its window are decoded
+with timestamps, without which it refuses them. Encoders with group norm average over padding; they get one clip at a
+time.
 """
 
 import time
@@ -17,6 +21,8 @@ from pipelines.provider_tinyaudio import local_environment, model_name
 from pipelines.providers import Answer, Clip, ProviderOptions, length_batches
 from tinyaudio.audio import SAMPLING_RATE
 from tinyaudio.errors import MissingModelError
+
+LANGUAGE = "en"  # of every corpus here
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,9 +53,15 @@ class HubProvider:
             raise MissingModelError(f"{options.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         return cls(recognizer=recognizer, options=options)
 
+    @property
+    def _model(self) -> Any:
+        return self.recognizer.model
+
     def _decoding(self) -> dict[str, Any]:
         chosen = {name: getattr(self.options, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
-        return {name: value for name, value in chosen.items() if value is not None}
+        told = {name: value for name, value in chosen.items() if value is not None}
+        is_multilingual = getattr(getattr(self._model, "generation_config", None), "is_multilingual", False)
+        return {**({"language": LANGUAGE, "task": "transcribe"} if is_multilingual else {}), **told}
 
     def identity(self) -> dict[str, Any]:
         config = self.recognizer.model.config
@@ -64,7 +76,10 @@ class HubProvider:
         return {"batch_size": self.options.batch_size, **local_environment(self.recognizer.model.device)}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
-        for batch in length_batches(clips, self.options.batch_size):
+        long = [clip for clip in clips if self._is_long(clip)]
+        short = [clip for clip in clips if not self._is_long(clip)]
+        size = 1 if getattr(self._model.config, "feat_extract_norm", None) == "group" else self.options.batch_size
+        for batch in (*([clip] for clip in long), *length_batches(short, size)):
             started = time.perf_counter()
             try:
                 answers = self._transcribe_batch(batch)
@@ -74,9 +89,15 @@ class HubProvider:
             for answer in answers:
                 yield replace(answer, time_s=share)
 
+    def _is_long(self, clip: Clip) -> bool:
+        is_whisper = self._model.config.model_type == "whisper"
+        return is_whisper and clip.duration_s > self.recognizer.feature_extractor.chunk_length
+
     def _transcribe_batch(self, batch: Sequence[Clip]) -> list[Answer]:
         inputs = [{"raw": clip.samples, "sampling_rate": SAMPLING_RATE} for clip in batch]
-        settings = {"generate_kwargs": self._decoding()} if self._decoding() else {}
+        settings: dict[str, Any] = {"generate_kwargs": self._decoding()} if self._decoding() else {}
+        if self._is_long(batch[0]):
+            settings["return_timestamps"] = True
         written = self.recognizer(inputs, batch_size=len(batch), **settings)
         return [
             Answer(utterance_id=clip.utterance_id, text=one["text"], time_s=0.0)

@@ -64,7 +64,10 @@ class TinyAudioProvider:
         }
 
     def environment(self) -> dict[str, Any]:
-        return {"batch_size": self.options.batch_size, **local_environment(self.transcriber.model.device)}
+        model = self.transcriber.model
+        precision = model.config.encoder_precision if model.device.type == "cuda" else "float32"
+        where = local_environment(model.device)
+        return {"batch_size": self.options.batch_size, "encoder_precision": precision, **where}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
         for batch in length_batches(clips, self.options.batch_size):
@@ -127,4 +130,5 @@ def local_environment(device: torch.device) -> dict[str, Any]:
     """Say what a local model is computed on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     versions = {"tinyaudio": tinyaudio.__version__, "torch": torch.__version__}
-    return {"device": name or device.type, **versions, "transformers": transformers.__version__}
+    where = {"device": name or device.type, "audio": "16 kHz mono, float32 samples"}
+    return {**where, **versions, "transformers": transformers.__version__}

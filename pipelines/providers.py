@@ -8,7 +8,7 @@ before an evaluation goes on) and what it ran on (`environment`: recorded only).
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderOptions:
-    """What the command line may tell a provider; each takes what it knows and refuses the rest.
+    """What the command line may tell a provider; `open_provider` refuses what the named one would ignore.
 
     Args:
         model: folder or hub id; for a paid provider the name of its model.
@@ -151,26 +151,47 @@ def _open_assemblyai(options: ProviderOptions) -> Provider:
     return AssemblyAIProvider.open(options)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """How a provider is opened, and the options that it takes beside `model` and `output`."""
+
+    open: Callable[[ProviderOptions], Provider]
+    takes: tuple[str, ...]
+
+
+_LOCAL = ("revision", "device", "batch_size")
+_DECODING = ("num_beams", "max_new_tokens", "length_penalty")
 # A provider is a function from options to a `Provider`; another one is one line here and a module of its own.
-_OPENERS: dict[str, Callable[[ProviderOptions], Provider]] = {
-    "tinyaudio": _open_tinyaudio,
-    "ctc": _open_ctc,
-    "hf": _open_hf,
-    "assemblyai": _open_assemblyai,
+_KINDS = {
+    "tinyaudio": _Kind(_open_tinyaudio, (*_LOCAL, *_DECODING, "guard")),
+    "ctc": _Kind(_open_ctc, _LOCAL),
+    "hf": _Kind(_open_hf, (*_LOCAL, *_DECODING)),
+    "assemblyai": _Kind(_open_assemblyai, ("api_key", "concurrency")),
 }
 
 
 def provider_names() -> list[str]:
     """List the providers."""
-    return list(_OPENERS)
+    return list(_KINDS)
 
 
 def open_provider(name: str, options: ProviderOptions) -> Provider:
     """Open a provider by name.
 
     Raises:
-        EvaluationError: no provider of that name, or an option that it needs is missing.
+        EvaluationError: no provider of that name, an option that it would ignore, or one that it needs and lacks.
     """
-    if name not in _OPENERS:
-        raise EvaluationError(f"no provider {name!r}; expected one of {', '.join(_OPENERS)}")
-    return _OPENERS[name](options)
+    if name not in _KINDS:
+        raise EvaluationError(f"no provider {name!r}; expected one of {', '.join(_KINDS)}")
+    takes = _KINDS[name].takes
+    chosen = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    ignored = [option for option in chosen if option not in ("model", "output", *takes)]
+    if ignored:
+        raise EvaluationError(
+            f"provider {name!r} does not take {_as_typed(ignored)}; it takes {_as_typed(takes)}. Leave out the rest"
+        )
+    return _KINDS[name].open(options)
+
+
+def _as_typed(options: Sequence[str]) -> str:
+    return ", ".join("--no-guard" if option == "guard" else f"--{option.replace('_', '-')}" for option in options)

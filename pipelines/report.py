@@ -265,7 +265,9 @@ def _provenance(summary: Summary) -> list[Block]:
     for environment in settings.environments:
         lines += [f"computed on {key}: {value}" for key, value in _flat(environment)]
     lines += [f"scored with {name}: {version}" for name, version in summary.versions.items()]
-    kind = "wall time" if timing.rtfx is not None else "latency, with network and queue"
+    lines.append(f"bootstrap: {summary.bootstrap.replications:,} replications, seed {summary.bootstrap.seed}")
+    is_remote = any(environment.get("is_remote") for environment in settings.environments)
+    kind = "latency, with network and queue" if is_remote else "wall time"
     lines.append(f"time: {timing.time_s:,.1f} s ({kind}) for {timing.audio_s:,.1f} s of audio")
     return [Heading(2, "What was run"), Bullets(lines)]
 

@@ -9,8 +9,9 @@ name, which begins with the session's date).
 """
 
 import re
+from pathlib import Path
 
-LOQUACIOUS = ("speechbrain/LoquaciousSet", "speechbrain/LargeScaleASR")
+_LOQUACIOUS = ("loquaciousset", "largescaleasr")  # names of one set on the hub; a copy in a folder of that name is one
 _FORMS = (
     (re.compile(r"^\d+-\d+-\d+$"), "librispeech"),
     (re.compile(r"^common_voice_[a-z]+_\d+"), "commonvoice"),
@@ -27,9 +28,14 @@ _LIBRIVOX = (
 _ENCODER = "The encoder was fine-tuned on LibriSpeech's 960 training hours; LibriSpeech test data is in its own domain."
 
 
-def source_of(corpus_name: str, utterance_id: str) -> str | None:
+def is_loquacious(corpus: str | None) -> bool:
+    """Tell LoquaciousSet, by hub id or by the name of the folder that holds a copy."""
+    return Path(corpus or "").name.lower() in _LOQUACIOUS
+
+
+def source_of(corpus: str, utterance_id: str) -> str | None:
     """Tell the source of an utterance by its id; None for a corpus whose ids say nothing."""
-    if corpus_name not in LOQUACIOUS:
+    if not is_loquacious(corpus):
         return None
     return next((name for form, name in _FORMS if form.match(utterance_id)), UNKNOWN_FORM)
 
@@ -40,8 +46,8 @@ def contamination_notes(trained_on: str | None, encoder_id: str | None, scored_o
     Args:
         trained_on: corpus of the training recipe, if known.
         encoder_id: hub id of the frozen encoder, if known.
-        scored_on: corpus of this evaluation.
+        scored_on: corpus of this evaluation, with its config if it has one.
     """
-    has_librispeech = scored_on in LOQUACIOUS or "librispeech" in scored_on.lower()
-    notes = [_LIBRIVOX] if has_librispeech and trained_on in LOQUACIOUS else []
+    has_librispeech = is_loquacious(scored_on.split(" ")[0]) or "librispeech" in scored_on.lower()
+    notes = [_LIBRIVOX] if has_librispeech and is_loquacious(trained_on) else []
     return notes + ([_ENCODER] if has_librispeech and "ls960" in (encoder_id or "") else [])

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import tinyaudio
 from pipelines.comparison import Comparison, Side, compare
@@ -22,6 +22,8 @@ from pipelines.normalizers import Normalizer, open_normalizer
 from pipelines.predictions import Prediction, replace_text
 from pipelines.recipes import CorpusSection
 from pipelines.scoring import (
+    REPLICATIONS,
+    SEED,
     CharacterErrors,
     Interval,
     WordErrors,
@@ -31,7 +33,7 @@ from pipelines.scoring import (
 )
 from pipelines.sources import contamination_notes, source_of
 
-FORMAT = 1
+FORMAT = 2
 MAX_FAILURES_LISTED = 100
 
 
@@ -89,13 +91,21 @@ class Timing:
     Args:
         audio_s: of the answered utterances. time_s: wall time of their answers, summed.
         rtfx: audio_s / time_s of a local system; reading and decoding of files is not counted, and no warm-up is left
-            out; None for a remote one, whose
-            times are latencies with network and queue.
+            out. None for a remote one, whose times are latencies with network and queue, and for stored features, whose
+            times leave the encoder out.
     """
 
     audio_s: float
     time_s: float
     rtfx: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """What intervals and probabilities of improvement were drawn with."""
+
+    replications: int = REPLICATIONS
+    seed: int = SEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +128,7 @@ class Summary:
     notes: tuple[str, ...]
     comparison: Comparison | None
     versions: dict[str, str]
+    bootstrap: Bootstrap = Bootstrap()
     format: int = FORMAT
 
     @property
@@ -129,6 +140,12 @@ class Summary:
         """Name the system for people."""
         model = self.settings.model.get("name") or self.settings.model.get("id")
         return f"{self.settings.provider}: {model}" if model else self.settings.provider
+
+
+class _Format(BaseModel):
+    """What a summary of any format says."""
+
+    format: int
 
 
 _SETTINGS, _SUMMARY = TypeAdapter(Settings), TypeAdapter(Summary)
@@ -155,18 +172,18 @@ def load_summary(path: Path) -> Summary:
         EvaluationError: missing, damaged, or of another format.
     """
     summary: Summary = _load(path, _SUMMARY)
-    if summary.format != FORMAT:
-        raise EvaluationError(
-            f"{str(path)!r} has format {summary.format}; expected {FORMAT}; score again with --rescore"
-        )
     return summary
 
 
 def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
     if not path.is_file():
         raise EvaluationError(f"{str(path)!r} does not exist; expected the folder of an evaluation")
+    content = path.read_bytes()
     try:
-        return adapter.validate_json(path.read_bytes())
+        found = _Format.model_validate_json(content).format if adapter is _SUMMARY else FORMAT
+        if found != FORMAT:
+            raise EvaluationError(f"{str(path)!r} has format {found}; expected {FORMAT}; score again with --rescore")
+        return adapter.validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -273,29 +290,34 @@ def _timing(settings: Settings, predictions: Sequence[Prediction]) -> Timing:
     audio_s = sum(one.duration for one in predictions if not one.is_failed)
     time_s = sum(one.time for one in predictions if not one.is_failed)
     is_remote = any(environment.get("is_remote") for environment in settings.environments)
-    return Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and not is_remote else None)
+    is_whole = not is_remote and settings.scored.get("store_fingerprint") is None
+    return Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and is_whole else None)
 
 
 def _notes(settings: Settings) -> list[str]:
     encoder = settings.model.get("encoder")
     encoder_id = encoder.get("id") if isinstance(encoder, dict) else None
-    return contamination_notes(settings.trained_on, encoder_id, settings.corpus_name)
+    scored_on = " ".join(filter(None, (settings.corpus_name, settings.scored.get("config"))))
+    return contamination_notes(settings.trained_on, encoder_id, scored_on)
 
 
 def code_versions() -> dict[str, str]:
     """Return what scored: our version, our commit if this is a checkout, and the scorers' versions."""
     found = {"tinyaudio": tinyaudio.__version__, "python": platform.python_version()}
     found |= {name: version(name) for name in ("jiwer", "kaldialign", "whisper-normalizer")}
-    commit = _commit()
-    return found | ({"commit": commit} if commit else {})
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        is_changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
+        found["commit"] = f"{commit}, with uncommitted changes" if is_changed else commit
+    return found
 
 
-def _commit() -> str | None:
+def _git(*arguments: str) -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

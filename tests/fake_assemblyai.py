@@ -26,12 +26,13 @@ SHORTEST_S = 0.160
 
 @dataclass
 class Reply:
-    """One scripted answer: a status with a body, or a dropped connection before or after the request took effect."""
+    """One scripted answer: a status with a body, or a dropped connection, before or after the request took effect."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     drop: str | None = None  # "before" or "after" the request is carried out
+    takes_effect: bool = False  # the request is carried out, and this said of it all the same
 
 
 def error(status: int, message: str, **headers: str) -> Reply:
@@ -44,13 +45,15 @@ class FakeAssemblyAI:
 
     Args:
         hear: turns the uploaded WAV bytes into text; None is a completed transcript without text.
-        statuses: what polls of a job answer, one after the other; the last one stays.
+        created_as: status in the answer to a creation. statuses: what polls of a job answer, one after the other; the
+            last one stays.
         max_running: jobs beyond this number stay queued.
         trouble: scripted replies by endpoint ("upload", "create", "poll", "list"), each used once, first come first.
         posts: bodies of all creations that took effect. requests: (method, path, headers) of everything.
     """
 
     hear: Callable[[bytes], str | None]
+    created_as: str = "queued"
     statuses: list[str] = field(default_factory=lambda: ["queued", "processing", "completed"])
     max_running: int = 200
     key: str = "fake-key"
@@ -80,7 +83,7 @@ class FakeAssemblyAI:
         job = {"id": str(uuid.uuid4()), "request": request, "polls": 0}
         self.jobs[job["id"]] = job
         self.most_in_flight = max(self.most_in_flight, self._unfinished())
-        return _json(self._transcript(job, "queued"))
+        return _json(self._transcript(job, self.created_as))
 
     def poll(self, job_id: str) -> Reply:
         job = self.jobs.get(job_id)
@@ -219,6 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
             else:
+                if reply.takes_effect:
+                    carry_out()
                 self._send(reply)
 
     def _send(self, reply: Reply) -> None:

@@ -1,7 +1,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
-from pipelines.eval_sets import EvalSet, open_eval_set
-from pipelines.evaluate import evaluate
-from pipelines.predictions import Prediction, claimed, drop_torn_line, read_predictions
+from pipelines.eval_sets import EvalSet, Utterance, open_eval_set, unique_names
+from pipelines.evaluate import Scoring, evaluate
+from pipelines.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
 from pipelines.providers import Answer, Clip, ProviderOptions
 from pipelines.recipes import CorpusSection
 from tinyaudio import cli_eval
@@ -142,6 +142,52 @@ def test_failures_stay_failures_until_a_retry_is_asked_for(folder: Path, tmp_pat
     assert again.asked == ["utt-4"]
 
 
+def test_who_says_no_before_the_first_question_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    evaluate(parrot(fails={"utt-4": "busy"}), eval_set(folder), tmp_path / "out")
+    before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    asked: list[list[str]] = []
+
+    def say_no(missing: Sequence[Utterance]) -> None:
+        asked.append([one.utterance_id for one in missing])
+        with pytest.raises(EvaluationError, match="another process"), claimed(tmp_path / "out"):
+            pass  # the folder is ours while somebody is asked
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(parrot(), eval_set(folder), tmp_path / "out", retry_failed=True, on_missing=say_no)
+    assert asked == [["utt-4"]]
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == before
+
+
+def test_what_scoring_would_refuse_is_refused_before_anything_is_asked(folder: Path, tmp_path: Path) -> None:
+    evaluate(parrot(), eval_set(folder, max_samples=1), tmp_path / "one")
+    [asked] = read_predictions(tmp_path / "one" / "predictions.jsonl")
+    stranger = replace(asked, utterance_id="another", audio_filepath="another")
+    write_predictions(tmp_path / "strangers.jsonl", [stranger])
+    system = parrot()
+    for scoring, message in (
+        (Scoring(normalizer="wisper"), "no normaliser 'wisper'"),
+        (Scoring(compare_with=tmp_path / "nowhere"), "no predictions at"),
+        (Scoring(compare_with=tmp_path / "out"), "cannot be compared with itself"),
+        (Scoring(compare_with=tmp_path / "strangers.jsonl"), "has no utterance in common"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(system, eval_set(folder), tmp_path / "out", scoring=scoring)
+    assert system.asked == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_are_made_unique_and_the_change_is_counted(folder: Path, tmp_path: Path) -> None:
+    metadata = folder / "test" / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("utt-3", "utt-2").replace("utt-5", "utt-2"))
+    found = eval_set(folder)
+    assert [one.utterance_id for one in found.utterances] == ["utt-0", "utt-1", "utt-2", "utt-2#2", "utt-4", "utt-2#3"]
+    assert (found.num_renamed, found.identity()["renamed_ids"]) == (2, 2)
+    system = Parrot({one.utterance_id: "x" for one in found.utterances})
+    assert evaluate(system, found, tmp_path / "out").word_errors.utterances == 6
+    assert "renamed\\_ids: 2" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder), tmp_path / "out")
     with pytest.raises(EvaluationError, match="holds another evaluation \\(model differ"):
@@ -218,6 +264,38 @@ def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: 
         done = evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / str(batch_size))
         texts.append([one.pred_text for one in done.predictions])
     assert texts[0] == texts[1]
+
+
+def test_unique_names_collide_with_nothing() -> None:
+    assert unique_names(["a", "a", "a#2", "a"]) == (["a", "a#2", "a#2#2", "a#3"], 3)
+
+
+def test_a_row_without_id_goes_by_its_place(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": b"", "path": None}] * 2
+    pq.write_table(
+        pa.table({"ID": [None, "x"], "wav": cells, "text": ["a", "b"], "duration": [1.0, 1.0]}),
+        tmp_path / "test-00000.parquet",
+    )
+    found = eval_set(tmp_path)
+    assert [one.utterance_id for one in found.utterances] == ["test/test:0:0:0", "x"]
+    assert found.num_renamed == 1
+
+
+def test_a_summary_says_what_was_computed_with_what(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from pipelines.provider_tinyaudio import TinyAudioProvider
+
+    options = ProviderOptions(model=str(checkpoint), device="cpu", num_beams=1, max_new_tokens=4)
+    evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["bootstrap"] == {"replications": 10_000, "seed": 0}
+    [environment] = summary["settings"]["environments"]
+    assert {"soundfile", "soxr", "av", "torch", "transformers", "batch_size"} <= set(environment)
+    assert environment["encoder_precision"] == "float32"
+    assert environment["audio"] == "16 kHz mono, float32 samples"
+    assert {"jiwer", "kaldialign", "whisper-normalizer", "python", "tinyaudio"} <= set(summary["versions"])
 
 
 def test_a_missing_model_is_one_clear_line() -> None:

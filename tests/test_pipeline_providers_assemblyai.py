@@ -2,24 +2,31 @@
 
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import typer
 from fake_assemblyai import FakeAssemblyAI, Reply, error, serving
+from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
 from pipelines.paid_jobs import Job, Ledger, Patience, quote
+from pipelines.predictions import read_predictions, write_predictions
 from pipelines.provider_assemblyai import JOBS_FILE, AssemblyAIProvider
 from pipelines.providers import Answer, Clip, ProviderOptions
+from tinyaudio import cli_eval
 
+HTML = b"<html><body>Maintenance</body></html>"
 HURRY = Patience(first_s=0.01, most_s=0.05, attempts=4, poll_first_s=0.01, poll_most_s=0.02, give_up_s=5.0)
 
 
@@ -147,8 +154,21 @@ def test_429_is_waited_out_as_the_server_says(fake: FakeAssemblyAI, tmp_path: Pa
         [Reply(502, b"<html><body>Bad Gateway</body></html>", {"Content_Type": "text/html"})],
         [Reply(drop="before")],
         [Reply(drop="after")],
+        [Reply(200, HTML)],
+        [Reply(200, HTML, takes_effect=True)],
+        [Reply(200, b"{}")],
     ],
-    ids=["500 twice", "503 empty", "504 empty", "502 HTML", "dropped before", "dropped after"],
+    ids=[
+        "500 twice",
+        "503 empty",
+        "504 empty",
+        "502 HTML",
+        "dropped before",
+        "dropped after",
+        "200 HTML",
+        "200 HTML after the fact",
+        "200 without fields",
+    ],
 )
 def test_passing_trouble_is_survived_without_a_second_payment(
     fake: FakeAssemblyAI, tmp_path: Path, endpoint: str, replies: list[Reply]
@@ -162,6 +182,23 @@ def test_lasting_trouble_is_a_failure_and_not_an_empty_text(fake: FakeAssemblyAI
     fake.trouble = {"create": [Reply(502, b"<html>Bad Gateway</html>")] * 10}
     answer = answer_one(tmp_path)
     assert (answer.text, answer.error) == (None, "HTTP 502 with a body that is no JSON")
+
+
+@pytest.mark.parametrize("endpoint", ["upload", "create", "poll"])
+def test_a_page_of_html_that_stays_is_a_failure_of_its_clip_alone(
+    fake: FakeAssemblyAI, tmp_path: Path, endpoint: str
+) -> None:
+    fake.trouble = {endpoint: [Reply(200, HTML)] * HURRY.attempts}
+    answers = list(provider(tmp_path, concurrency=1).transcribe([clip(10), clip(12)]))
+    assert [answer.text for answer in answers] == [None, "clip of 12"]
+    assert answers[0].error == "HTTP 200 with a body that is not the service's JSON"
+
+
+@pytest.mark.parametrize("status", ["processing", "completed", "error"])
+def test_a_creation_may_answer_with_any_status(fake: FakeAssemblyAI, tmp_path: Path, status: str) -> None:
+    fake.created_as = status
+    assert answer_one(tmp_path).text == "clip of 10"
+    assert len(fake.posts) == 1
 
 
 def test_a_job_that_never_ends_is_given_up_and_can_be_fetched_later(fake: FakeAssemblyAI, tmp_path: Path) -> None:
@@ -202,9 +239,11 @@ def test_a_job_whose_id_was_lost_is_found_by_its_upload(fake: FakeAssemblyAI, tm
     other = provider(tmp_path / "other")
     for tenths in range(20, 40):
         other._submit(clip(tenths))
+    fake.trouble = {"list": [Reply(503), error(429, "Too Many Requests"), Reply(200, HTML)]}
     answer = answer_one(tmp_path)
     assert (answer.provider_id, answer.text) == (lost, "clip of 10")
     assert len(fake.posts) == 21
+    assert fake.trouble["list"] == []
 
 
 def test_a_failed_job_is_submitted_anew_when_tried_again(fake: FakeAssemblyAI, tmp_path: Path) -> None:
@@ -251,17 +290,35 @@ def test_the_price_is_computed_from_dated_list_prices(tmp_path: Path) -> None:
     assert provider(tmp_path).quote([("utt-10", 1.0), ("utt-11", 1.1)]).clips == 1
 
 
+def test_a_speech_model_that_is_none_is_refused_before_anything_is_sent(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="no speech model 'runs/latest'; expected one of universal-3-5-pro, univ"):
+        provider(tmp_path, model="runs/latest")
+    assert provider(tmp_path, model="universal-3-pro").quote([("a", 60.0)]).usd is None
+    assert fake.requests == []
+
+
+def test_what_another_process_has_paid_meanwhile_is_not_paid_again(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+    first, second = provider(tmp_path), provider(tmp_path)
+    list(first.transcribe([clip(10)]))
+    assert second.quote([("utt-10", 1.0)]).clips == 0
+    [answer] = second.transcribe([clip(10)])
+    assert (answer.text, len(fake.posts)) == ("clip of 10", 1)
+
+
 def test_a_ledger_torn_by_a_kill_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
     Ledger(tmp_path / "jobs").note("a", Job(upload="u", job_id="1"))
     with (tmp_path / "jobs").open("a") as stream:
         stream.write('{"utterance_id": "b", "upl')
     ledger = Ledger(tmp_path / "jobs")
     assert (ledger.job("a").job_id, ledger.job("b")) == ("1", Job())
+    assert (tmp_path / "jobs").read_text().endswith('"upl'), "looking changes nothing"
     ledger.note("c", Job(upload="v"))
     assert Ledger(tmp_path / "jobs").job("c").upload == "v"
 
 
-def test_a_killed_evaluation_pays_nothing_twice(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Sixteen clips of 1.0 to 2.5 s; each one's text is what `hear` makes of it."""
     split = tmp_path / "corpus" / "test"
     split.mkdir(parents=True)
     rows = ["file_name,text"]
@@ -269,29 +326,73 @@ def test_a_killed_evaluation_pays_nothing_twice(fake: FakeAssemblyAI, tmp_path: 
         soundfile.write(split / f"{tenths}.wav", clip(tenths).samples, 16_000)
         rows.append(f"{tenths}.wav,clip of {tenths}")
     (split / "metadata.csv").write_text("\n".join(rows) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "tinyaudio",
-        "eval",
-        "--provider",
-        "assemblyai",
-        "--corpus",
-        str(tmp_path / "corpus"),
-    ]
-    command += ["--split", "test", "--output", str(tmp_path / "out"), "--yes", "--json"]
+    return tmp_path / "corpus"
+
+
+def command_line(corpus: Path, *options: str) -> list[str]:
+    start = [sys.executable, "-m", "tinyaudio", "eval", "--provider", "assemblyai", "--corpus", str(corpus)]
+    return [*start, "--split", "test", *options]
+
+
+def environment() -> dict[str, str]:
     settings = {"ASSEMBLYAI_API_KEY": "fake-key", "ASSEMBLYAI_POLLING_INTERVAL": "0.05", "PYTHONPATH": str(Path.cwd())}
+    return os.environ | settings
+
+
+def test_a_killed_evaluation_pays_nothing_twice(fake: FakeAssemblyAI, corpus: Path, tmp_path: Path) -> None:
+    command = command_line(corpus, "--output", str(tmp_path / "out"), "--yes", "--json")
     fake.statuses = ["processing"] * 4 + ["completed"]
-    process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while len(fake.posts) < 7 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert 7 <= len(fake.posts) < 16
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert '"utterances": 16' in done.stdout.splitlines()[-1]
     assert '"failed": 0' in done.stdout.splitlines()[-1]
     assert len(fake.posts) == 16
     assert len({post["audio_url"] for post in fake.posts}) == 16
+
+
+@pytest.mark.parametrize(("typed", "code", "paid"), [("n", 1, 0), ("y", 0, 16)])
+def test_somebody_at_a_terminal_is_asked_before_anything_is_sent(
+    fake: FakeAssemblyAI, corpus: Path, tmp_path: Path, typed: str, code: int, paid: int
+) -> None:
+    fake.statuses = ["completed"]
+    ours, theirs = pty.openpty()
+    command = command_line(corpus, "--output", str(tmp_path / "out"))
+    process = subprocess.Popen(command, env=environment(), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.write(ours, f"{typed}\n".encode())
+    _, told = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == code, told
+    assert b"16 clips, 0.01 h: about $0.00" in told
+    assert b"Pay for this?" in told
+    assert len(fake.posts) == paid
+    assert bool(fake.uploads) == bool(paid)
+
+
+def test_a_run_says_what_to_score_and_fetching_paid_answers_asks_nothing(
+    fake: FakeAssemblyAI, corpus: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASSEMBLYAI_API_KEY", "fake-key")
+    monkeypatch.setenv("ASSEMBLYAI_POLLING_INTERVAL", "0.05")
+    fake.statuses = ["completed"]
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    cli_eval.add_to(app)
+    command = ["eval", str(checkpoint), "--provider", "assemblyai", "--corpus", str(corpus)]
+    first = CliRunner().invoke(app, [*command, "--yes"])
+    assert first.exit_code == 0, first.output
+    assert {model for post in fake.posts for model in post["speech_models"]} == {"universal-3-5-pro"}
+    folder = checkpoint / "eval" / "corpus-test-assemblyai"
+    lost = [replace(one, pred_text=None, error="late") for one in read_predictions(folder / "predictions.jsonl")]
+    write_predictions(folder / "predictions.jsonl", lost)
+    again = CliRunner().invoke(app, [*command, "--retry-failed"])
+    assert again.exit_code == 0, again.output
+    assert "0 clips, 0.00 h" in again.output
+    assert len(fake.posts) == 16

@@ -204,6 +204,9 @@ def test_a_damaged_summary_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="does not exist; expected the folder of an evaluation"):
         load_summary(tmp_path / "summary.json")
     (tmp_path / "summary.json").write_text('{"format": 1}')
+    with pytest.raises(EvaluationError, match="has format 1; expected 2; score again with --rescore"):
+        load_summary(tmp_path / "summary.json")
+    (tmp_path / "summary.json").write_text('{"format": 2}')
     with pytest.raises(EvaluationError, match="is not readable: settings"):
         load_summary(tmp_path / "summary.json")
 
@@ -247,7 +250,8 @@ class Closing(html.parser.HTMLParser):
 def test_the_page_is_well_formed_and_needs_no_other_file(tmp_path: Path) -> None:
     rows = [prediction(i, "the cat sat", "the rat sat", source="ab"[i % 2], sex="male") for i in range(12)]
     folder = evaluation(tmp_path / "a", *rows, prediction(99, "lost"))
-    score_again(folder, folder, Scoring(compare_with=folder))
+    other = evaluation(tmp_path / "b", *rows)
+    score_again(folder, folder, Scoring(compare_with=other))
     page = (folder / "report.html").read_text()
     parser = Closing()
     parser.feed(page)
@@ -282,3 +286,11 @@ def test_overlap_of_training_and_test_data_is_noted_where_it_applies() -> None:
     assert ["LibriHeavy" in notes[0], "960" in notes[1]] == [True, True]
     assert len(contamination_notes(None, hubert, "openslr/librispeech_asr")) == 1
     assert contamination_notes(loquacious, hubert, "fixie-ai/common_voice_17_0") == []
+    esb = Settings(
+        provider="tinyaudio",
+        model={"encoder": {"id": hubert}},
+        scored={"corpus": "hf-audio/esb-datasets-test-only-sorted", "config": "librispeech"},
+        trained_on="LoquaciousSet",  # a copy in a folder
+    )
+    assert len(summarize(esb, [prediction(0, "a", "a")]).notes) == 2
+    assert source_of("/data/loquaciousset", "1688-142285-0000") == "librispeech"

@@ -151,9 +151,9 @@ def test_intervals_cover_the_true_rate_in_95_of_100_draws(wer: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wer", "utterances"), [(0.02, 100), (0.02, 600), (0.05, 600), (0.12, 600), (0.30, 600)])
-def test_intervals_cover_the_true_rate_at_full_resampling(wer: float, utterances: int) -> None:
-    assert 0.93 <= simulated_coverage(wer, draws=500, utterances=utterances, replications=10_000) <= 0.97
+@pytest.mark.parametrize("wer", [0.02, 0.05, 0.12, 0.30])
+def test_intervals_cover_the_true_rate_in_two_thousand_draws(wer: float) -> None:
+    assert 0.94 <= simulated_coverage(wer, draws=2_000, utterances=600, replications=300) <= 0.96
 
 
 def test_a_system_with_fewer_errors_probably_improves() -> None:

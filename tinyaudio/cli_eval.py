@@ -9,9 +9,10 @@ import typer
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(help="Run or checkpoint folder, hub id, or a paid provider's model; default $TINYAUDIO_MODEL, "
-                        "else runs/latest."),
+    typer.Argument(help="Run or checkpoint folder, or hub id; default $TINYAUDIO_MODEL, else runs/latest. For a paid "
+                        "provider: its speech model, or the run to score beside."),
 ]  # fmt: skip
+PAID = ("assemblyai",)  # their models are no folders; a run says only what to score, and where the result goes
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,9 +26,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _rate(text: str) -> float:
+    """Parse "5%" or "0.05"; a number above 1 without the sign is somebody's 5 %."""
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no rate; expected 5% or 0.05") from None
+    if value < 0 or (value > 1 and number == text.strip()):
+        raise typer.BadParameter(f"{text!r} is {100 * value:g} %; expected a fraction such as 0.05, or {number}%")
+    return value
+
+
 def evaluate(
     model: ModelArgument = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or file; default the run's own, else demo.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or file; default the model's own.")] = None,
     corpus: Annotated[
         str | None, typer.Option(help="Folder, hub data set, or a name of eval_sets.toml; default the recipe's.")
     ] = None,
@@ -60,7 +73,7 @@ def evaluate(
         Path | None, typer.Option(help="Another evaluation (its folder or predictions), or another run.")
     ] = None,
     fail_over: Annotated[
-        float | None, typer.Option(min=0, help="Exit 1 if the WER is above this fraction (0.05 is 5 %).")
+        float | None, typer.Option(parser=_rate, metavar="RATE", help="Exit 1 if the WER is above this: 5% or 0.05.")
     ] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override one setting: section.key=value.")] = [],  # noqa: B006
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
@@ -69,20 +82,26 @@ def evaluate(
 
     Exits 1 if any utterance has no answer.
     """
-    from pipelines.evaluate import Scoring, score_again
-
-    scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=compare)
-    if rescore is not None:
-        folder = output or (rescore if rescore.is_dir() else rescore.with_suffix(""))
-        _finish(score_again(rescore, folder, scoring), folder, fail_over, json)
-        return
-    request = _Request(model, provider, recipe, corpus, set_)
-    eval_set = request.eval_set(split, max_samples, seed, source, from_store)
-    folder = output or request.default_output(eval_set.name, num_beams, guard, from_store is not None)
-    if compare is not None and not _is_evaluation(compare):
-        scoring = Scoring(**{**vars(scoring), "compare_with": compare / "eval" / folder.name})
+    from pipelines.evaluate import Scoring
     from pipelines.providers import ProviderOptions
 
+    if rescore is not None:
+        chosen: dict[str, Any] = {
+            "MODEL": model,
+            "--corpus": corpus,
+            "--recipe": recipe,
+            "--split": split,
+            "--source": source,
+        }
+        chosen |= {"--max-samples": max_samples, "--from-store": from_store}
+        _refuse([name for name, value in chosen.items() if value is not None], "--rescore scores what was answered")
+        scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=compare)
+        _rescore(rescore, output, scoring, fail_over, json)
+        return
+    request = _Request(model, provider, revision, recipe, corpus, set_)
+    eval_set = request.eval_set(split, max_samples, seed, source, from_store)
+    name = _evaluation_name(eval_set.name, num_beams, guard, from_store is not None)
+    folder = output or request.folder / (name if provider == "tinyaudio" else f"{name}-{provider}")
     options = ProviderOptions(
         model=request.model,
         revision=revision,
@@ -96,29 +115,59 @@ def evaluate(
         concurrency=concurrency,
         output=folder,
     )
+    other = compare if compare is None or _is_evaluation(compare) else compare / "eval" / name
+    scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=other)
     summary = _run(request, options, eval_set, folder, scoring, retry_failed, yes)
-    _finish(summary, folder, fail_over, json)
+    _finish(summary, f"predictions, summary.json, report.md and report.html: {folder}", folder, fail_over, json)
+
+
+def _refuse(ignored: list[str], why: str) -> None:
+    if ignored:
+        raise typer.BadParameter(f"{why}; leave out {', '.join(ignored)}")
+
+
+def _rescore(source: Path, output: Path | None, scoring: Any, fail_over: float | None, json: bool) -> None:
+    from pipelines.evaluate import score_again
+
+    is_ours = source.name == "predictions.jsonl"
+    folder = output or (source.parent if is_ours else source if source.is_dir() else source.with_suffix(""))
+    summary = score_again(source, folder, scoring)
+    _finish(summary, f"summary.json, report.md and report.html: {folder}", folder, fail_over, json)
 
 
 class _Request:
-    """What is to be evaluated, with the defaults filled in."""
+    """What is to be evaluated, with the defaults filled in.
+
+    `model` is what the provider gets; `folder` is where evaluations of it go; `section` is what is scored.
+    """
 
     def __init__(
-        self, model: str | None, provider: str, recipe: str | None, corpus: str | None, settings: list[str]
+        self,
+        model: str | None,
+        provider: str,
+        revision: str | None,
+        recipe: str | None,
+        corpus: str | None,
+        settings: list[str],
     ) -> None:
+        from pipelines.errors import EvaluationError
         from pipelines.recipes import load_recipe
 
+        model = _default_model() if model is None and provider in ("tinyaudio", "ctc") else model
+        is_folder = model is not None and Path(model).is_dir()
         self.provider = provider
-        self.model = _default_model() if model is None and provider in ("tinyaudio", "ctc") else model
-        self.own = self._own_recipe()
-        self.section = load_recipe(recipe or self.own or "demo", settings).corpus
-        if corpus is not None:
-            self.section = _corpus_section(corpus, self.section)
-
-    def _own_recipe(self) -> str | None:
-        folder = Path(self.model or "")
-        beside = [folder / "recipe.toml", folder.parent / "recipe.toml", folder.parent.parent / "recipe.toml"]
-        return next((str(path) for path in beside if self.model and path.is_file()), None)
+        self.model = None if provider in PAID and is_folder else model
+        self.folder = Path(str(model)) / "eval" if is_folder else Path("evaluations") / _file_name(model or provider)
+        self.own = _recipe_beside(Path(str(model))) if is_folder else None
+        if model is not None and not is_folder and provider == "tinyaudio":
+            self.own = _recipe_on_hub(model, revision)
+        if corpus is None and recipe is None and self.own is None:
+            raise EvaluationError(
+                f"{model or provider!r} brings no recipe.toml; say what to score with --corpus or --recipe"
+            )
+        base = load_recipe(recipe or self.own or "demo")
+        table = None if corpus is None else _corpus_table(corpus, base.corpus)
+        self.section = load_recipe(recipe or self.own or "demo", settings, corpus=table).corpus
 
     @property
     def trained_on(self) -> str | None:
@@ -143,15 +192,6 @@ class _Request:
             raise EvaluationError(f"provider {self.provider!r} cannot use stored features; leave --from-store out")
         return open_stored_set(store, self.section, **chosen, source=source)
 
-    def default_output(self, set_name: str, num_beams: int | None, guard: bool, is_stored: bool) -> Path:
-        ours = self.provider == "tinyaudio"
-        parts = [set_name, None if ours else self.provider, num_beams and f"beams{num_beams}"]
-        parts += ["stored" if is_stored else None, "unguarded" if ours and not guard and not is_stored else None]
-        name = "-".join(str(part) for part in parts if part)
-        if self.model is not None and Path(self.model).is_dir():
-            return Path(self.model) / "eval" / name
-        return Path("evaluations") / (self.model or "default").replace("/", "--") / name
-
 
 def _default_model() -> str:
     from tinyaudio.transcribe import default_model
@@ -159,17 +199,53 @@ def _default_model() -> str:
     return default_model()
 
 
-def _corpus_section(corpus: str, base: Any) -> Any:
+def _recipe_beside(folder: Path) -> str | None:
+    """Find the recipe of a run, also from one of its checkpoints."""
+    beside = [folder / "recipe.toml", folder.parent / "recipe.toml", folder.parent.parent / "recipe.toml"]
+    return next((str(path) for path in beside if path.is_file()), None)
+
+
+def _recipe_on_hub(model: str, revision: str | None) -> str | None:
+    """Fetch the recipe that `publish` puts beside a model; None for a model without one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(model, "recipe.toml", revision=revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return None  # a model that is not there at all is reported when it is loaded
+
+
+def _file_name(model: str) -> str:
+    return model.strip("/").replace("/", "--")
+
+
+def _evaluation_name(set_name: str, num_beams: int | None, guard: bool, is_stored: bool) -> str:
+    """Name an evaluation by the set and by what was asked for differently from the defaults."""
+    beams = f"beams{num_beams}" if num_beams else None
+    how = "stored" if is_stored else None if guard else "unguarded"
+    return "-".join(part for part in (set_name, beams, how) if part)
+
+
+def _corpus_table(corpus: str, base: Any) -> dict[str, Any]:
+    """Make a corpus section of --corpus: a folder, a name of eval_sets.toml, or a data set of the hub."""
     from pipelines.errors import EvaluationError
     from pipelines.eval_sets import named_sections
 
-    if Path(corpus).is_dir():
-        return base.model_copy(update={"path": corpus, "name": None, "config": None})
+    table: dict[str, Any] = base.model_dump(exclude_none=True)
     named = named_sections()
+    if Path(corpus).is_dir():
+        return {key: value for key, value in table.items() if key not in ("name", "config", "revision")} | {
+            "path": corpus
+        }
     if corpus in named:
-        return named[corpus]
+        made: dict[str, Any] = named[corpus].model_dump(exclude_none=True)
+        return made
     if corpus.count("/") == 1 and not corpus.startswith((".", "/", "~")):
-        return base.model_copy(update={"path": None, "name": corpus, "config": None})
+        if corpus == base.name:
+            return table
+        # columns, splits and revision are those of another set; the text policy is what the model was trained on
+        return {"name": corpus, **{key: value for key, value in table.items() if key.startswith("text_")}}
     raise EvaluationError(f"no corpus {corpus!r}; expected a folder, a hub data set, or one of {', '.join(named)}")
 
 
@@ -181,17 +257,20 @@ def _run(
     request: _Request, options: Any, eval_set: Any, folder: Path, scoring: Any, retry_failed: bool, yes: bool
 ) -> Any:
     from pipelines.evaluate import evaluate as stage
-    from pipelines.evaluate import unanswered
     from pipelines.providers import open_provider
 
     opened: Any = open_provider(request.provider, options)
     if hasattr(eval_set, "encoder_weights"):
         opened.check_store(eval_set.encoder_weights)
-    missing = unanswered(eval_set, folder, retry_failed)
-    if hasattr(opened, "quote") and missing:
-        _confirm(str(opened.quote([(one.utterance_id, one.duration_s or 0.0) for one in missing])), yes)
-    if not missing:
-        say(f"{folder} holds every answer already; scoring again")
+    if eval_set.num_renamed:
+        say(f"{eval_set.num_renamed} utterances of the split share an id or have none; they were given one each")
+
+    def on_missing(missing: Any) -> None:
+        if not missing:
+            say(f"{folder} holds every answer already; scoring again")
+        elif hasattr(opened, "quote"):
+            _confirm(opened.quote([(one.utterance_id, one.duration_s or 0.0) for one in missing]), yes)
+
     with _ProgressBar(len(eval_set.utterances)) as bar:
         done = stage(
             opened,
@@ -200,16 +279,18 @@ def _run(
             scoring=scoring,
             trained_on=request.trained_on,
             retry_failed=retry_failed,
+            on_missing=on_missing,
             on_progress=bar,
         )
     return done.summary
 
 
-def _confirm(quote: str, yes: bool) -> None:
+def _confirm(quote: Any, yes: bool) -> None:
+    """Show what it costs and ask; jobs that are paid for already need no answer."""
     from pipelines.errors import EvaluationError
 
-    say(quote)
-    if yes:
+    say(str(quote))
+    if yes or not quote.clips:
         return
     if not sys.stdin.isatty():
         raise EvaluationError("this costs money and nobody is here to say yes; add --yes to pay")
@@ -235,13 +316,13 @@ class _ProgressBar:
         self._bar.update(done - self._bar.n)
 
 
-def _finish(summary: Any, folder: Path, fail_over: float | None, json: bool) -> None:
+def _finish(summary: Any, written: str, folder: Path, fail_over: float | None, json: bool) -> None:
     from pipelines.report import comparison_line, headline, set_name
 
     print(f"{summary.name} on {set_name(summary)}\n{headline(summary)}")
     if summary.comparison is not None:
         print(comparison_line(summary.comparison))
-    say(f"predictions, summary.json, report.md and report.html: {folder}")
+    say(written)
     counts = summary.headline.word_errors
     if json:
         interval = summary.headline.interval

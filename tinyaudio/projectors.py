@@ -132,7 +132,7 @@ class ConvProjector(Projector):
             raise ValueError("features have 0 frames; expected at least 1 (audio shorter than 25 ms is padded)")
         right = math.ceil(frames / self.stack_factor) * self.stack_factor - frames + self.context
         padded = nn.functional.pad(features, (0, 0, self.context, right))
-        # As one product over the windows: 1.5 to 3.6 times faster on a CPU than the convolution, whose kernels are chosen
+        # As one product over the windows: 1.5 to 3.6 times faster on a CPU than the convolution, whose kernels are made
         # anew for every length.
         windows = padded.unfold(1, self.conv.kernel_size[0], self.stack_factor)  # (B, P, D, frames seen)
         joined = nn.functional.linear(windows.flatten(2), self.conv.weight.flatten(1), self.conv.bias)

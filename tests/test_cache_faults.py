@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_stores import Features, calibrate, create, fill, make_features, make_table, sealed
+from typer.testing import CliRunner
 
 from cache import (
     CacheError,
@@ -28,6 +30,7 @@ from cache import (
 )
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 from cache.verify import Fault
+from tinyaudio.cli import app
 
 FEATURES = make_features([30] * 8)
 
@@ -122,6 +125,24 @@ def test_a_fault_is_found_named_and_repaired(
     assert make_again(store, FEATURES) == sorted(shards)
     assert store_verify(store, deep=True) == []
     assert content_of(store) == before
+
+
+@pytest.mark.parametrize(
+    ("plant", "shards"),
+    [fault[1:3] for fault in (*SHARD_FAULTS, *RECORD_FAULTS)],
+    ids=[fault[0] for fault in (*SHARD_FAULTS, *RECORD_FAULTS)],
+)
+def test_the_command_names_the_damaged_shards_and_what_to_type(
+    tmp_path: Path, plant: Callable[[FeatureStore], object], shards: set[int]
+) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    (store.path / "recipe.toml").write_text("")
+    plant(store)
+    result = CliRunner().invoke(app, ["store", "verify", str(store.path), "--deep"])
+    assert result.exit_code == 1
+    assert {int(number) for number in re.findall(r"\(shard (\d+)\)", result.stdout)} == shards
+    command = f"`tinyaudio extract --recipe {store.path}/recipe.toml --store {store.path}`"
+    assert all(command in line for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize(

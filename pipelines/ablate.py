@@ -7,12 +7,13 @@ What is finished is skipped and what was interrupted goes on, so the same comman
 encoder is never loaded; a counter over every module call proves it.
 """
 
+import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,40 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """A finished grid."""
+    """A grid that has been gone through; `failed` says why, by the names of runs that came to nothing."""
 
     output: Path
     outcomes: tuple[Outcome, ...]
     table: Table
     num_skipped: int
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse to take a grid with holes for a whole one.
+
+        Raises:
+            RunError: some run failed.
+        """
+        if self.failed:
+            raise RunError(
+                f"{len(self.failed)} of {len(self.failed) + len(self.outcomes)} runs failed: {', '.join(self.failed)}; "
+                "the same command again tries them again"
+            )
 
     def __str__(self) -> str:
-        return f"{self.table}\nwritten to {self.output}: table.md, table.csv, plot.png"
+        files = "table.md, table.csv, plot.png" if self.outcomes else "table.md, table.csv"
+        return f"{self.table}\nwritten to {self.output}: {files}"
 
     def to_dict(self) -> dict[str, Any]:
         reports = [{"name": one.name, **one.report.to_dict()} for one in self.outcomes]
         passes = sum(one.report.encoder_passes for one in self.outcomes)
-        return {"runs": reports, "encoder_passes": passes, "skipped": self.num_skipped, "output": str(self.output)}
+        return {
+            "runs": reports,
+            "encoder_passes": passes,
+            "skipped": self.num_skipped,
+            "failed": self.failed,
+            "output": str(self.output),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +87,10 @@ def ablate(
     Args:
         store: the feature store; None for where the grid or the recipe says.
         output: folder of the runs and the tables.
-        jobs: runs at the same time; they share cores, or the one device.
+        jobs: runs at the same time; they share the cores, and the GPUs in turn.
+
+    Returns:
+        What came of it. A run that fails (a loss that is not finite, say) is named there and stops no other.
 
     Raises:
         StoreNotFoundError, StoreMismatchError: a store that is missing, or of another encoder or encoding.
@@ -81,17 +105,24 @@ def ablate(
         _check(task)
     missing = [task for task in tasks if not Run(task.folder).is_finished]
     say(f"{len(tasks)} runs, {len(tasks) - len(missing)} of them finished before")
-    for number, report in enumerate(_run_all(missing, jobs), start=len(tasks) - len(missing) + 1):
+    failed: dict[str, str] = {}
+    for number, (name, report) in enumerate(_run_all(missing, jobs), start=len(tasks) - len(missing) + 1):
+        if isinstance(report, str):
+            failed[name] = report
+            say(f"{number}/{len(tasks)}  {name} failed: {report}")
+            continue
         say(f"{number}/{len(tasks)}  {report}")
         if not report.is_finished:
             raise RunError(f"{report.run} was stopped at step {report.steps}; the same command again goes on")
-    outcomes = tuple(_outcome(task) for task in tasks)
-    table = tabulate(outcomes)
+    outcomes = tuple(_outcome(task) for task in tasks if task.cell.name not in failed)
+    table = tabulate(outcomes, failed)
     write_atomically(output / "table.md", table.to_markdown())
     write_atomically(output / "table.csv", tabulate_runs(outcomes).to_csv())
-    plot(outcomes, output / "plot.png")
+    if outcomes:
+        plot(outcomes, output / "plot.png")
     say(f"done in {time.monotonic() - started:.0f} s")
-    return Ablation(output=output, outcomes=outcomes, table=table, num_skipped=len(tasks) - len(missing))
+    num_skipped = len(tasks) - len(missing)
+    return Ablation(output=output, outcomes=outcomes, table=table, num_skipped=num_skipped, failed=failed)
 
 
 def _check(task: _Task) -> None:
@@ -109,14 +140,46 @@ def _check(task: _Task) -> None:
         run.check_resumable(task.cell.recipe, opened.fingerprint_id)
 
 
-def _run_all(tasks: list[_Task], jobs: int) -> Iterator[TrainReport]:
+def _run_all(tasks: list[_Task], jobs: int) -> Iterator[tuple[str, TrainReport | str]]:
+    """Run them; gives the name of each as it ends, with its report, or with why it failed."""
     if jobs == 1:
-        yield from map(_run, tasks)
+        for task in tasks:
+            yield task.cell.name, _attempt(task)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,)) as pool:
-        for future in as_completed([pool.submit(_run, task) for task in tasks]):
-            yield future.result()
+    threads, context = max(1, torch.get_num_threads() // jobs), get_context("spawn")
+    gpus = context.SimpleQueue()
+    for gpu in gpus_for(jobs, tasks[0].device if tasks else "cpu"):
+        gpus.put(gpu)
+    with ProcessPoolExecutor(jobs, context, _begin_worker, (threads, gpus)) as pool:
+        names = {pool.submit(_attempt, task): task.cell.name for task in tasks}
+        for future in as_completed(names):
+            yield names[future], future.result()
+
+
+def gpus_for(jobs: int, device: str) -> list[str | None]:
+    """Share the visible GPUs out among workers: for each the one it shall see, None where there is none."""
+    if device == "cpu":
+        return [None] * jobs
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(i) for i in range(torch.cuda.device_count())] if named is None else named.replace(" ", "").split(",")
+    gpus = [gpu for gpu in gpus if gpu not in ("", "-1")]
+    return [gpus[worker % len(gpus)] if gpus else None for worker in range(jobs)]
+
+
+def _attempt(task: _Task) -> TrainReport | str:
+    report = _run_or_say_why(task)
+    gc.collect()  # a model lies in cycles with its trainer: the next one needs its memory now
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return report
+
+
+def _run_or_say_why(task: _Task) -> TrainReport | str:
+    try:
+        return _run(task)
+    except RunError as error:
+        return str(error)
 
 
 def _run(task: _Task) -> TrainReport:
@@ -130,13 +193,14 @@ def _run(task: _Task) -> TrainReport:
             resume=bool(run.state),
             device=task.device,
             say=lambda line: print(line, file=log, flush=True),
-            is_latest=False,
         )
 
 
-def _begin_worker(threads: int) -> None:
-    """Share the cores, and die with the parent: an orphan would write into a folder that is gone on with elsewhere."""
+def _begin_worker(threads: int, gpus: Any) -> None:
+    """Share cores and GPUs, and die with the parent: an orphan would write where another goes on."""
     torch.set_num_threads(threads)
+    if (gpu := gpus.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when first used, which is later
     parent = os.getppid()
 
     def watch() -> None:
@@ -150,6 +214,12 @@ def _begin_worker(threads: int) -> None:
 def _outcome(task: _Task) -> Outcome:
     run = Run(task.folder)
     report = TrainReport(**run.state["report"])
-    curve = [(entry["step"], entry["dev_wer"]) for entry in run.metrics() if "dev_wer" in entry]
-    cell = task.cell
-    return Outcome(name=cell.name, settings=cell.settings, group=cell.group, report=report, curve=tuple(curve))
+    metrics, cell = run.metrics(), task.cell
+    return Outcome(
+        name=cell.name,
+        settings=cell.settings,
+        group=cell.group,
+        report=report,
+        wers=tuple((entry["step"], entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
+        losses=tuple((entry["step"], entry["loss"]) for entry in metrics if "loss" in entry),
+    )

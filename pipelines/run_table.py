@@ -2,13 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import RunError
-from pipelines.recipes import differing_keys
+from pipelines.recipes import Recipe, differing_keys
 from pipelines.runs import LATEST, Run
 
 SECTIONS = ("corpus", "encoder", "decoder", "store", "projector", "train")
@@ -45,17 +46,52 @@ class Table:
 
 
 def list_runs(under: Path) -> Table:
-    """List the runs under a folder, the newest last.
+    """List the runs under a folder, those of ablations too, the newest last, with the settings that are their own.
 
     Raises:
         RunError: there are none.
     """
-    found = [Run(path) for path in under.iterdir() if path.name != LATEST] if under.is_dir() else []
-    found = sorted((run for run in found if run.state), key=lambda run: (run.state.get("began", ""), run.folder.name))
+    found = sorted(_runs(under), key=lambda run: (run.state.get("began", ""), run.folder.name))
     if not found:
         raise RunError(f"no runs under {str(under)!r}; `tinyaudio train` makes one")
-    rows = [(run.folder.name, run.state.get("began", "-").replace("T", " "), *outcome(run)) for run in found]
-    return Table(columns=("run", "began", *OUTCOME), rows=tuple(rows))
+    rows = [
+        (str(run.folder.relative_to(under)), run.state.get("began", "-").replace("T", " "), settings, *outcome(run))
+        for run, settings in zip(found, _own_settings([run.recipe for run in found]), strict=True)
+    ]
+    return Table(columns=("run", "began", "differs in", *OUTCOME), rows=tuple(rows))
+
+
+def _runs(folder: Path) -> Iterator[Run]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name == LATEST or not path.is_dir():
+            continue
+        run = Run(path)
+        if run.state:
+            yield run
+        else:
+            yield from _runs(path)
+
+
+def _own_settings(recipes: Sequence[Recipe]) -> list[str]:
+    """Name the settings of each recipe that are not those of most recipes of its name: "kind=linear, seed=1"."""
+    named: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        named.setdefault(recipe.name, []).append(recipe)
+    usual: dict[str, dict[str, str]] = {}
+    for name, alike in named.items():
+        keys = _keys_that_differ(alike)
+        tables = [recipe.model_dump() for recipe in alike]
+        usual[name] = {key: Counter(str(_look_up(t, key)) for t in tables).most_common(1)[0][0] for key in keys}
+    shown = []
+    for recipe in recipes:
+        mine = {key: str(_look_up(recipe.model_dump(), key)) for key in usual[recipe.name]}
+        own = [f"{key.split('.')[-1]}={value}" for key, value in mine.items() if value != usual[recipe.name][key]]
+        shown.append(", ".join(own) or "-")
+    return shown
+
+
+def _keys_that_differ(recipes: Sequence[Recipe]) -> list[str]:
+    return sorted({key for recipe in recipes[1:] for key in differing_keys(recipes[0], recipe, SECTIONS)})
 
 
 def compare_runs(names: Sequence[str], under: Path) -> Table:
@@ -66,7 +102,7 @@ def compare_runs(names: Sequence[str], under: Path) -> Table:
     """
     found = [_find(name, under) for name in names]
     recipes = [run.recipe for run in found]
-    keys = sorted({key for recipe in recipes[1:] for key in differing_keys(recipes[0], recipe, SECTIONS)})
+    keys = _keys_that_differ(recipes)
     settings = [(key, *(_shown(_look_up(recipe.model_dump(), key)) for recipe in recipes)) for key in keys]
     outcomes = [(name, *values) for name, *values in zip(OUTCOME, *map(outcome, found), strict=True)]
     note = () if keys or len(found) == 1 else ("no setting differs",)

@@ -1,15 +1,19 @@
 """Ablations on tiny random parts: every cell once, through kills, with a table, a plot and no encoder."""
 
 import csv
+import gc
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NoiseMaker, write_folder_corpus, write_recipe
 
-from pipelines.ablate import ablate
+from pipelines import ablate as ablate_module
+from pipelines.ablate import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.encoder_passes import counting_encoder_passes
 from pipelines.errors import RecipeError, RunError
@@ -18,6 +22,7 @@ from pipelines.grids import GRIDS, load_grid
 from pipelines.recipes import load_recipe
 from pipelines.run_table import compare_runs, list_runs
 from pipelines.runs import Run
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +90,106 @@ def test_parallel_jobs_train_the_same_grid(recipe_file, store, tmp_path):
     assert [one.report.is_finished for one in done.outcomes] == [True, True]
     assert [one.report.encoder_passes for one in done.outcomes] == [0, 0]
     table = list_runs(tmp_path / "out")
-    assert [row[0] for row in table.rows] == ["hidden_size-8", "hidden_size-16"] or len(table.rows) == 2
+    assert {row[0] for row in table.rows} == {"hidden_size-8", "hidden_size-16"}
     compared = str(compare_runs(["hidden_size-8", "hidden_size-16"], tmp_path / "out"))
     assert "projector.hidden_size" in compared
     assert "train.seed" not in compared, "only settings that differ are shown"
     changed = load_grid(grid, ["train.learning_rate=0.5"])
     with pytest.raises(RunError, match=r"train.learning_rate was 0.001 and is 0.5"):
         ablate(changed, store, tmp_path / "out", device="cpu", say=lambda _: None)
+
+
+def test_a_run_that_fails_is_named_stops_no_other_and_is_tried_again(recipe_file, store, tmp_path, monkeypatch):
+    grid = load_grid(write_grid(tmp_path / "grid.toml", recipe_file, '"train.seed" = [0, 1, 2]'))
+    train, lines = ablate_module.train, []
+
+    def diverge(recipe, *arguments, **options):
+        if recipe.train.seed == 1:
+            raise RunError("loss is nan at step 3")
+        return train(recipe, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate_module, "train", diverge)
+        done = ablate(grid, store, tmp_path / "out", device="cpu", say=lines.append)
+    assert [one.name for one in done.outcomes] == ["seed-0", "seed-2"]
+    assert any("seed-1 failed: loss is nan at step 3" in line for line in lines)
+    assert "Failed: seed-1: loss is nan at step 3" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(RunError, match=r"1 of 3 runs failed: seed-1; the same command again tries them again"):
+        done.check()
+    again = ablate(grid, store, tmp_path / "out", device="cpu", say=lines.append)
+    again.check()
+    assert (len(again.outcomes), again.num_skipped) == (3, 2)
+
+
+def test_models_of_earlier_cells_are_let_go(recipe_file, store, tmp_path):
+    grid = load_grid(write_grid(tmp_path / "grid.toml", recipe_file, '"train.seed" = [0, 1]'))
+    alive: list[int] = []
+
+    def count(line: str) -> None:
+        if line[:1].isdigit():
+            alive.append(sum(type(one) is TinyAudioForConditionalGeneration for one in gc.get_objects()))
+
+    before = sum(type(one) is TinyAudioForConditionalGeneration for one in gc.get_objects())
+    gc.disable()  # cycles must not wait for luck
+    try:
+        ablate(grid, store, tmp_path / "out", device="cpu", say=count)
+    finally:
+        gc.enable()
+    assert max(alive) <= before
+
+
+def test_grid_without_a_dev_split_is_compared_by_its_loss(recipe_file, store, tmp_path):
+    path = tmp_path / "grid.toml"
+    write_grid(path, recipe_file, '"projector.kind" = ["mlp", "linear"]')
+    done = ablate(load_grid(str(path), ["corpus.dev_split=absent"]), store, tmp_path / "out", device="cpu", say=print)
+    losses = [float(row[3]) for row in done.table.rows]
+    assert losses == sorted(losses)
+    assert [row[4] for row in done.table.rows] == ["-", "-"]
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_take_the_visible_gpus_in_turn(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert gpus_for(3, "auto") == ["3", "5", "3"]
+    assert gpus_for(2, "cpu") == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus_for(2, "auto") == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert gpus_for(3, "cuda") == ["0", "1", "0"]
+
+
+def test_worker_sees_the_gpu_it_was_given():
+    program = """
+import os, queue
+from pipelines.ablate import _begin_worker
+gpus = queue.SimpleQueue()
+gpus.put("5")
+_begin_worker(1, gpus)
+print(os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "3,5"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "5"
+
+
+def test_listing_finds_runs_inside_folders_and_says_in_what_they_differ(recipe_file, tmp_path):
+    for name, overrides in (
+        ("plain", []),
+        ("ablate-x/seed-1", ["train.seed=1"]),
+        ("ablate-x/kind-linear", ["projector.kind=linear"]),
+        ("again", []),
+    ):
+        Run(tmp_path / name).begin(load_recipe(str(recipe_file), overrides), {})
+    (tmp_path / "latest").symlink_to("plain")
+    table = list_runs(tmp_path)
+    assert table.columns[:3] == ("run", "began", "differs in")
+    assert {row[0]: row[2] for row in table.rows} == {
+        "plain": "-",
+        "again": "-",
+        "ablate-x/seed-1": "seed=1",
+        "ablate-x/kind-linear": "kind=linear",
+    }
 
 
 def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):

@@ -2,6 +2,7 @@
 
 import json as json_module
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,8 @@ def train(
 ) -> None:
     """Stage two: train the projector from a feature store; nothing else trains, and the encoder is not even loaded.
 
-    SIGTERM saves and ends with exit code 0. On several GPUs: torchrun --nproc-per-node N -m -- tinyaudio train ...
+    SIGTERM saves and ends with exit code 0, Ctrl-C ends at once; --run and --resume go on. On several GPUs:
+    torchrun --nproc-per-node N -m -- tinyaudio train ...
     """
     from pipelines.recipes import load_recipe
     from pipelines.rehearsal import rehearse
@@ -53,16 +55,28 @@ def train(
     loaded = load_recipe(recipe, overrides)
     path = store or default_store(loaded.name)
     if dev_run:
-        rehearse(loaded, path, device=device, say=say)
+        if run is not None or resume or overfit is not None:
+            raise typer.BadParameter("goes without --run, --resume and --overfit", param_hint="--dev-run")
+        _report(rehearse(loaded, path, device=device, say=say), json)
         return
     if run is None and not resume and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter("name the run when several processes train together", param_hint="--run")
-    folder = run_folder("latest" if resume and run is None else run, loaded.name)
-    report = stage_two(loaded, path, Run(folder.resolve()), resume=resume, device=device, say=say)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(report)
-        if json:
-            print(json_module.dumps(report.to_dict()))
+    folder = run_folder("latest" if resume and run is None else run, loaded.name).resolve()
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        report = stage_two(loaded, path, Run(folder), resume=resume, device=device, say=say)
+    except KeyboardInterrupt:
+        if is_first:
+            say(f"tinyaudio: interrupted; the same command with --run {folder} --resume goes on")
+        sys.exit(130)
+    if is_first:
+        _report(report, json)
+
+
+def _report(results: Any, json: bool) -> None:
+    print(results)
+    if json:
+        print(json_module.dumps(results.to_dict()))
 
 
 def ablate(
@@ -80,16 +94,15 @@ def ablate(
 ) -> None:
     """Train every combination of a grid on one store; ends with a table and a plot.
 
-    Finished runs are skipped, so the same command again goes on after a kill.
+    Finished runs are skipped, so the same command again goes on after a kill, and tries again what failed.
     """
     from pipelines.ablate import ablate as run_grid
     from pipelines.grids import load_grid
 
     loaded = load_grid(grid, set_ or [])
     done = run_grid(loaded, store, output or Path("runs") / f"ablate-{loaded.name}", jobs=jobs, device=device, say=say)
-    print(done)
-    if json:
-        print(json_module.dumps(done.to_dict()))
+    _report(done, json)
+    done.check()
 
 
 def runs(
@@ -103,6 +116,4 @@ def runs(
     from pipelines.run_table import compare_runs, list_runs
 
     table: Any = compare_runs(names, under) if names else list_runs(under)
-    print(table)
-    if json:
-        print(json_module.dumps(table.to_dict()))
+    _report(table, json)

@@ -5,6 +5,7 @@ durations, they come from the headers of the recordings, which means reading the
 so memory does not follow the size of a row group. A source_id is "split:file:row group:row".
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,7 @@ class ParquetCorpus:
         roles |= {"speaker": names.speaker, "sex": names.sex, "source": names.source}
         found = {role: name for role, name in roles.items() if name in present}
         rows = parquet.read_row_group(group, columns=list(found.values()))
-        arrays = {role: rows[name].combine_chunks() for role, name in found.items()}
+        arrays = {role: _by_name(rows[name].combine_chunks(), name, rows.schema) for role, name in found.items()}
         arrays["source_id"] = pa.array([f"{place}:{row}" for row in range(rows.num_rows)], pa.string())
         if "duration_s" not in arrays:
             durations = [duration_of(audio) for audio in self._iter_group(parquet, group)]
@@ -153,6 +154,16 @@ class ParquetCorpus:
                             break
             except (pa.ArrowException, OSError) as error:
                 raise SourceError(f"{file!r}, row group {group}: {_line(error)}") from error
+
+
+def _by_name(array: pa.Array, column: str | None, schema: pa.Schema) -> pa.Array:
+    """Write out what `datasets` keeps as a number with a list of names in the file's metadata (a ClassLabel)."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = about.get("info", {}).get("features", {}).get(column, {}).get("names")
+    if not names or not pa.types.is_integer(array.type):
+        return array
+    # -1 stands for a label that is missing
+    return pa.array([None if i in (None, -1) else names[i] for i in array.to_pylist()], pa.string())
 
 
 def _place(source_id: str) -> tuple[str, int, int, int]:

@@ -193,6 +193,14 @@ def fetch_whole(repo: str, path: str, revision: str, *, patience_s: float) -> Pa
         ) from error
 
 
+def _is_refused(error: BaseException | None) -> bool:
+    """Say whether the hub knows the data set but wants to know who asks: a gated or private one."""
+    if error is None:
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in (401, 403) or "gated" in str(error) or _is_refused(error.__cause__)
+
+
 def resolve_dataset(name: str, config: str | None, revision: str | None, patience_s: float) -> Mapping[str, list[str]]:
     """List the files of every split of a data set, each pinned to the commit that the revision means now.
 
@@ -209,8 +217,10 @@ def resolve_dataset(name: str, config: str | None, revision: str | None, patienc
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        cure = "check the name, the network and HF_TOKEN, or set corpus.path to a local copy"
+        if _is_refused(error):
+            cure = f"accept its terms at https://huggingface.co/datasets/{name} and set HF_TOKEN"
         raise CorpusError(
-            f"data set {name!r} (config {config!r}, revision {revision or 'main'!r}) cannot be opened: {reason}; "
-            "check the name, the network and HF_TOKEN, or set corpus.path to a local copy"
+            f"data set {name!r} (config {config!r}, revision {revision or 'main'!r}) cannot be opened: {reason}; {cure}"
         ) from error
     return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}

@@ -199,7 +199,7 @@ def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
             raise StoreMismatchError(store.path, differences)
     store_repair(store)
     if not _adopt_recipe(store, stores):
-        _replace(store.path / MADE_BY, shlex.join(["tinyaudio", "store", "merge", *map(str, (destination, *sources))]))
+        _replace(store.path / MADE_BY, _command("merge", destination, *sources))
     present, adopted = store.committed_shards(), []
     for source in stores:
         for shard in source.committed_shards():
@@ -237,6 +237,14 @@ def _adopt_recipe(store: FeatureStore, sources: Sequence[FeatureStore]) -> bool:
             return False
         _replace(store.path / name, found.pop().decode())
     return True
+
+
+def _command(verb: str, *paths: Paths, **options: object) -> str:
+    """Spell a command so that it can be typed in any folder; options that are None are left out."""
+    words = ["tinyaudio", "store", verb, *(str(Path(path).absolute()) for path in paths)]
+    for name, value in options.items():
+        words += [] if value is None else [name, str(value)]
+    return shlex.join(words)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -330,9 +338,8 @@ def store_export(
     options: dict[str, object] = {"--max-hours": max_hours, "--split": split, "--seed": seed or None}
     if ids is not None:
         _replace(store.path / IDS, "".join(f"{utterance_id}\n" for utterance_id in sorted(set(ids))))
-        options["--ids"] = store.path / IDS
-    words = [str(word) for option in options.items() if option[1] is not None for word in option]
-    _replace(store.path / MADE_BY, shlex.join(["tinyaudio", "store", "export", str(source), str(destination), *words]))
+        options["--ids"] = (store.path / IDS).absolute()
+    _replace(store.path / MADE_BY, _command("export", source, destination, **options))
     for shard in store.pending_shards():
         _export_shard(reader, store, shard)
     store.seal()

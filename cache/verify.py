@@ -442,6 +442,6 @@ def _fault(store: FeatureStore, kind: Kind, shard: int | None, path: Path | str,
     if kind == "out_of_reach":
         advice = "Make it readable, then check again: it may be sound"
     else:
-        again = "everything else stays" if shard is None else "exactly this shard is made again"
+        again = "everything else stays" if shard is None else "exactly this shard is repaired"
         advice = f"Type {command_that_made(store.path)}: {again}"
     return Fault(kind=kind, shard=shard, path=name, message=f"{where}: {found}. {advice}.")

@@ -184,7 +184,7 @@ def test_verify_prints_faults_as_they_are_found_and_its_progress_to_stderr(tmp_p
     assert result.exit_code == 1
     assert "features/c.1.0 (shard 1): chunk 0 is not the one that was committed" in result.stdout
     assert f"/{store.num_shards}" in result.stderr
-    assert "1 faults" in result.stderr
+    assert "1 fault in" in result.stderr
 
 
 def test_merging_another_extraction_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def verify(
         checked = "every byte" if deep else "records and sizes; --deep reads every byte"
         print(f"{path} is sound: {len(opened.committed_shards())} of {opened.num_shards} shards, checked {checked}")
     if faults:
-        say(f"tinyaudio: {len(faults)} faults in {path}")
+        say(f"tinyaudio: {len(faults)} fault{'s' if len(faults) > 1 else ''} in {path}")
         raise typer.Exit(1)
 
 

@@ -21,10 +21,11 @@ from cache.order import EpochOrder, epoch_order
 from cache.plan import make_plan
 from cache.quantize import Calibration, Moments, Quantized
 from cache.reader import FeatureReader
+from cache.repair import store_repair
 from cache.statistics import feature_moments
 from cache.store import FeatureStore
 from cache.tools import store_diff, store_export, store_info, store_merge, unknown_ids
-from cache.verify import Fault, find_faults, store_repair, store_verify
+from cache.verify import Fault, find_faults, store_verify
 from cache.writer import ShardWriter
 
 __all__ = [

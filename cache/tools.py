@@ -21,9 +21,10 @@ from cache.errors import MADE_BY, RECIPE, REQUEST, CorruptShardError, LostClaimE
 from cache.index import decode_quarantine, read_committed
 from cache.plan import make_plan
 from cache.reader import FeatureReader
+from cache.repair import store_repair
 from cache.skeleton import compare_fields
 from cache.store import FeatureStore
-from cache.verify import check_files, store_repair
+from cache.verify import check_files
 from cache.writer import claim_shard, commit_shard
 
 IDS = "ids.txt"  # in an exported store: the ids that were asked for

@@ -1,9 +1,8 @@
-"""Find every way in which a store can be damaged, name it, and undo exactly the damaged shards.
+"""Find every way in which a store can be damaged, and name it. To undo it is `cache.repair`'s business.
 
 The quick check reads records, sizes, small files and two chunks of each shard: it finds what is missing, cut, swapped,
 stale or foreign. The deep check reads every byte. What it finds is noted in `damaged/`, as is what a reader stumbles
-over, so that the next `store_repair` knows without reading everything again. Good shards are never touched: one that
-has lost nothing but its record gets it back from under the seal.
+over, so that the next `store_repair` knows without reading everything again. Nothing else of a store is changed here.
 """
 
 from __future__ import annotations
@@ -20,24 +19,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from cache.claims import Claim
-from cache.commits import (
-    ArrayFile,
-    Commit,
-    check_commit,
-    committed_shards,
-    forget_damage,
-    note_damage,
-    noted_damage,
-    root_digest,
-    sealed_commits,
-)
-from cache.durable import exclusive, is_lost, place, remove
-from cache.errors import CorruptShardError, command_that_made
+from cache.commits import ArrayFile, Commit, committed_shards, note_damage, noted_damage, root_digest
+from cache.durable import is_lost
+from cache.errors import command_that_made
 from cache.layout import Header
 from cache.plan import plan_digest, read_plan
 from cache.shards import expected_index, read_chunks, read_index
-from cache.skeleton import FOLDERS, encode_calibration, encode_rejected, metadata_faults
+from cache.skeleton import encode_rejected, metadata_faults
 from cache.store import FeatureStore
 
 Kind = Literal[
@@ -95,9 +83,9 @@ def find_faults(
         The faults, those of the whole store first, then by shard. None: the store is sound.
     """
     shards = committed_shards(store.layout)
-    yield from _store_faults(store)
-    yield from _seal_faults(store, shards)
-    for faults in _check_shards(store, shards, deep, progress):
+    yield from store_faults(store)
+    yield from seal_faults(store, shards)
+    for faults in check_shards(store, shards, deep, progress):
         for fault in faults:
             if fault.shard is not None:
                 note_damage(store.layout, fault.shard)
@@ -107,33 +95,6 @@ def find_faults(
 def store_verify(store: FeatureStore, *, deep: bool | None = False) -> list[Fault]:
     """List what is wrong with a store; see `find_faults`. Empty: the store is sound."""
     return list(find_faults(store, deep=deep))
-
-
-def store_repair(store: FeatureStore, *, deep: bool | None = None) -> list[Fault]:
-    """Take back the commits of damaged shards, so that they are pending again; sound ones are not touched.
-
-    Lost or damaged records of sound shards come back from under the seal, and a lost calibration from its copy.
-
-    Args:
-        deep: as `find_faults`.
-
-    Returns:
-        The faults found. Those of the plan and the metadata are mended by `FeatureStore.create`.
-    """
-    for folder in FOLDERS:
-        (store.path / folder).mkdir(exist_ok=True)
-    noted = noted_damage(store.layout)
-    restored = _restore_records(store)
-    shards = committed_shards(store.layout)
-    faults = [*_store_faults(store), *_seal_faults(store, shards)]
-    for found in _check_shards(store, shards, deep):
-        faults += found
-    damaged = sorted({fault.shard for fault in faults if fault.shard is not None and fault.is_lost})
-    if damaged or any(fault.kind == "seal" for fault in faults):
-        _take_back(store, damaged)
-    _restore_calibration(store)
-    forget_damage(store.layout, noted)
-    return [*restored, *faults]
 
 
 def check_shard(store: FeatureStore, shard: int, *, deep: bool) -> list[Fault]:
@@ -146,7 +107,7 @@ def check_shard(store: FeatureStore, shard: int, *, deep: bool) -> list[Fault]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [_fault(store, "commit_record", shard, path, f"it is unreadable ({error})")]
     paths = {name: store.path / name for name in (*commit.arrays, *commit.files)}
-    return [*_foreign(store, shard, commit), *check_files(store, commit, paths, deep=deep)]
+    return [*foreign_faults(store, shard, commit), *check_files(store, commit, paths, deep=deep)]
 
 
 def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], *, deep: bool) -> list[Fault]:
@@ -167,7 +128,7 @@ def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], 
 # ------------------------------------------------------------------------------------------- one shard
 
 
-def _check_shards(
+def check_shards(
     store: FeatureStore, shards: list[int], deep: bool | None, progress: Callable[[int], None] | None = None
 ) -> Iterator[list[Fault]]:
     """Check shards side by side; left early, it drops what it has not begun."""
@@ -202,7 +163,8 @@ def _check_file(store: FeatureStore, commit: Commit, name: str, path: Path, deep
         yield _fault(store, kind, commit.shard, name, "it is not the file that was committed (its sha256 differs)")
 
 
-def _foreign(store: FeatureStore, shard: int, commit: Commit) -> Iterator[Fault]:
+def foreign_faults(store: FeatureStore, shard: int, commit: Commit) -> Iterator[Fault]:
+    """Find out whether a record is another shard's, plan's or extraction's."""
     path, header = store.layout.commit(shard), store.header
     if commit.shard != shard:
         yield _fault(store, "swapped", shard, path, f"it is the record of shard {commit.shard}")
@@ -289,7 +251,8 @@ def _has_expected_index(path: Path, header: Header, num_chunks: int) -> bool:
 # ------------------------------------------------------------------------------------------- the whole store
 
 
-def _store_faults(store: FeatureStore) -> Iterator[Fault]:
+def store_faults(store: FeatureStore) -> Iterator[Fault]:
+    """Find what is wrong with header, plan and calibration."""
     layout, header = store.layout, store.header
     yield from _calibration_faults(store)
     for name in metadata_faults(store.path, header):
@@ -324,7 +287,8 @@ def _calibration_faults(store: FeatureStore) -> Iterator[Fault]:
         yield _fault(store, "calibration", None, "zarr.json", found)
 
 
-def _seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
+def seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
+    """Find what a sealed store lacks of what was sealed; nothing in one that is not."""
     if not store.is_sealed:
         return
     layout = store.layout
@@ -353,78 +317,7 @@ def _is_other(path: Path, content: bytes) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------- undoing
-
-
-def _restore_records(store: FeatureStore) -> list[Fault]:
-    """Put back lost and damaged commit records from under the seal, where the files of the shard are all sound.
-
-    Returns:
-        The faults that are undone by that.
-    """
-    lost = [commit for commit in sealed_commits(store.layout) if not _has_record(store, commit.shard)]
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="restore") as pool:
-        return [fault for fault in pool.map(lambda commit: _restore_record(store, commit), lost) if fault is not None]
-
-
-def _has_record(store: FeatureStore, shard: int) -> bool:
-    try:
-        check_commit(store.layout, store.header, shard, store.layout.commit(shard).read_bytes())
-    except (CorruptShardError, FileNotFoundError):
-        return False
-    except OSError as error:
-        return not is_lost(error)
-    return True
-
-
-def _restore_record(store: FeatureStore, commit: Commit) -> Fault | None:
-    path = store.layout.commit(commit.shard)
-    if commit.shard not in range(store.num_shards) or any(_foreign(store, commit.shard, commit)):
-        return None
-    claim = Claim.take(store.layout, commit.shard)
-    if claim is None:
-        return None
-    try:
-        files = {name: store.path / name for name in (*commit.arrays, *commit.files)}
-        if check_files(store, commit, files, deep=True) or _has_record(store, commit.shard):
-            return None
-        kind: Kind = "commit_record" if path.exists() else "missing"
-        with exclusive(store.layout.lock):
-            remove(path)
-            place(path, [commit.encode()], claim.owner)
-    finally:
-        claim.release()
-    name = path.relative_to(store.path).as_posix()
-    message = f"{name} (shard {commit.shard}): it was lost, and is restored from commits.jsonl. Nothing is left to do."
-    return Fault(kind=kind, shard=commit.shard, path=name, message=message)
-
-
-def _restore_calibration(store: FeatureStore) -> None:
-    """Write the calibration's file again from its copy in the header."""
-    if store.header.calibration_id is None or store.calibration_file() is not None:
-        return
-    if (copy := store.calibration_copy()) is not None:
-        path = store.layout.calibration
-        path.parent.mkdir(exist_ok=True)
-        with exclusive(store.layout.lock):
-            remove(path)
-            place(path, [encode_calibration(copy)])
-
-
-def _take_back(store: FeatureStore, shards: list[int]) -> None:
-    """Unseal, and remove shards: the record first, so that no reader meets half a shard."""
-    layout = store.layout
-    with exclusive(layout.lock):
-        for path in (layout.sealed, layout.sealed_commits, layout.sealed_index):
-            remove(path)
-        for shard in shards:
-            if not layout.commit(shard).exists() or not any(
-                fault.is_lost for fault in check_shard(store, shard, deep=True)
-            ):
-                continue  # another process has made it again in the meantime
-            remove(layout.commit(shard))
-            for path in layout.files_of(shard, store.header).values():
-                remove(path)
+# ------------------------------------------------------------------------------------------- naming
 
 
 def _unreadable(store: FeatureStore, shard: int, path: Path | str, error: OSError) -> Fault:

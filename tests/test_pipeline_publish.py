@@ -231,3 +231,19 @@ def test_publishing_to_a_hub_uploads_what_the_rehearsal_showed(run: Path, hub: F
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
     assert set(hub.validated) == {files["README.md"].decode()}  # ours, and the client's own on the way
     assert json.loads(files["config.json"])["encoder_id"] == "facebook/hubert-large-ls960-ft"
+
+
+def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(run: Path, hub: FakeHub) -> None:
+    hub.refuses = True
+    command = [sys.executable, "-m", "tinyaudio", "publish", str(run), "--repo", "another/tiny", "--token", "hf_fake"]
+    command += ["--encoder-id", str(PUBLISHED.encoder_id), "--decoder-id", str(PUBLISHED.decoder_id)]
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("tinyaudio: ")]
+    assert "the hub did not take 'another/tiny'" in line
+    assert "403" in line
+    assert "type the same again" in line
+    assert "Traceback" not in done.stderr
+    assert hub.repos == {}
+    assert (run / "publish" / "README.md").is_file()

@@ -26,13 +26,19 @@ import json, os, sys, time
 from pathlib import Path
 log = Path({log!r})
 count = len(log.read_text().splitlines()) if log.exists() else 0
-seen = {{key: os.environ.get(key) for key in ("STAGES", "SHARD", "WORK", "RECIPE", "RUN", "REPO")}}
+seen = {{key: os.environ.get(key) for key in ("STAGES", "SHARD", "WORK", "RECIPE", "RUN", "REPO", "GPUS")}}
 with log.open("a") as stream:
     stream.write(json.dumps({{"name": {name!r}, "arguments": sys.argv[1:], "seen": seen}}) + "\\n")
 if {name!r} == "sbatch":
     print(100 + count)
 if os.environ.get("SLOW") == {name!r}:
     time.sleep(30)
+if {name!r} == "tinyaudio" and sys.argv[1] == "eval" and "EVAL" in os.environ:
+    if os.environ["EVAL"] == "failed clip":
+        folder = Path(sys.argv[2]) / "eval" / "test"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text("{{}}")
+    sys.exit(1)
 """
 
 
@@ -101,6 +107,18 @@ def test_the_line_runs_its_stages_in_order_with_options_that_exist(machine: Mach
     ]
     for _, *words in machine.commands():
         check_command(words)
+
+
+def test_a_clip_without_answer_does_not_stop_the_line_and_an_error_does(machine: Machine, tmp_path: Path) -> None:
+    everything = {"WORK": str(tmp_path), "REPO": "me/tiny", "STAGES": "eval publish"}
+    done = machine.run("line.sh", **everything, EVAL="failed clip")
+    assert done.returncode == 0, done.stderr
+    assert [command[1] for command in machine.commands()] == ["eval", "eval", "publish"]
+    assert "some clips have no answer; going on" in done.stderr
+    machine.log.unlink()
+    done = machine.run("line.sh", **everything, EVAL="error")  # with the summaries of before still there
+    assert done.returncode == 1
+    assert [command[1] for command in machine.commands()] == ["eval"]
 
 
 def test_a_second_start_resumes_training(machine: Machine, tmp_path: Path) -> None:
@@ -178,6 +196,18 @@ def test_slurm_gets_a_chain_of_jobs(machine: Machine, tmp_path: Path) -> None:
     assert "--array 0-3" in " ".join(calls[0]["arguments"])
     assert all("--parsable" in call["arguments"] and "--partition" in call["arguments"] for call in calls)
     assert {call["seen"]["RUN"] for call in calls} == {"loquacious-small"}
+    assert done.stdout == "extract 100, seal 101, train 102, eval 103, publish 104\n"
+
+
+def test_slurm_is_asked_for_the_stages_and_gpus_that_were_named(machine: Machine, tmp_path: Path) -> None:
+    done = machine.run("slurm.sh", WORK=str(tmp_path), STAGES="train eval", GPUS="4")
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls()
+    assert [(call["seen"]["STAGES"], call["seen"]["GPUS"]) for call in calls] == [("train", "4"), ("eval", "4")]
+    assert [re.findall(r"--gres (\S+)", " ".join(call["arguments"])) for call in calls] == [["gpu:4"], ["gpu:1"]]
+    assert "--dependency" not in calls[0]["arguments"]
+    assert "afterok:100" in calls[1]["arguments"]
+    assert machine.run("slurm.sh", WORK=str(tmp_path), STAGES="trian").returncode == 2
 
 
 def test_a_slurm_array_job_extracts_its_own_shards(machine: Machine, tmp_path: Path) -> None:
@@ -226,6 +256,18 @@ def test_the_hf_job_uses_options_of_the_real_client(machine: Machine) -> None:
     assert re.search(r"\ba100-large\b", told)
     assert "hf://buckets/me/work:/work" in command
     assert "remote/line.sh" in command[-1]
+
+
+@pytest.mark.parametrize("name", ["RECIPE", "RUN", "REPO", "STAGES", "GPUS", "SHARD"])
+def test_every_variable_reaches_the_line_wherever_it_runs(machine: Machine, tmp_path: Path, name: str) -> None:
+    value = {"STAGES": "train", "GPUS": "2", "SHARD": "1/4"}.get(name, "given")
+    machine.run("hf-jobs.sh", BUCKET="me/work", SOURCE="x", **{name: value})
+    assert f"{name}={value}" in machine.commands()[-1]
+    assert name in yaml.safe_load((REMOTE / "skypilot.yaml").read_text())["envs"]
+    if name != "SHARD":  # the array sets it
+        machine.run("slurm.sh", **{"WORK": str(tmp_path), "STAGES": "train", name: value})
+        assert machine.calls()[-1]["seen"][name] == value
+    assert re.search(rf"^    {name} ", (REMOTE / "README.md").read_text(), re.MULTILINE)
 
 
 def test_the_hf_job_needs_a_bucket(machine: Machine) -> None:

@@ -2,7 +2,8 @@
 # The whole line as one Hugging Face Job. Store and runs lie in a bucket, so that a job that ran out of time is continued
 # by starting it again (--attempts does it by itself after a failure).
 #   BUCKET: owner/name of the bucket (make it with `hf buckets create`). SOURCE: what pip installs.
-#   FLAVOR (a100-large), TIMEOUT (24h). DRY_RUN=1 prints what would be submitted. The rest: README.md beside this file.
+#   FLAVOR (a100-large; one with as many GPUs as GPUS says), TIMEOUT (24h). DRY_RUN=1 prints what would be submitted.
+#   The rest: README.md beside this file.
 set -euo pipefail
 
 BUCKET=${BUCKET:?set BUCKET to owner/name of a storage bucket}
@@ -14,6 +15,7 @@ RUN=${RUN:-$(basename "$RECIPE" .toml)}
 OPTIONS=(--flavor "${FLAVOR:-a100-large}" --timeout "${TIMEOUT:-24h}" --attempts 3 --name "tinyaudio-$RUN")
 OPTIONS+=(--volume "hf://buckets/$BUCKET:/work" --secrets HF_TOKEN)
 OPTIONS+=(--env "RECIPE=$RECIPE" --env "RUN=$RUN" --env "REPO=$REPO" --env "SOURCE=$SOURCE" --env WORK=/work)
+OPTIONS+=(--env "GPUS=${GPUS:-1}" --env "STAGES=${STAGES:-extract train eval publish}" --env "SHARD=${SHARD:-0/1}")
 if [ "${DRY_RUN:-0}" = 1 ]; then OPTIONS+=(--dry-run); else OPTIONS+=(--detach); fi
 
 exec hf jobs run "${OPTIONS[@]}" python:3.12 bash -c '

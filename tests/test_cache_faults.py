@@ -274,7 +274,7 @@ def fail_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None
 def test_a_bad_sector_is_a_fault_like_any_other(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     path = store.layout.array("features", 2)
     fail_to_read(monkeypatch, path, errno.EIO)
-    (fault,) = store_verify(store)
+    (fault,) = store_verify(store, deep=True)
     assert (fault.kind, fault.shard, fault.path) == ("unreadable", 2, "features/c.2.0")
     assert "Input/output error" in fault.message
     with pytest.raises(CorruptShardError, match=r"features/c\.2\.0 cannot be read \(Input/output error\)"):
@@ -289,12 +289,19 @@ def test_a_shard_that_is_merely_out_of_reach_is_not_made_again(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_read(monkeypatch, store.layout.array("features", 2), errno.EACCES)
-    (fault,) = store_verify(store)
+    (fault,) = store_verify(store, deep=True)
     assert (fault.kind, fault.shard) == ("out_of_reach", 2)
     assert "Make it readable" in fault.message
     assert store_repair(store) == [fault]
     assert store.pending_shards() == []
     assert store.is_sealed
+
+
+def test_the_quick_check_of_a_sound_store_reads_no_features(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.verify.read_chunks", None)
+    assert store_verify(store) == []
 
 
 def test_an_interrupted_check_has_noted_what_it_found(store: FeatureStore) -> None:

@@ -17,7 +17,6 @@ from cache.store import FeatureStore
 from cache.verify import (
     NUM_THREADS,
     Fault,
-    Kind,
     check_files,
     check_shard,
     check_shards,
@@ -36,7 +35,8 @@ def store_repair(store: FeatureStore, *, deep: bool | None = None) -> list[Fault
         deep: as `find_faults`.
 
     Returns:
-        The faults found. Those of the plan and the metadata are mended by `FeatureStore.create`.
+        The faults found. Shards with a fault that `is_lost` are pending now; the plan and the metadata are mended by
+        `FeatureStore.create`.
     """
     for folder in FOLDERS:
         (store.path / folder).mkdir(exist_ok=True)
@@ -86,7 +86,6 @@ def _restore_record(store: FeatureStore, commit: Commit) -> Fault | None:
         files = {name: store.path / name for name in (*commit.arrays, *commit.files)}
         if check_files(store, commit, files, deep=True) or _has_record(store, commit.shard):
             return None
-        kind: Kind = "commit_record" if path.exists() else "missing"
         with exclusive(store.layout.lock):
             remove(path)
             place(path, [commit.encode()], claim.owner)
@@ -94,7 +93,7 @@ def _restore_record(store: FeatureStore, commit: Commit) -> Fault | None:
         claim.release()
     name = path.relative_to(store.path).as_posix()
     message = f"{name} (shard {commit.shard}): it was lost, and is restored from commits.jsonl. Nothing is left to do."
-    return Fault(kind=kind, shard=commit.shard, path=name, message=message)
+    return Fault(kind="restored", shard=commit.shard, path=name, message=message)
 
 
 def _restore_calibration(store: FeatureStore) -> None:

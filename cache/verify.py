@@ -44,6 +44,7 @@ Kind = Literal[
     "calibration",
     "seal",
     "unreadable",  # the disk no longer gives the bytes
+    "restored",  # only from `store_repair`: a lost record that is back
     "out_of_reach",  # no permission, no connection: the bytes may be sound, so they are never taken back
 ]
 SMALL_BYTES = 4 << 30  # a store up to this size is repaired by reading all of it: seconds
@@ -61,8 +62,8 @@ class Fault:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the data are damaged, and not merely out of reach."""
-        return self.kind != "out_of_reach"
+        """Whether something has to be made again: it is neither merely out of reach nor back already."""
+        return self.kind not in ("out_of_reach", "restored")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

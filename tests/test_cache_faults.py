@@ -157,6 +157,7 @@ def test_a_lost_record_comes_back_from_under_the_seal_and_no_sound_shard_is_made
     faults = store_verify(store)
     assert {fault.shard for fault in faults} == shards
     assert {fault.kind for fault in faults} <= kinds
+    assert {(fault.shard, fault.kind) for fault in store_repair(store)} == {(shard, "restored") for shard in shards}
     assert make_again(store, FEATURES) == []
     assert {path: path.stat().st_ino for path in store.layout.array("features", 0).parent.iterdir()} == before
     assert b"".join(store.layout.commit(shard).read_bytes() for shard in range(4)) == records

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_folder_corpus
 
 
 def tinyaudio(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -120,19 +121,18 @@ def test_stages_end_with_one_json_object_and_say_when_there_is_nothing_to_do(rec
     assert "nothing to do" in again.stderr
 
 
-def test_interrupt_exits_130(recipe_file, tmp_path):
+def test_interrupt_exits_130(recipe_file, corpus_folder, noise, tmp_path):
     import signal
 
+    write_folder_corpus(tmp_path / "large", noise, {"train": 2000, "dev": 1})  # more than is done in a moment
     store = tmp_path / "store"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(store)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    time.sleep(3)  # inside the imports or the work; both must end the same way
+    command = [sys.executable, "-m", "tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(store)]
+    command += ["--set", f"corpus.path={tmp_path / 'large'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not store.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (130, 0), stderr
+    assert process.returncode == 130, stderr
     assert "Traceback" not in stderr

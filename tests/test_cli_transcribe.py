@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+import torch
 from typer.testing import CliRunner
 
 from tinyaudio.cli import app
@@ -145,32 +146,173 @@ def test_patterns_are_expanded_where_the_shell_did_not(run, talk):
     assert run(str(talk.parent / "t*.wav")).exit_code == 0
 
 
-def test_two_inputs_never_share_an_output(run, talk, tmp_path):
+def test_two_inputs_never_share_an_output_and_the_way_out_works(run, talk, tmp_path):
+    """And a name never depends on the company, or --skip-existing would not find it again."""
     twin = talk.with_suffix(".flac")
     soundfile.write(twin, soundfile.read(talk)[0], 16_000)
     out = tmp_path / "out"
-    assert run(talk, twin, talk, "-o", out).exit_code == 0
+    done = run(talk, twin, talk, "-o", out)
+    assert done.exit_code == 2
+    assert "would both be written to" in done.stderr
+    assert "--keep-extension" in done.stderr
+    assert run(talk, twin, talk, "-o", out, "--keep-extension").exit_code == 0
     assert sorted(p.name for p in out.iterdir()) == ["talk.flac.txt", "talk.wav.txt"]
     far = tmp_path / "far/talk.wav"
     far.parent.mkdir()
     far.write_bytes(talk.read_bytes())
-    done = run(talk, far, "-o", out)
-    assert done.exit_code == 1 or done.exit_code == 2
-    assert "would both be written" in done.stderr
+    done = run(talk, far, "-o", out, "--keep-extension")
+    assert done.exit_code == 2
+    assert "--output-dir of its own" in done.stderr
 
 
-def test_unwritable_output_fails_that_input(run, talk, tmp_path):
+def test_unwritable_folder_is_found_before_a_model_is_loaded(run, talk, tmp_path, monkeypatch):
+    monkeypatch.setattr(Transcriber, "load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("in the way")
     done = run(talk, "-o", tmp_path / "file" / "below")
     assert done.exit_code == 1
-    assert "cannot be written" in done.stderr
+    assert f"{str(tmp_path / 'file' / 'below')!r} cannot be written: Not a directory" in done.stderr
+
+
+def test_file_that_cannot_be_written_is_named_with_its_reason(run, talk, tmp_path):
+    (tmp_path / "out/talk.txt").mkdir(parents=True)
+    done = run(talk, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert f"{str(tmp_path / 'out/talk.txt')!r} cannot be written: Is a directory" in done.stderr
+
+
+def test_transcript_somebody_keeps_beside_the_audio_is_never_written_over_unasked(run, talk, expected):
+    other, reference = talk.with_name("other.wav"), talk.with_suffix(".txt")
+    other.write_bytes(talk.read_bytes())
+    reference.write_text("what was really said")
+    done = run(talk, other)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert all(word in done.stderr for word in ("talk.txt", "--skip-existing", "--output-dir", "--overwrite"))
+    assert run(talk, other, "--json").exit_code == 0
+    assert not other.with_suffix(".txt").exists(), "--json writes no file unless asked"
+    assert run(talk, other, "--skip-existing").exit_code == 0
+    assert reference.read_text() == "what was really said"
+    assert other.with_suffix(".txt").read_text() == expected + "\n"
+    assert run(talk, other, "--overwrite").exit_code == 0
+    assert reference.read_text() == expected + "\n"
+
+
+def test_folder_of_one_recording_is_a_folder(run, talk, expected):
+    assert run(talk.parent).stdout == f"{talk}: {expected}\n"
+    assert talk.with_suffix(".txt").exists()
+
+
+def test_pattern_of_folders_is_what_the_shell_makes_of_it(run, talk, tmp_path):
+    for name in ("in1", "in2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.wav").write_bytes(talk.read_bytes())
+    done = run(str(tmp_path / "in*"), "-o", tmp_path / "out")
+    assert done.exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["in1.txt", "in2.txt"]
+    (tmp_path / "empty").mkdir()
+    done = run(str(tmp_path / "empt*"))
+    assert done.exit_code == 1
+    assert "holds no audio files" in done.stderr
+
+
+def test_text_of_several_segments_is_a_line_each(run, spoken, tmp_path):
+    pause = np.zeros(12_000, np.float32)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([p for s, _ in spoken[:3] for p in (s, pause)]), 16_000)
+    done = run(tmp_path / "long.wav", "--chunk-length", "4")
+    assert len(done.stdout.splitlines()) == 3
+    assert run(tmp_path / "long.wav", "--chunk-length", "4", "-f", "txt").exit_code == 0
+    assert (tmp_path / "long.txt").read_text() == done.stdout
+
+
+def test_output_dir_dash_is_stdout(run, talk, expected):
+    done = run(talk, "-f", "srt", "-o", "-")
+    assert done.stdout.startswith("1\n00:00:00,")
+    assert expected in done.stdout
+    assert sorted(p.name for p in talk.parent.glob("talk*")) == ["talk.wav"]
+    assert run(talk, "-f", "srt,txt", "-o", "-").exit_code == 2
+
+
+def test_formats_given_one_by_one_add_up(run, talk):
+    assert run(talk, "-f", "txt", "-f", "srt", "-o", talk.parent / "out").exit_code == 0
+    assert {p.suffix for p in (talk.parent / "out").iterdir()} == {".txt", ".srt"}
 
 
 @pytest.mark.parametrize(
-    "words", [["-f", "mp9"], ["--num-beams", "0"], ["--language", "fr"], ["--chunk-length", "-1"], ["--no-such"], []]
+    ("words", "said"),
+    [
+        (["-f", "mp9"], "expected some of txt,srt,vtt,tsv,json"),
+        (["--num-beams", "0"], "--num-beams"),
+        (["--language", "fr"], "hears English only"),
+        (["--task", "translate"], "in English (transcribe)"),
+        (["--temperature", "0.7"], "does not sample"),
+        (["--word_timestamps", "True"], "times of segments only"),
+        (["--chunk-length", "-1"], "expected seconds above 0"),
+        (["--chunk-length", "nan"], "expected seconds above 0"),
+        (["--chunk-length", "inf"], "expected seconds above 0"),
+        (["--length-penalty", "nan"], "expected a number"),
+        (["--dtype", "int8"], "float32, bfloat16, float16"),
+        (["--no-such"], "--no-such"),
+        ([], "Missing argument"),
+    ],
 )
-def test_usage_errors_leave_with_2(run, talk, words):
-    assert run(*([talk, *words] if words else [])).exit_code == 2
+def test_usage_errors_leave_with_2_and_say_what_was_expected(run, talk, words, said):
+    done = run(*([talk, *words] if words else []))
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_command_line_made_for_whisper_works(run, talk, expected):
+    done = run(
+        *(talk, "--language", "English", "--task", "transcribe", "--verbose", "False", "--fp16", "False"),
+        *("--temperature", "0", "--word_timestamps", "False", "--threads", torch.get_num_threads()),
+    )
+    assert (done.exit_code, done.stdout) == (0, expected + "\n")
+    assert "truncated" not in done.stderr, "--verbose False is --quiet"
+    assert run("-h").exit_code == 0
+
+
+def test_names_too_long_for_any_output_are_one_line(run, talk, tmp_path):
+    long = tmp_path / f"{'x' * 251}.wav"
+    long.write_bytes(talk.read_bytes())
+    done = run(long, "-f", "json", "--skip-existing", "-q")
+    assert done.exit_code == 1
+    assert "cannot be written: File name too long" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("- <&-", 2, "stdin, which is closed"),
+        ("TALK >&-", 2, "stdout is closed"),
+        ("TALK >/dev/full", 1, "stdout cannot be written: No space left on device"),
+        ("nowhere.wav 2>&-", 1, ""),
+    ],
+)
+def test_closed_and_full_streams_are_one_line(checkpoint, talk, words, code, said):
+    command = f"{sys.executable} -m tinyaudio transcribe -q --max-new-tokens 4 -m {checkpoint} {words}"
+    command = command.replace("TALK", str(talk))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_another_copy_of_a_part_may_name_its_revision(run, talk, monkeypatch):
+    """And without one it does not inherit the original's, which is a commit of another repository."""
+    asked = {}
+
+    def load(model, **settings):
+        asked.update(settings)
+        raise MissingModelError("enough")
+
+    monkeypatch.setattr(Transcriber, "load", load)
+    run(talk, "--encoder-id", "me/hubert@abc", "--decoder-id", "me/smollm")
+    assert asked["encoder_id"] == "me/hubert"
+    assert asked["encoder_revision"] == "abc"
+    assert asked["decoder_id"] == "me/smollm"
+    assert "decoder_revision" not in asked
 
 
 def test_underscores_are_hyphens_and_whispers_names_work(run, talk, expected):

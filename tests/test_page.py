@@ -1,14 +1,16 @@
 """The page: what it says about good, broken and silent recordings; and, in a browser, that a file comes out as text."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from tinyaudio.errors import MissingModelError
-from tinyaudio.page import build_page, describe_recording
+from tinyaudio.errors import TinyAudioError
+from tinyaudio.page import build_page, describe_recording, follow_recording, open_page
 from tinyaudio.transcribe import Transcriber
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -61,8 +63,53 @@ def test_page_without_gradio_says_how_to_get_it(transcriber, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(MissingModelError, match=r"tinyaudio\[demo\]"):
+    with pytest.raises(TinyAudioError, match=r"tinyaudio\[demo\]"):
         build_page(transcriber)
+
+
+def test_command_asks_for_gradio_before_it_loads_a_model(monkeypatch):
+    """A missing extra is found at once, and not after gigabytes are loaded (here: none, which would be said first)."""
+    import sys
+
+    from typer.testing import CliRunner
+
+    from tinyaudio.cli import app
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = CliRunner().invoke(app, ["demo", "-m", "/nonexistent/model"])
+    assert "tinyaudio[demo]" in str(done.exception)
+
+
+def test_taken_port_is_one_line():
+    class Page:
+        def launch(self, **_):
+            raise OSError("Cannot find empty port in range: 7860-7860.")
+
+    with pytest.raises(TinyAudioError, match=r"port 7860 of 127\.0\.0\.1 .* --port"):
+        open_page(Page(), "127.0.0.1", 7860)
+
+
+def test_stopped_transcription_does_no_more_work_and_a_finished_one_ends_with_its_answer(transcriber, files):
+    *progress, last = follow_recording(transcriber, str(files / "three.wav"))
+    assert last == describe_recording(transcriber, str(files / "three.wav"))
+    assert progress[-1][2] == f"{soundfile.info(files / 'three.wav').duration:.0f} s of audio done"
+    batches = []
+    decode = transcriber.recognizer.decode
+
+    def slow(pieces, options):
+        batches.append(len(pieces))
+        time.sleep(0.3)
+        return decode(pieces, options)
+
+    transcriber.recognizer.decode = slow
+    spoken, rate = soundfile.read(files / "talk.wav", dtype="float32")
+    soundfile.write(files / "long.wav", np.tile(np.concatenate([spoken, np.zeros(12_000)]), 100), rate)
+    answers = follow_recording(transcriber, str(files / "long.wav"))
+    next(answers)
+    answers.close()
+    time.sleep(1.0)
+    assert len(batches) <= 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tinyaudio-")]
 
 
 def test_space_folder_has_what_a_space_needs():
@@ -74,7 +121,7 @@ def test_space_folder_has_what_a_space_needs():
 
 
 def test_command_and_space_offer_the_same_examples():
-    from tinyaudio.cli_transcribe import _examples
+    from tinyaudio.cli_demo import _examples
 
     assert [path.name for path in _examples()] == [
         "five-sentences.opus",

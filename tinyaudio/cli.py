@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -39,13 +40,14 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_bench, cli_eval, cli_extract, cli_store, cli_tour, cli_train, cli_transcribe
+    from tinyaudio import cli_bench, cli_demo, cli_eval, cli_extract, cli_store, cli_tour, cli_train, cli_transcribe
 
     cli_extract.add_to(app)
     cli_train.add_to(app)
     cli_eval.add_to(app)
     cli_tour.add_to(app)
     cli_transcribe.add_to(app)
+    cli_demo.add_to(app)
     cli_store.add_to(app)
     cli_bench.add_to(app)
 
@@ -64,6 +66,8 @@ def _quieten_libraries() -> None:
 
 def main() -> None:
     """Run the command line and turn errors of ours into one line and an exit code."""
+    if sys.stderr is None:  # closed by the caller; print would else send messages to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for as long as the process lives)
     _quieten_libraries()
     try:
         app(standalone_mode=True)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+ANY_SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --output_dir is --output-dir
+
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or the path of a TOML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. Repeatable.")

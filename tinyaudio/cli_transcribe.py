@@ -1,11 +1,11 @@
-"""The roof over transcription: `tinyaudio transcribe`, `doctor` and `demo`.
+"""The roof over transcription: `tinyaudio transcribe`.
 
 stdout carries transcripts and nothing else; stderr carries progress, warnings and failures, one line each, and a bar
 only where it is a terminal. Exit codes: 0 all done (silence is success), 1 some input failed (the others are done),
 2 usage, 130 interrupted.
 """
 
-import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,29 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tinyaudio.inputs import FoundInput, find_inputs, plan_outputs, write_atomically
+from tinyaudio.cli_options import ANY_SPELLING
+from tinyaudio.inputs import (
+    STDIN,
+    FoundInput,
+    OutputClashError,
+    OutputError,
+    exists,
+    find_inputs,
+    plan_outputs,
+    write_atomically,
+)
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:
+    from tinyaudio.transcribe import Transcriber
     from tinyaudio.transcript import Transcript
 
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
-ANY_SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --output_dir is --output-dir
 
 
 def add_to(app: typer.Typer) -> None:
-    """Register this module's commands."""
+    """Register the command."""
     app.command("transcribe", context_settings=ANY_SPELLING)(transcribe)
-    app.command("doctor")(doctor)
-    app.command("demo", context_settings=ANY_SPELLING)(demo)
 
 
 @dataclass
@@ -48,15 +56,22 @@ def transcribe(
         str | None, typer.Option("--model", "-m", help="Folder or hub id; default $TINYAUDIO_MODEL, else runs/latest.")
     ] = None,
     formats: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option("--format", "--output-format", "-f", help="Files to write: txt,srt,vtt,tsv,json or all."),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Where to write files; default beside each input.")
+        Path | None,
+        typer.Option("--output-dir", "-o", help="Where to write files; default beside each input; - is stdout."),
     ] = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Look into folders of folders.")] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave inputs alone whose files are all there.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write over .txt files that no --format or --output-dir asked for.")
+    ] = False,
+    keep_extension: Annotated[
+        bool, typer.Option("--keep-extension", help="Name files talk.wav.txt instead of talk.txt.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per input.")] = False,
     num_beams: Annotated[
@@ -75,76 +90,111 @@ def transcribe(
         typer.Option("--chunk-length", help="Longest piece decoded at once, seconds; default the model's."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Decoder precision; default as trained.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Decoder precision: float32, bfloat16, float16; default as trained.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a model on the hub.")] = None,
-    encoder_id: Annotated[str | None, typer.Option(help="Another copy of the encoder: folder or hub id.")] = None,
-    decoder_id: Annotated[str | None, typer.Option(help="Another copy of the decoder: folder or hub id.")] = None,
+    encoder_id: Annotated[
+        str | None, typer.Option(help="Another copy of the encoder: folder or hub id, or id@revision.")
+    ] = None,
+    decoder_id: Annotated[
+        str | None, typer.Option(help="Another copy of the decoder: folder or hub id, or id@revision.")
+    ] = None,
     max_line_width: Annotated[int, typer.Option(min=1, help="Subtitles: characters a line.")] = 42,
     max_line_count: Annotated[int, typer.Option(min=1, help="Subtitles: lines.")] = 2,
     language: Annotated[str, typer.Option(help="Only en: this model hears English.")] = "en",
+    task: Annotated[str, typer.Option(help="Only transcribe: this model does not translate.")] = "transcribe",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar, warnings or summary; failures only.")] = False,
+    fp16: Annotated[str | None, typer.Option(hidden=True)] = None,
+    verbose: Annotated[str | None, typer.Option(hidden=True)] = None,
+    temperature: Annotated[str, typer.Option(hidden=True)] = "0",
+    word_timestamps: Annotated[str, typer.Option(hidden=True)] = "False",
 ) -> None:
     """Turn recordings into text.
 
-    One input: text on stdout. Several: a .txt beside each, and "name: text" lines on stdout. With --format or
-    --output-dir: files only.
+    One recording: its text on stdout, a line a segment. Several, or a folder: a .txt beside each, which is never
+    written over unless --overwrite says so, and "name: text" lines on stdout. With --format or --output-dir: those
+    files only, written anew each time. With --json: objects on stdout, and no files unless asked for.
     """
-    kinds = _kinds(formats, output_dir, paths)
-    if language not in ("en", "english", "English"):
-        _usage(f"--language {language!r}: this model hears English only (en)")
-    if chunk_length is not None and chunk_length <= 0:
-        _usage(f"--chunk-length {chunk_length:g}: expected seconds above 0")
-    layout = Layout(max_line_width=max_line_width, max_line_count=max_line_count)
+    _refuse_what_whisper_can(language, task, temperature, word_timestamps)
+    for name, value in (("--chunk-length", chunk_length), ("--length-penalty", length_penalty)):
+        if value is not None and not (math.isfinite(value) and (value > 0 or name == "--length-penalty")):
+            _usage(f"{name} {value:g}: expected {'a number' if name == '--length-penalty' else 'seconds above 0'}")
     inputs = find_inputs(paths, recursive)
-    if any(item.path is None for item in inputs) and sys.stdin.isatty():
-        _usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
-    is_one = len(inputs) == 1 and formats is None and output_dir is None
-    if is_one:
-        kinds = ()
-    outputs = _outputs(inputs, output_dir, kinds)
+    _check_stdin(inputs)
+    route = _route(
+        inputs, _kinds(formats), output_dir, as_json=as_json, explicit=bool(formats) or output_dir is not None
+    )
+    outputs = _outputs(inputs, route, keep_extension)
+    if route.is_implicit and not skip_existing and not overwrite:
+        _spare(path for files in outputs for path in files.values())
     outcome, todo = Outcome(), []
     for item, files in zip(inputs, outputs, strict=True):
-        if skip_existing and files and all(path.exists() for path in files.values()):
+        if skip_existing and files and all(map(exists, files.values())):
             outcome.num_skipped += 1
         else:
             todo.append((item, files))
     options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
     options |= {"batch_size": batch_size, "window_s": chunk_length}
-    parts = {"encoder_id": encoder_id, "decoder_id": decoder_id}
-    load = {"model": model, "device": device, "dtype": dtype, "revision": revision}
-    load |= {key: value for key, value in parts.items() if value is not None}
-    show = _shower(as_json, is_one, formats is None and output_dir is None)
+    load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
+    load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
+    quiet = quiet or _is_false(verbose)
+    layout = Layout(max_line_width=max_line_width, max_line_count=max_line_count)
     try:
         if todo:
-            _run(todo, load, options, layout, show, outcome, quiet)
+            _run(todo, load, options, threads, _Desk(route, layout, outcome, quiet))
         sys.stdout.flush()
     except KeyboardInterrupt:
         _say(f"interrupted; {outcome.num_done} of {len(inputs)} inputs are done; --skip-existing goes on from here")
         os._exit(130) if _has_stuck_reader() else sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         sys.exit(BROKEN_PIPE)
     _close(outcome, len(inputs), quiet)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Where transcripts go: formats of files and their folder, and what stands on stdout."""
+
+    kinds: tuple[str, ...]
+    output_dir: Path | None
+    on_stdout: str  # a format, "lines" with names, or "" for nothing
+    is_implicit: bool = False  # nobody asked for the files
+
+
+def _route(
+    inputs: Sequence[FoundInput], kinds: tuple[str, ...], output_dir: Path | None, *, as_json: bool, explicit: bool
+) -> _Route:
+    if output_dir == Path(STDIN):
+        if len(kinds) != 1 or len(inputs) != 1 or as_json:
+            _usage("--output-dir - is stdout, and takes one format of one input; name a folder")
+        return _Route((), None, kinds[0])
+    if explicit:
+        return _Route(kinds, output_dir, "json" if as_json else "")
+    if as_json:
+        return _Route((), None, "json")
+    if len(inputs) == 1 and inputs[0].is_named:
+        return _Route((), None, "txt")
+    return _Route(kinds, None, "lines", is_implicit=True)
 
 
 def _run(
     todo: Sequence[tuple[FoundInput, dict[str, Path]]],
     load: dict[str, Any],
     options: dict[str, Any],
-    layout: Layout,
-    show: Any,
-    outcome: Outcome,
-    quiet: bool,
+    threads: int | None,
+    desk: "_Desk",
 ) -> None:
     """Transcribe what is to be done, in order; failures are collected."""
-    from tinyaudio.transcribe import Transcriber
     from tinyaudio.transcript import Transcript
 
     tries = [item for item, _ in todo if item.problem is None]
     transcripts: Iterator[Transcript] = iter(())
-    with _Bar(tries, quiet) as bar:
+    with _Bar(tries, desk.quiet) as bar:
         if tries:
-            transcriber = Transcriber.load(**load)
+            transcriber = _load(load, threads)
             sources = (sys.stdin.buffer if item.path is None else item.path for item in tries)
             transcripts = transcriber.stream(sources, on_progress=bar.update, **options)
         for item, files in todo:
@@ -153,37 +203,66 @@ def _run(
             else:
                 transcript = Transcript(source=item.name, text="", error=item.problem)
             bar.clear()
-            _finish(item, transcript, files, layout, show, outcome, quiet)
+            desk.finish(item, transcript, files)
 
 
-def _finish(
-    item: FoundInput,
-    transcript: "Transcript",
-    files: dict[str, Path],
-    layout: Layout,
-    show: Any,
-    outcome: Outcome,
-    quiet: bool,
-) -> None:
-    """Print and write one transcript, and say what there is to say about it."""
-    error = transcript.error
-    if error is None:
-        try:
-            for kind, path in files.items():
-                write_atomically(path, WRITERS[kind](transcript, layout))
-        except OSError as problem:
-            error = f"{str(problem.filename or files)!r} cannot be written: {problem.strerror}"
-            transcript = replace(transcript, error=error)
-    show(transcript)
-    if error is not None:
-        outcome.failures.append(item.name)
-        _say(error)
-        return
-    outcome.num_done += 1
-    outcome.warnings += len(transcript.warnings)
-    if not quiet:
-        for line in _warning_lines(transcript):
+def _load(load: dict[str, Any], threads: int | None) -> "Transcriber":
+    import torch
+
+    from tinyaudio.transcribe import Transcriber
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Transcriber.load(**load)
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """Where finished transcripts are written, printed and counted."""
+
+    route: _Route
+    layout: Layout
+    outcome: Outcome
+    quiet: bool
+
+    def finish(self, item: FoundInput, transcript: "Transcript", files: dict[str, Path]) -> None:
+        """Write and print one transcript, and say what there is to say about it."""
+        if transcript.error is None:
+            transcript = replace(transcript, error=self._write(transcript, files))
+        self._print(transcript)
+        if transcript.error is not None:
+            self.outcome.failures.append(item.name)
+            _say(transcript.error)
+            return
+        self.outcome.num_done += 1
+        self.outcome.warnings += len(transcript.warnings)
+        for line in _warning_lines(transcript) if not self.quiet else ():
             _say(f"{item.name}: {line}")
+
+    def _write(self, transcript: "Transcript", files: dict[str, Path]) -> str | None:
+        """Write files; the reason, on one line, if that fails."""
+        for kind, path in files.items():
+            try:
+                write_atomically(path, WRITERS[kind](transcript, self.layout))
+            except OSError as problem:
+                return f"{str(path)!r} cannot be written: {problem.strerror or problem}"
+        return None
+
+    def _print(self, transcript: "Transcript") -> None:
+        on_stdout = self.route.on_stdout
+        if not on_stdout or (transcript.error is not None and on_stdout != "json"):
+            return
+        if on_stdout == "lines":
+            text = f"{_printable(transcript.source)}: {plain(transcript.text)}\n"
+        else:
+            text = WRITERS[on_stdout](transcript, self.layout)
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _let_go_of_stdout()
+            raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
 
 
 def _warning_lines(transcript: "Transcript") -> Iterator[str]:
@@ -196,42 +275,97 @@ def _warning_lines(transcript: "Transcript") -> Iterator[str]:
     for segment in transcript.segments:
         for code in segment.warnings:
             yield f"{segment.start:.1f} to {segment.end:.1f} s: {explain(code)}"
-    if not transcript.segments:
-        yield from map(explain, transcript.warnings)
+    num_of_segments = sum(len(segment.warnings) for segment in transcript.segments)
+    yield from map(explain, transcript.warnings[num_of_segments:])
 
 
-def _shower(as_json: bool, is_one: bool, prints_text: bool) -> Any:
-    """Choose what a finished transcript puts on stdout."""
-
-    def show(transcript: "Transcript") -> None:
-        if as_json:
-            print(json.dumps(transcript.to_dict()), flush=True)
-        elif prints_text and transcript.error is None:
-            text = plain(transcript.text)
-            print(text if is_one else f"{_printable(transcript.source)}: {text}", flush=True)
-
-    return show
+def _refuse_what_whisper_can(language: str, task: str, temperature: str, word_timestamps: str) -> None:
+    if language.strip().lower() not in ("en", "english"):
+        _usage(f"--language {language!r}: this model hears English only (en)")
+    if task != "transcribe":
+        _usage(f"--task {task!r}: this model writes down what is said, in English (transcribe)")
+    if temperature not in ("0", "0.0"):
+        _usage(f"--temperature {temperature!r}: this model does not sample; expected 0, or leave it out")
+    if not _is_false(word_timestamps):
+        _usage("--word-timestamps: this model has times of segments only; they stand in srt, vtt, tsv and json")
 
 
-def _kinds(formats: str | None, output_dir: Path | None, paths: Sequence[str]) -> tuple[str, ...]:
-    wanted = ["txt"] if formats is None else [kind.strip().lower() for kind in formats.split(",") if kind.strip()]
-    if wanted == ["all"]:
-        wanted = list(WRITERS)
+def _is_false(value: str | None) -> bool:
+    """Read a switch as Whisper's command line takes it: True or False behind the name."""
+    return value is not None and value.strip().lower() in ("false", "no", "0")
+
+
+def _dtype(dtype: str | None, fp16: str | None) -> str | None:
+    if dtype is None:
+        return "float32" if _is_false(fp16) else None  # --fp16 True: a GPU's decoder is in half precision as trained
+    known = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if known.get(dtype, dtype) not in known.values():
+        _usage(f"--dtype {dtype!r}: expected one of {', '.join(known.values())}")
+    return known.get(dtype, dtype)
+
+
+def _part(part: str, name: str | None) -> dict[str, str]:
+    """Split id@revision; a folder's name may hold an @."""
+    if name is None:
+        return {}
+    model_id, _, revision = name.rpartition("@")
+    if not model_id or exists(Path(name)):
+        return {f"{part}_id": name}
+    return {f"{part}_id": model_id, f"{part}_revision": revision}
+
+
+def _check_stdin(inputs: Sequence[FoundInput]) -> None:
+    if sys.stdout is None:
+        _usage("stdout is closed; leave it open, results go there")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
+    if not any(item.path is None for item in inputs):
+        return
+    if sys.stdin is None:
+        _usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
+    if sys.stdin.isatty():
+        _usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
+
+
+def _let_go_of_stdout() -> None:
+    """Keep what is buffered from being written, and failing, once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _kinds(formats: Sequence[str] | None) -> tuple[str, ...]:
+    wanted = [kind.strip().lower() for given in formats or ["txt"] for kind in given.split(",") if kind.strip()]
+    if "all" in wanted:
+        wanted = [*WRITERS, *(kind for kind in wanted if kind != "all")]
     unknown = [kind for kind in wanted if kind not in WRITERS]
     if unknown or not wanted:
-        _usage(f"--format {formats!r}: expected some of {','.join(WRITERS)}, or all")
+        _usage(f"--format {','.join(formats or [])!r}: expected some of {','.join(WRITERS)}, or all")
     return tuple(dict.fromkeys(wanted))
 
 
-def _outputs(inputs: Sequence[FoundInput], output_dir: Path | None, kinds: tuple[str, ...]) -> list[dict[str, Path]]:
-    from tinyaudio.inputs import OutputClashError
-
-    if not kinds:
+def _outputs(inputs: Sequence[FoundInput], route: _Route, keep_extension: bool) -> list[dict[str, Path]]:
+    """Name the files, and make their folder before anything takes time."""
+    if not route.kinds:
         return [{} for _ in inputs]
     try:
-        return plan_outputs(inputs, output_dir, kinds)
+        outputs = plan_outputs(inputs, route.output_dir, route.kinds, keep_extension)
+        if route.output_dir is not None:
+            route.output_dir.mkdir(parents=True, exist_ok=True)
     except OutputClashError as error:
         _usage(str(error))
+    except OSError as error:
+        _say(f"--output-dir {str(route.output_dir)!r} cannot be written: {error.strerror or error}")
+        sys.exit(1)
+    return outputs
+
+
+def _spare(paths: Iterator[Path]) -> None:
+    """Refuse to write over what may be somebody's own transcript."""
+    there = next(filter(exists, paths), None)
+    if there is not None:
+        _usage(
+            f"{str(there)!r} is there already; --skip-existing leaves such inputs alone, --output-dir DIR puts files "
+            "elsewhere, --overwrite writes over them"
+        )
 
 
 def _close(outcome: Outcome, num_inputs: int, quiet: bool) -> NoReturn:
@@ -245,48 +379,6 @@ def _close(outcome: Outcome, num_inputs: int, quiet: bool) -> NoReturn:
         if outcome.failures:
             _say(f"failed: {', '.join(repr(name) for name in outcome.failures)}")
     sys.exit(1 if outcome.failures else 0)
-
-
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Say what this machine can do, a line each, with remedies. Exit 1 if something will fail."""
-    from dataclasses import asdict
-
-    from tinyaudio import doctor as office
-
-    findings = list(office.examine())
-    if as_json:
-        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
-    else:
-        for finding in findings:
-            remedy = f"  -> {finding.remedy}" if finding.remedy else ""
-            print(f"{finding.state:4}  {finding.name}: {finding.found}{remedy}")
-    sys.exit(1 if any(finding.state == "bad" for finding in findings) else 0)
-
-
-def demo(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id; default $TINYAUDIO_MODEL, else runs/latest.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
-) -> None:
-    """Open a page to try a model: microphone, upload, transcript with segments. Needs the extra: tinyaudio[demo]."""
-    from tinyaudio.page import build_page
-    from tinyaudio.transcribe import Transcriber
-
-    page = build_page(Transcriber.load(model, device=device), _examples())
-    page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
-    print(f"the page is at {page.local_url}; Ctrl-C ends it", file=sys.stderr, flush=True)
-    page.block_thread()
-
-
-def _examples() -> list[Path]:
-    """Find the recordings that the Space offers; none where only the package tinyaudio is installed."""
-    from importlib.util import find_spec
-
-    spec = find_spec("pipelines")
-    return sorted(Path(spec.origin).with_name("space").glob("examples/*.opus")) if spec and spec.origin else []
 
 
 class _Bar:
@@ -329,9 +421,8 @@ def _has_stuck_reader() -> bool:
 
 
 def _printable(text: str) -> str:
-    """Put text on one line in the characters a terminal can show; file names may hold anything."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    return shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
+    """Put text on one line; file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _say(message: str) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import glob
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,11 @@ AUDIO_EXTENSIONS = (
 EXTENSIONS = frozenset({*AUDIO_EXTENSIONS, "wav", "wave", "wma", "mkv", "mov", "mp4", "webm"})
 
 
-class OutputClashError(TinyAudioError, ValueError):
+class OutputError(TinyAudioError, ValueError):
+    """Results that cannot be put where they should go."""
+
+
+class OutputClashError(OutputError):
     """Two inputs whose transcripts would have one name."""
 
 
@@ -47,20 +50,18 @@ class FoundInput:
     Args:
         path: the file; None for stdin.
         below: its folder relative to the folder named on the command line; "" for files named themselves.
+        is_named: it stands on the command line itself, so there is one of it whatever a folder or pattern holds.
         problem: why it cannot be looked at: one line; None for a file to try.
     """
 
     path: Path | None
     below: Path = Path()
+    is_named: bool = False
     problem: str | None = None
 
     @property
     def name(self) -> str:
         return "stdin" if self.path is None else str(self.path)
-
-    @property
-    def stem(self) -> str:
-        return "stdin" if self.path is None else self.path.stem
 
 
 def find_inputs(words: Sequence[str], recursive: bool) -> list[FoundInput]:
@@ -79,18 +80,27 @@ def find_inputs(words: Sequence[str], recursive: bool) -> list[FoundInput]:
 def _expand(word: str, recursive: bool) -> Iterator[FoundInput]:
     path = Path(word)
     if word == STDIN:
-        yield FoundInput(path=None)
+        yield FoundInput(path=None, is_named=True)
     elif _is_folder(path):
         yield from _list_folder(path, recursive)
     elif glob.has_magic(word) and not os.path.lexists(word):
         matches = sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        for match in matches:
-            if not _is_folder(Path(match)):
-                yield FoundInput(path=Path(match))
+        folders = [Path(match) for match in matches if _is_folder(Path(match))]
+        files = [Path(match) for match in matches if Path(match) not in folders]
+        yield from (FoundInput(path=file) for file in files)
+        for folder in folders if not files else []:  # as if the shell had named them
+            yield from _list_folder(folder, recursive)
         if not matches:
             yield FoundInput(path=path, problem=f"{word!r} matches no file; check the pattern")
     else:
-        yield FoundInput(path=path)
+        yield FoundInput(path=path, is_named=True)
+
+
+def exists(path: Path) -> bool:
+    """Tell whether there is such a file; one that cannot be there or be looked at is not."""
+    with contextlib.suppress(OSError, ValueError):
+        return path.exists()
+    return False
 
 
 def _is_folder(path: Path) -> bool:
@@ -129,35 +139,43 @@ def _walk(folder: Path, below: Path, recursive: bool, seen: set[str]) -> Iterato
 
 
 def plan_outputs(
-    inputs: Sequence[FoundInput], output_dir: Path | None, formats: Sequence[str]
+    inputs: Sequence[FoundInput], output_dir: Path | None, formats: Sequence[str], keep_extension: bool = False
 ) -> list[dict[str, Path]]:
     """Name the output of every input in every format: beside it, or in `output_dir` as its folders lie.
 
-    talk.wav and talk.mp3 of one folder become talk.wav.txt and talk.mp3.txt.
+    A name depends on its own input only, so that --skip-existing finds it again in any company.
+
+    Args:
+        keep_extension: talk.wav becomes talk.wav.txt and not talk.txt.
 
     Raises:
-        OutputClashError: two inputs that would share a name all the same.
+        OutputClashError: two inputs that would share a name.
     """
-    places = [_place(item, output_dir) for item in inputs]
-    taken = Counter(places)
-    bases = [
-        place.with_name(item.path.name) if taken[place] > 1 and item.path else place
-        for item, place in zip(inputs, places, strict=True)
-    ]
-    clashing = [base for base, count in Counter(bases).items() if count > 1]
-    if clashing:
-        names = [item.name for item, base in zip(inputs, bases, strict=True) if base == clashing[0]]
-        raise OutputClashError(
-            f"{names[0]!r} and {names[1]!r} would both be written to {str(clashing[0])!r}; "
-            "transcribe them one by one, or leave out --output-dir"
-        )
+    bases = [_place(item, output_dir, keep_extension) for item in inputs]
+    first: dict[Path, FoundInput] = {}
+    for item, base in zip(inputs, bases, strict=True):
+        if item.problem is not None:
+            continue
+        other = first.setdefault(base, item)
+        if other is not item:
+            name = str(base.with_name(f"{base.name}.{formats[0]}"))
+            raise OutputClashError(
+                f"{other.name!r} and {item.name!r} would both be written to {name!r}; {_way_out(other, item)}"
+            )
     return [{kind: base.with_name(f"{base.name}.{kind}") for kind in formats} for base in bases]
 
 
-def _place(item: FoundInput, output_dir: Path | None) -> Path:
+def _way_out(one: FoundInput, other: FoundInput) -> str:
+    if one.path and other.path and one.path.name == other.path.name:
+        return "transcribe them one by one, each with an --output-dir of its own"
+    return "--keep-extension tells them apart, as in talk.wav.txt and talk.mp3.txt"
+
+
+def _place(item: FoundInput, output_dir: Path | None, keep_extension: bool) -> Path:
+    name = "stdin" if item.path is None else item.path.name if keep_extension else item.path.stem
     if output_dir is not None:
-        return output_dir / item.below / item.stem
-    return Path("stdin") if item.path is None else item.path.with_name(item.stem)
+        return output_dir / item.below / name
+    return Path(name) if item.path is None else item.path.with_name(name)
 
 
 def write_atomically(path: Path, text: str) -> None:

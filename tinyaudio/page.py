@@ -4,10 +4,13 @@ Needs the optional extra `demo` (gradio), imported only when a page is built. `p
 as a Hugging Face Space.
 """
 
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyaudio.errors import MissingModelError
+from tinyaudio.errors import TinyAudioError
 from tinyaudio.guard import CODES, RETRIED
 
 if TYPE_CHECKING:
@@ -25,6 +28,40 @@ SEEK = """(start) => {
 }"""
 
 
+Answer = tuple[str, list[list[Any]], str]  # the text, one row (start, end, text) per segment, notes in Markdown
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def import_gradio() -> None:
+    """Import gradio.
+
+    Raises:
+        TinyAudioError: it is not installed.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise TinyAudioError("the page needs gradio, which is not installed; pip install 'tinyaudio[demo]'") from error
+
+
+def open_page(page: Any, host: str, port: int) -> str:
+    """Serve a page, in threads of its own, and return its address; port 0 is any free one.
+
+    Raises:
+        TinyAudioError: the port is taken.
+    """
+    try:
+        page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise TinyAudioError(
+            f"port {port} of {host} cannot be had ({error}); name another with --port, or 0"
+        ) from error
+    return str(page.local_url)
+
+
 def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -> Any:
     """Lay the page out.
 
@@ -36,15 +73,13 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
         A gradio Blocks, ready for `launch`.
 
     Raises:
-        MissingModelError: gradio is not installed.
+        TinyAudioError: gradio is not installed.
     """
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise MissingModelError("the page needs gradio; pip install 'tinyaudio[demo]'") from error
+    import_gradio()
+    import gradio as gr
 
-    def answer(path: str | None) -> tuple[str, list[list[Any]], str]:
-        return describe_recording(transcriber, path)
+    def answer(path: str | None) -> Iterator[Answer]:
+        yield from follow_recording(transcriber, path)
 
     def pick(event: gr.SelectData) -> float:
         return float(event.row_value[0])
@@ -69,15 +104,40 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
     return page
 
 
-def describe_recording(transcriber: "Transcriber", path: str | None) -> tuple[str, list[list[Any]], str]:
-    """Transcribe one recording for the page.
+def follow_recording(transcriber: "Transcriber", path: str | None) -> Iterator[Answer]:
+    """Say how far a transcription has come, and then what came out; closed before, it ends with the current batch."""
+    updates: queue.Queue[Answer | BaseException] = queue.Queue()
+    stopped = threading.Event()
 
-    Returns:
-        The text, one row (start, end, text) per segment, and what else there is to say, in Markdown.
-    """
+    def on_progress(progress: Any) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        updates.put(("", [], f"{progress.done_s:.0f} s of audio done"))
+
+    def work() -> None:
+        try:
+            updates.put(describe_recording(transcriber, path, on_progress))
+            updates.put(_StoppedError())
+        except BaseException as error:  # carried over to the thread that can raise it
+            updates.put(error)
+
+    threading.Thread(target=work, name="tinyaudio-page", daemon=True).start()
+    try:
+        while not isinstance(update := updates.get(), BaseException):
+            yield update
+        if not isinstance(update, _StoppedError):
+            raise update
+    finally:
+        stopped.set()
+
+
+def describe_recording(
+    transcriber: "Transcriber", path: str | None, on_progress: Callable[[Any], None] | None = None
+) -> Answer:
+    """Transcribe one recording for the page."""
     if not path:
         return "", [], "Record something, or drop a file on the box above."
-    (transcript,) = transcriber.stream([path])
+    (transcript,) = transcriber.stream([path], on_progress=on_progress)
     rows = [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments]
     if transcript.error is not None:
         return transcript.text, rows, f"**This recording could not be read.** {_reason(transcript.error, path)}"

@@ -102,8 +102,8 @@ def plain(text: str) -> str:
 
 
 def to_txt(transcript: Transcript, layout: Layout) -> str:
-    """The text, on one line; an empty line where nothing was said."""
-    return plain(transcript.text) + "\n"
+    """One segment a line, as Whisper writes it; an empty line where nothing was said."""
+    return "\n".join(filter(None, (plain(segment.text) for segment in transcript.segments))) + "\n"
 
 
 def to_srt(transcript: Transcript, layout: Layout) -> str:

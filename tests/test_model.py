@@ -1,5 +1,6 @@
 """The model: invariants 2 to 6 of the design, on tiny random parts of the real classes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -348,3 +349,19 @@ def test_another_encoder_family_swaps_in_by_id(config, processor, tmp_path, feat
         model = TinyAudioForConditionalGeneration(config)
         model.load_frozen_parts()
         assert model.generate(**processor([noise(0.5)]), max_new_tokens=3).shape[0] == 1
+
+
+def test_another_copy_of_a_part_does_not_inherit_the_originals_revision(checkpoint, config, decoder_folder):
+    """A commit of the original's repository is none of the other's."""
+    stored = json.loads((checkpoint / "config.json").read_text())
+    pins = {"encoder_revision": "a" * 40, "decoder_revision": "b" * 40}
+    (checkpoint / "config.json").write_text(json.dumps({**stored, **pins}))
+    load = TinyAudioForConditionalGeneration.from_pretrained
+    model = load(checkpoint, decoder_id=str(decoder_folder), encoder_id=config.encoder_id, encoder_revision="mine")
+    assert (model.config.encoder_revision, model.config.decoder_revision) == ("mine", None)
+    assert load(checkpoint).config.decoder_revision == "b" * 40
+
+
+def test_dtype_that_torch_does_not_have_is_one_clear_line(checkpoint):
+    with pytest.raises(ModelError, match=r"dtype 'fp16' .* expected float32, bfloat16 or float16"):
+        TinyAudioForConditionalGeneration.from_pretrained(checkpoint, dtype="fp16")

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 from transformers import pipeline
 
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.transcribe import Transcriber
 
 FEW = {"num_beams": 1, "max_new_tokens": 4}
@@ -36,6 +38,11 @@ def test_paths_bytes_and_dicts_of_any_rate_are_inputs(asr, spoken, expected, tmp
     for source in (str(tmp_path / "x.wav"), tmp_path / "x.wav", (tmp_path / "x.wav").read_bytes(), given):
         assert asr(source, **FEW)["text"] == expected[0]
     assert set(given) == {"raw", "sampling_rate"}, "the caller's dict stays as it is"
+    tensors = torch.from_numpy(samples), torch.from_numpy((samples * 32_768).round().astype(np.int16))
+    rows = {"path": str(tmp_path / "x.wav"), "bytes": None}, {"raw": tensors[0], "sampling_rate": 16_000}
+    for source in (tensors[0], *rows):
+        assert asr(source, **FEW)["text"] == expected[0]
+    assert asr(tensors[1], **FEW)["text"], "integers are scaled by their type"
     doubled = np.repeat(samples, 2)
     assert asr({"array": doubled, "sampling_rate": 32_000, "path": None}, **FEW)["text"]
     with pytest.raises(ValueError, match="expected 'raw'"):
@@ -51,6 +58,24 @@ def test_timestamps_are_segments_and_chunk_length_is_the_window(asr, spoken):
     starts = [chunk["timestamp"][0] for chunk in output["chunks"]]
     assert starts == sorted(starts)
     assert output["text"] == " ".join(chunk["text"] for chunk in output["chunks"])
+
+
+def test_what_is_not_supported_is_said(asr, spoken):
+    with pytest.raises(ValueError, match="num_return_sequences=3 is not supported"):
+        asr(spoken[0][0], num_return_sequences=3, **FEW)
+    with pytest.warns(UserWarning, match="stride_length_s is not used"):
+        asr(spoken[0][0], chunk_length_s=10, stride_length_s=2, **FEW)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map_is_one_device(checkpoint, spoken, expected, device_map):
+    asr = pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True, device_map=device_map)
+    assert asr(spoken[0][0], **FEW)["text"] == expected[0]
+
+
+def test_device_map_that_splits_the_model_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="would split the model"):
+        TinyAudioForConditionalGeneration.from_pretrained(checkpoint, device_map={"encoder": "cpu", "decoder": "meta"})
 
 
 def test_options_at_construction_hold_for_every_call(checkpoint, spoken, expected):

@@ -353,6 +353,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *args: Any,
         dtype: Any = None,
         torch_dtype: Any = None,
+        device_map: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint: the projector from its folder, the frozen parts from where its configuration says.
@@ -361,6 +362,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: folder or hub id.
             dtype: precision of the decoder; "auto" or None is the one it was trained with. Encoder and projector are
                 float32 always.
+            device_map: the one device for all parts: its name, or "auto" for CUDA where there is one. None: the CPU.
             kwargs: as in transformers; any field of `TinyAudioConfig` too, such as encoder_id="/a/local/copy".
 
         Raises:
@@ -373,6 +375,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"no tinyaudio model at {name!r}: no such folder; expected a run's folder or a hub id, 'owner/name'"
             )
         overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
+        _one_device(device_map)  # refused before anything is loaded
         kwargs["output_loading_info"] = True
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
@@ -387,7 +390,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for key, value in _without_pins(overrides).items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)
-        return model.eval()
+        return model.to(_one_device(device_map)).eval()
 
     def load_frozen_parts(self, dtype: Any = None) -> None:
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
@@ -421,6 +424,19 @@ def _without_pins(overrides: dict[str, Any]) -> dict[str, Any]:
     """Let go of the revision of a part that another copy takes the place of: it is a commit of the original's."""
     moved = {f"{part}_revision": None for part in ("encoder", "decoder") if f"{part}_id" in overrides}
     return {**moved, **overrides}
+
+
+def _one_device(device_map: Any) -> torch.device:
+    """Read a device_map that puts everything in one place: the parts are small beside a GPU, and talk to each other."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("balanced", "sequential"):
+        return torch.device(device_map)
+    raise ModelError(f"device_map={device_map!r} would split the model; expected one device: 'auto', 'cuda:1', ...")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
 from .errors import AudioError
@@ -49,8 +50,17 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
             raise ValueError(
                 f"return_timestamps={options['return_timestamps']!r} is not supported: times of segments only (True)"
             )
-        options.pop("stride_length_s", None)  # windows overlap only where there is no pause, by a fixed length
-        return {}, {**options, **(generate_kwargs or {})}, {}
+        if options.pop("stride_length_s", None) is not None:
+            python_warnings.warn(
+                "stride_length_s is not used: windows overlap only where there is no pause, by a fixed length",
+                stacklevel=3,
+            )
+        options |= generate_kwargs or {}
+        if options.get("num_return_sequences") not in (None, 1):
+            raise ValueError(
+                f"num_return_sequences={options['num_return_sequences']} is not supported: one transcript each"
+            )
+        return {}, options, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Transcribe one input or many; see the class.
@@ -59,7 +69,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
             AudioError: an input that cannot be read.
         """
         if (
-            isinstance(inputs, (str, bytes, np.ndarray, Mapping))
+            isinstance(inputs, (str, bytes, np.ndarray, torch.Tensor, Mapping))
             or hasattr(inputs, "read")
             or hasattr(inputs, "__fspath__")
         ):
@@ -102,15 +112,20 @@ def _as_input(given: Any) -> Input:
     """Take samples and rate out of a dict as pipelines accept it; anything else stays what it is.
 
     Raises:
-        AudioError: neither raw, array nor bytes in it, or an array without sampling_rate.
+        AudioError: neither raw, array, bytes nor path in it, or an array without sampling_rate.
     """
+    if isinstance(given, torch.Tensor):
+        samples = given.detach().cpu()
+        return (samples.float() if samples.is_floating_point() else samples).numpy()
     if not isinstance(given, Mapping):
         return given
+    samples = given.get("raw", given.get("array"))
     if given.get("bytes") is not None:
         return given["bytes"]
-    samples = given.get("raw", given.get("array"))
+    if samples is None and given.get("path") is not None:  # an undecoded row of a dataset
+        return given["path"]
     if samples is None or given.get("sampling_rate") is None:
         raise AudioError(
-            f"a dict with keys {sorted(given)}; expected 'raw' (or 'array') and 'sampling_rate', or 'bytes'"
+            f"a dict with keys {sorted(given)}; expected 'raw' (or 'array') and 'sampling_rate', or 'bytes' or 'path'"
         )
-    return np.asarray(samples), int(given["sampling_rate"])
+    return np.asarray(_as_input(samples)), int(given["sampling_rate"])

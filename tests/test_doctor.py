@@ -58,3 +58,34 @@ def test_json_and_exit_code_tell_what_is_bad(monkeypatch):
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout.splitlines()[-1])["findings"][0]["remedy"] == "pip install torch"
+
+
+@pytest.mark.parametrize(("model", "state"), [("/nope", "bad"), ("owner/name", "note")])
+def test_default_model_that_is_not_there_is_said(model, state, monkeypatch):
+    monkeypatch.setenv("TINYAUDIO_MODEL", model)
+    finding = doctor._default_model()
+    assert finding.state == state
+    assert finding.remedy
+    assert model in finding.found
+
+
+def test_half_a_download_is_not_in_the_cache(tmp_path, monkeypatch):
+    files = {
+        "config.json": "{}",
+        "model.safetensors.index.json": json.dumps({"weight_map": {"a": "1.st", "b": "2.st"}}),
+    }
+
+    def look_up(_, name):
+        return str(tmp_path / name) if (tmp_path / name).exists() else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look_up)
+    for name, text in {**files, "1.st": "", "2.st": ""}.items():
+        assert doctor._frozen_part("owner/name").state == "note"
+        (tmp_path / name).write_text(text)
+    assert doctor._frozen_part("owner/name").state == "ok"
+
+
+def test_token_of_a_login_counts_as_a_key(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    (finding,) = (finding for finding in doctor.examine() if finding.name == "HF_TOKEN")
+    assert (finding.state, finding.found) == ("ok", "set")

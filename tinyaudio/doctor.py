@@ -4,11 +4,12 @@ Looks, and changes nothing; asks no network. Keys are reported as present or not
 """
 
 import importlib
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from io import BytesIO
@@ -18,6 +19,7 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_GB = 10  # the two default frozen parts take 7.5 GB, installation the rest
 DEFAULT_PARTS = ("facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-Base")
 KEYS = {"HF_TOKEN": "gated models and publishing", "ASSEMBLYAI_API_KEY": "`tinyaudio eval --provider assemblyai`"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in one file; else <name>.index.json names the files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def examine() -> Iterator[Finding]:
     yield _default_model()
     yield from map(_frozen_part, DEFAULT_PARTS)
     for name, use in KEYS.items():
-        is_set = bool(os.environ.get(name))
+        is_set = _has_key(name)
         yield Finding(
             name=name,
             state="ok" if is_set else "note",
@@ -170,25 +172,50 @@ def _hub() -> Finding:
 
 def _default_model() -> Finding:
     from tinyaudio.errors import MissingModelError
-    from tinyaudio.transcribe import default_model
+    from tinyaudio.frozen import is_folder_or_hub_id
+    from tinyaudio.transcribe import MODEL_VARIABLE, default_model
 
     try:
-        return Finding(name="default model", state="ok", found=default_model())
+        model = default_model()
     except MissingModelError as error:
         return Finding(name="default model", state="note", found="none", remedy=str(error))
+    if (Path(model) / "config.json").is_file():
+        return Finding(name="default model", state="ok", found=model)
+    if is_folder_or_hub_id(model) and not Path(model).is_dir():
+        return replace(_frozen_part(model), name="default model")
+    remedy = f"set ${MODEL_VARIABLE} to a run's folder or to a hub id, 'owner/name'"
+    return Finding(name="default model", state="bad", found=f"{model!r}, which holds no model", remedy=remedy)
 
 
 def _frozen_part(model_id: str) -> Finding:
+    is_here = _is_cached(model_id)
+    remedy = _only(not is_here, f"downloaded at first use, or now: hf download {model_id}")
+    found = f"{model_id} is {'' if is_here else 'not, or not wholly, '}in the cache"
+    return Finding(name=model_id, state="ok" if is_here else "note", found=found, remedy=remedy)
+
+
+def _is_cached(model_id: str) -> bool:
+    """Look for the configuration and for every file of weights: a download that broke off has some."""
     from huggingface_hub import try_to_load_from_cache
 
-    is_here = isinstance(try_to_load_from_cache(model_id, "config.json"), str)
-    remedy = _only(not is_here, f"downloaded at first use, or now: hf download {model_id}")
-    return Finding(
-        name=model_id,
-        state="ok" if is_here else "note",
-        found="in the cache" if is_here else "not in the cache",
-        remedy=remedy,
-    )
+    def path_of(name: str) -> str | None:
+        path = try_to_load_from_cache(model_id, name)
+        return path if isinstance(path, str) and Path(path).is_file() else None
+
+    if path_of("config.json") is None:
+        return False
+    if any(map(path_of, WEIGHTS)):
+        return True
+    indices = [path for name in WEIGHTS if (path := path_of(f"{name}.index.json"))]
+    return any(all(map(path_of, set(json.loads(Path(index).read_text())["weight_map"].values()))) for index in indices)
+
+
+def _has_key(name: str) -> bool:
+    if name == "HF_TOKEN":
+        from huggingface_hub import get_token
+
+        return get_token() is not None  # from the variable or from `hf auth login`
+    return bool(os.environ.get(name))
 
 
 def _version(name: str) -> str:

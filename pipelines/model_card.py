@@ -11,9 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipelines.model_facts import Energy, ModelFacts, TrainingFacts, is_hub_id, public_name
 from pipelines.recipes import Recipe
-from pipelines.report import headline, mark, percent, set_name
+from pipelines.report import METHOD, headline, mark, percent, set_name, span
 from pipelines.report_blocks import Block, Bullets, Code, Heading, Paragraph, Table, to_markdown
-from pipelines.scoring import Interval
 from pipelines.sources import is_loquacious
 from pipelines.summary import Score, Summary
 
@@ -153,8 +152,8 @@ def _what_it_is(model: ModelFacts) -> list[Block]:
     if not (is_hub_id(model.encoder_id) and is_hub_id(model.decoder_id)):
         blocks.append(
             Paragraph(
-                "The frozen parts of this model are local stand-ins, not published models. Its numbers say that the "
-                "line from audio to text works; they say nothing about models of real size.",
+                "The frozen parts of this model are local stand-ins, not published models, so nobody else can load it. "
+                "Its numbers say that the line from audio to text works; they say nothing about models of real size.",
                 kind="warning",
             )
         )
@@ -207,6 +206,8 @@ def _training(facts: CardFacts) -> list[Block]:
             f"precision: projector float32{', bfloat16 autocast on a GPU' if settings.bf16 else ''}",
             f"seed: {settings.seed}",
         ]
+        if settings.jitter_frames:
+            lines.append(f"augmentation: up to {settings.jitter_frames} first frames dropped, anew each epoch")
     known = {
         "steps": f"{training.steps:,}" if training.steps is not None else None,
         "last training loss": f"{training.loss:.4f} nats a token" if training.loss is not None else None,
@@ -236,12 +237,16 @@ def _results(facts: CardFacts) -> list[Block]:
             )
         )
     blocks += [Paragraph(f"{set_name(one)}: {headline(one)}") for one in facts.evaluations]
+    if any(summary.settings.provider == "ctc" for summary in facts.controls):
+        blocks.append(
+            Paragraph("ctc is the encoder's own head without projector and language model: what it lacks, they add.")
+        )
     notes = dict.fromkeys(note for one in facts.evaluations for note in one.notes)
     blocks += [Paragraph(note, kind="warning") for note in notes]
     blocks.append(
         Paragraph(
-            "Errors over the whole set divided by its reference words; both sides through the same normaliser; "
-            "intervals by bootstrap over utterances. Reports with breakdowns and the worst utterances: evaluations/."
+            f"{METHOD} The model is run as `tinyaudio transcribe` runs it, with voice detection and guard, unless it "
+            "says unguarded. Reports with breakdowns and the worst utterances: evaluations/."
         )
     )
     return blocks
@@ -259,14 +264,10 @@ def _result_row(summary: Summary, score: Score) -> list[str]:
         f"{summary.settings.provider}, {_decoding(summary)}",
         score.label,
         mark(percent(score.wer), counts.failed),
-        _interval(score.interval),
+        span(score.interval),
         percent(score.cer),
         f"{counts.utterances:,}" + (f" ({part})" if part else ""),
     ]
-
-
-def _interval(interval: Interval | None) -> str:
-    return "" if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}"
 
 
 def _samples(facts: CardFacts) -> list[Block]:

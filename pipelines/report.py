@@ -9,10 +9,27 @@ from typing import Any
 from pipelines.comparison import Comparison
 from pipelines.error_analysis import Slice
 from pipelines.predictions import replace_text
-from pipelines.report_blocks import Alignments, Block, Bullets, Figure, Heading, Paragraph, Table, to_html, to_markdown
+from pipelines.report_blocks import (
+    TOO_FEW,
+    Alignments,
+    Block,
+    Bullets,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    to_html,
+    to_markdown,
+)
 from pipelines.report_plots import Estimate, bar_chart, interval_chart
 from pipelines.scoring import MIN_ERRORS, MIN_UTTERANCES, Interval
 from pipelines.summary import Score, Summary
+
+METHOD = (
+    "Errors are summed over the whole set and divided by its reference words; both sides go through the same "
+    "normaliser. Intervals: bootstrap over utterances, taken as independent, on a log scale; none below "
+    f"{MIN_UTTERANCES} utterances or {MIN_ERRORS} errors, where they come out too narrow."
+)
 
 
 def write_reports(folder: Path, summary: Summary) -> None:
@@ -67,9 +84,14 @@ def comparison_line(found: Comparison) -> str:
     wers = [mark(percent(wer), found.failed) for wer in (found.wer, found.other_wer)]
     return (
         f"{found.name} {wers[0]} against {found.other_name} {wers[1]} on {found.utterances:,} utterances"
-        f"{_left_out(found)}: better in {100 * found.p_better:.1f} % of resamples, worse in "
-        f"{100 * found.p_other_better:.1f} %"
+        f"{_left_out(found)}: better in {_probability(found.p_better)} of resamples, worse in "
+        f"{_probability(found.p_other_better)}"
     )
+
+
+def _probability(share: float) -> str:
+    """Print a share of resamples; no number of them makes anything certain."""
+    return "< 0.1 %" if share < 0.001 else "> 99.9 %" if share > 0.999 else f"{100 * share:.1f} %"
 
 
 def _left_out(found: Comparison) -> str:
@@ -95,8 +117,13 @@ def mark(text: str, failed: int) -> str:
     return f"{text}*" if failed else text
 
 
+def span(interval: Interval | None) -> str:
+    """Print an interval in percent, for a cell of a table."""
+    return TOO_FEW if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}"
+
+
 def _bracketed(interval: Interval | None) -> str:
-    return "" if interval is None else f"[95 % CI {100 * interval.low:.2f} to {100 * interval.high:.2f}]"
+    return "" if interval is None else f"[95 % CI {span(interval)}]"
 
 
 def _share(errors: int, words: int) -> str:
@@ -133,10 +160,8 @@ def _scores(summary: Summary) -> list[Block]:
         Heading(2, "Scores"),
         Table(columns, rows),
         Paragraph(
-            "Errors are summed over the whole set and divided by its reference words. Both sides go through the same "
-            "normaliser; predictions are stored raw. Intervals: bootstrap over utterances, taken as independent, on a "
-            f"log scale; none below {MIN_UTTERANCES} utterances or {MIN_ERRORS} errors, where they come out too "
-            "narrow. The split into S, D and I is jiwer's; other tools split ties differently, the sum is the same."
+            f"{METHOD} Predictions are stored raw. The split into S, D and I is jiwer's; other tools split ties "
+            "differently, the sum is the same."
         ),
     ]
 
@@ -146,7 +171,7 @@ def _score_row(score: Score) -> list[str]:
     return [
         f"{score.label} ({score.detail})",
         mark(percent(score.wer), counts.failed),
-        "" if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}",
+        span(interval),
         f"{counts.substitutions:,}",
         f"{counts.deletions:,}",
         f"{counts.insertions:,}",
@@ -159,7 +184,7 @@ def _comparison(found: Comparison | None) -> list[Block]:
     if found is None:
         return []
     rows = [
-        [name, mark(percent(wer), found.failed), f"{100 * p:.1f} %", f"{num:,}"]
+        [name, mark(percent(wer), found.failed), _probability(p), f"{num:,}"]
         for name, wer, p, num in (
             (found.name, found.wer, found.p_better, found.num_better),
             (found.other_name, found.other_wer, found.p_other_better, found.num_worse),
@@ -195,7 +220,7 @@ def _slice_row(one: Slice) -> list[str]:
     return [
         one.name,
         mark(percent(counts.wer if counts.words else None), counts.failed),
-        "" if interval is None else f"{100 * interval.low:.2f} to {100 * interval.high:.2f}",
+        span(interval),
         f"{counts.utterances:,}",
         f"{counts.failed:,}",
         f"{counts.words:,}",
@@ -234,10 +259,11 @@ def _rates(summary: Summary) -> list[Block]:
 
 def _confusions(summary: Summary) -> list[Block]:
     kinds = {"substitute": "substitution", "insert": "insertion", "delete": "deletion"}
-    rows = [[kinds[one.kind], one.reference, one.hypothesis, f"{one.count:,}"] for one in summary.analysis.confusions]
-    if not rows:
+    repeated = [one for one in summary.analysis.confusions if one.count > 1]
+    if not repeated:
         return []
-    return [Heading(2, "Most frequent errors"), Table(("Kind", "Reference", "Hypothesis", "Count"), rows)]
+    rows = [[kinds[one.kind], one.reference, one.hypothesis, f"{one.count:,}"] for one in repeated]
+    return [Heading(2, "Errors made more than once"), Table(("Kind", "Reference", "Hypothesis", "Count"), rows)]
 
 
 def _worst(summary: Summary) -> list[Block]:

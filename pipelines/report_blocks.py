@@ -56,6 +56,7 @@ class Alignments:
 
 Block = Heading | Paragraph | Bullets | Code | Table | Figure | Alignments
 
+TOO_FEW = "too few"  # utterances or errors for an interval
 _MARKS = {"equal": "", "substitute": "S", "delete": "D", "insert": "I"}
 
 
@@ -153,7 +154,7 @@ def _table_to_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell == "not defined"
+    return not cell or cell[0].isdigit() or cell[0] in "<>" or cell.startswith(("not defined", TOO_FEW))
 
 
 def _alignment_to_html(pair: AlignedPair) -> str:

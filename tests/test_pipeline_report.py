@@ -294,3 +294,23 @@ def test_overlap_of_training_and_test_data_is_noted_where_it_applies() -> None:
     )
     assert len(summarize(esb, [prediction(0, "a", "a")]).notes) == 2
     assert source_of("/data/loquaciousset", "1688-142285-0000") == "librispeech"
+
+
+def test_no_number_of_resamples_makes_a_comparison_certain() -> None:
+    texts = [f"word{i} two" for i in range(60)]
+    better = [pair(text, text, i) for i, text in enumerate(texts)]
+    worse = [pair(text, "nothing", i) for i, text in enumerate(texts)]
+    line = comparison_line(compare(Side(name="a", pairs=better), Side(name="b", pairs=worse)))
+    assert line.endswith("better in > 99.9 % of resamples, worse in < 0.1 %")
+
+
+def test_errors_made_once_are_no_pattern(tmp_path: Path) -> None:
+    once = evaluation(tmp_path / "once", prediction(0, "a b", "a x"))
+    score_again(once, once, Scoring())
+    assert "more than once" not in (once / "report.md").read_text()
+    twice = evaluation(tmp_path / "twice", prediction(0, "a b", "a x"), prediction(1, "b c", "x d"))
+    score_again(twice, twice, Scoring())
+    report = (twice / "report.md").read_text()
+    assert "| substitution | b | x | 2 |" in report
+    assert "| substitution | c | d |" not in report
+    assert "| too few |" in report, "no interval, and why"

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance, open_eval_set, unique_names
-from pipelines.evaluate import Scoring, evaluate
+from pipelines.evaluate import Scoring, evaluate, read_evaluation, score_again
 from pipelines.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
 from pipelines.providers import Answer, Clip, ProviderOptions
 from pipelines.recipes import CorpusSection
+from pipelines.summary import load_summary, summarize
 from tinyaudio import cli_eval
 from tinyaudio.errors import TinyAudioError
 
@@ -186,6 +187,19 @@ def test_ids_are_made_unique_and_the_change_is_counted(folder: Path, tmp_path: P
     system = Parrot({one.utterance_id: "x" for one in found.utterances})
     assert evaluate(system, found, tmp_path / "out").word_errors.utterances == 6
     assert "renamed\\_ids: 2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_lies_on_the_disk_scores_as_what_was_answered(folder: Path, tmp_path: Path) -> None:
+    """Text is kept to the letter: line ends of any kind, quotes, empty answers, letters outside ASCII."""
+    odd = ["\u2028the cat", 'a\r\ndog "ran" off', "\x85", "", "two\tthree  four\u00a0five", "it's \u00e9t\u00e9\\n"]
+    system = Parrot({f"utt-{i}": text for i, text in enumerate(odd)}, fails={"utt-1": "l\u2019\u00e9chec\n"})
+    done = evaluate(system, eval_set(folder), tmp_path / "out", trained_on="somewhere")
+    settings, predictions = read_evaluation(tmp_path / "out")
+    assert tuple(predictions) == done.predictions
+    assert [one.pred_text for one in done.predictions if not one.is_failed] == [odd[0], *odd[2:]]
+    in_memory = summarize(settings, done.predictions)
+    assert in_memory == load_summary(tmp_path / "out" / "summary.json")
+    assert in_memory == score_again(tmp_path / "out", tmp_path / "again", Scoring())
 
 
 def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:

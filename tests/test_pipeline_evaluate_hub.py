@@ -18,7 +18,7 @@ import soundfile
 from hub_replica import Fault, Hub
 
 from pipelines.eval_sets import named_sections, open_eval_set
-from pipelines.recipes import Columns, CorpusSection
+from pipelines.recipes import Columns, CorpusSection, load_recipe
 from tinyaudio.audio import Samples
 
 ESB, COMMON_VOICE = "hf-audio/esb-datasets-test-only-sorted", "fixie-ai/common_voice_17_0"
@@ -165,6 +165,33 @@ def test_every_named_test_set_is_scored_from_its_own_layout(
             assert {line["sex"] for line in lines} == {"male_masculine", "female_feminine", ""}
             assert {line["speaker"] for line in lines} == {"c0", "c1"}
             assert [line["text"].rstrip(".").lower() for line in lines] == [text for _, text in spoken[:5]]
+
+
+def test_a_model_of_the_hub_brings_its_recipe_and_the_note_that_goes_with_it(
+    tmp_path: Path, spoken: list[tuple[Samples, str]], checkpoint: Path
+) -> None:
+    load_recipe("loquacious-small").save(checkpoint / "recipe.toml")
+    common = ["--num-beams", "1", "--max-new-tokens", "4", "--device", "cpu", "--corpus", "librispeech-other"]
+    with Hub() as hub:
+        esb(hub, tmp_path / "esb", spoken)
+        hub.add("models", "someone/tiny", {path.name: path for path in checkpoint.iterdir()})
+        hub.add("models", "someone/bare", {p.name: p for p in checkpoint.iterdir() if p.name != "recipe.toml"})
+        known, bare, unsaid = run(
+            hub,
+            tmp_path,
+            [["eval", "someone/tiny", *common], ["eval", "someone/bare", *common], ["eval", "someone/bare"]],
+        )
+    assert (known[0], bare[0], unsaid[0]) == (0, 0, 1), (known, bare, unsaid)
+    summaries = {
+        name: json.loads(path.read_text())
+        for name in ("tiny", "bare")
+        for path in (tmp_path / "evaluations" / f"someone--{name}").glob("*/summary.json")
+    }
+    assert summaries["tiny"]["settings"]["trained_on"] == "speechbrain/LoquaciousSet"
+    assert any("LibriHeavy" in note for note in summaries["tiny"]["notes"])
+    assert summaries["tiny"]["settings"]["model"]["revision"], "pinned to a commit"
+    assert summaries["bare"]["settings"]["trained_on"] is None
+    assert unsaid[2] == ["tinyaudio: 'someone/bare' brings no recipe.toml; say what to score with --corpus or --recipe"]
 
 
 def test_a_gated_set_asks_for_its_terms_and_a_token_in_one_line(

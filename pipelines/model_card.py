@@ -265,7 +265,7 @@ def _result_row(summary: Summary, score: Score) -> list[str]:
         score.label,
         mark(percent(score.wer), counts.failed),
         span(score.interval),
-        percent(score.cer),
+        mark(percent(score.cer), counts.failed),
         f"{counts.utterances:,}" + (f" ({part})" if part else ""),
     ]
 

@@ -70,7 +70,7 @@ def _facts(summary: Summary) -> str:
     parts = [
         f"S {_share(counts.substitutions, counts.words)} D {_share(counts.deletions, counts.words)} "
         f"I {_share(counts.insertions, counts.words)}",
-        f"CER {percent(score.cer)}",
+        f"CER {mark(percent(score.cer), counts.failed)}",
         f"{counts.words:,} words, {counts.utterances:,} utterances, {counts.failed} failed, "
         f"{summary.analysis.rates.empty} empty",
     ]
@@ -96,7 +96,7 @@ def _probability(share: float) -> str:
 
 def _left_out(found: Comparison) -> str:
     """Say what is not compared, and why."""
-    parts = [f"{found.failed:,} not answered by both"] if found.failed else []
+    parts = [f"{found.failed:,} without an answer of one or both"] if found.failed else []
     parts += [f"{found.unshared:,} in one of the two sets only"] if found.unshared else []
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -176,7 +176,7 @@ def _score_row(score: Score) -> list[str]:
         f"{counts.deletions:,}",
         f"{counts.insertions:,}",
         f"{counts.words:,}",
-        percent(score.cer),
+        mark(percent(score.cer), counts.failed),
     ]
 
 

@@ -49,6 +49,7 @@ def test_failures_are_listed_marked_and_kept_out_of_every_rate() -> None:
     assert [(one.utterance_id, one.error) for one in summary.failures] == [("utt-1", "late")]
     assert summary.analysis.rates.answered == 1
     assert "WER 0.00 %*" in headline(summary)
+    assert "CER 0.00 %*" in headline(summary)
     assert "1 failed" in headline(summary)
 
 
@@ -163,7 +164,8 @@ def test_what_is_not_compared_is_said_with_its_reason() -> None:
     found = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine[:2], failed={"utt-2", "utt-9"}))
     assert (found.utterances, found.failed, found.unshared) == (2, 1, 2)
     line = comparison_line(found)
-    assert "a 0.00 %* against b 0.00 %* on 2 utterances (1 not answered by both, 2 in one of the two sets only)" in line
+    assert "a 0.00 %* against b 0.00 %* on 2 utterances" in line
+    assert "(1 without an answer of one or both, 2 in one of the two sets only)" in line
     whole = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine))
     assert "a 0.00 % against b 0.00 % on 4 utterances: better" in comparison_line(whole)
 

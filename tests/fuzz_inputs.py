@@ -23,6 +23,19 @@ def encoded(samples: np.ndarray, kind: str, rate: int = RATE, subtype: str | Non
     return buffer.getvalue()
 
 
+def by_ffmpeg(samples: np.ndarray, container: str, codec: str) -> bytes:
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.repeat(samples, 3)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            output.mux(packet)
+    return buffer.getvalue()
+
+
 def wav_header(rate: int, channels: int, bits: int, kind: int = 1, size: int = 0xFFFFFFF0) -> bytes:
     block = max(1, channels * bits // 8)
     form = struct.pack(
@@ -36,6 +49,7 @@ def contents(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     kinds = [("WAV", "wav"), ("FLAC", "flac"), ("OGG", "ogg"), ("MP3", "mp3"), ("AIFF", "aiff")]
     whole = {suffix: encoded(speech_like(rng), kind) for kind, suffix in kinds}
     whole["opus"] = encoded(speech_like(rng), "OGG", subtype="OPUS")
+    whole |= {"webm": by_ffmpeg(speech_like(rng), "webm", "libopus"), "aac": by_ffmpeg(speech_like(rng), "adts", "aac")}
     for suffix, data in whole.items():
         for i, share in enumerate(rng.random(12)):
             yield f"truncated-{i}.{suffix}", data[: int(share * len(data))]
@@ -110,5 +124,7 @@ def write_all(folder: Path, seed: int = 0) -> int:
     os.mkfifo(folder / "pipe.wav")
     (folder / "folder.wav").mkdir()
     (folder / "unreadable.wav").write_bytes(encoded(speech_like(rng), "WAV"))
-    (folder / "unreadable.wav").chmod(0)
+    (folder / "unreadable.wav").chmod(0)  # root reads it all the same
+    if Path("/proc/self/mem").exists():
+        (folder / "disk-error.wav").symlink_to("/proc/self/mem")  # opens, and fails at the first byte
     return count + 6

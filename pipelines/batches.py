@@ -112,22 +112,29 @@ def collate(
     firsts = [min(drop, len(row.features) - 1) for drop, row in zip(dropped or [0] * len(rows), rows, strict=True)]
     counts = [len(row.features) - first for first, row in zip(firsts, rows, strict=True)]
     features = np.zeros((len(rows), max(counts), reader.store.dim), rows[0].features.dtype)
-    lengths = [len(targets[position]) for position in positions]
-    labels = np.full((len(rows), max(lengths)), IGNORED_LABEL, np.int64)
+    labels, lengths = pad_labels(targets, positions)
     scales = None if rows[0].scales is None else np.zeros(features.shape[:2], np.float16)
-    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+    for i, row in enumerate(rows):
         features[i, : counts[i]] = row.features[firsts[i] :]
         if scales is not None and row.scales is not None:
             scales[i, : counts[i]] = row.scales[firsts[i] :]
-        labels[i, : lengths[i]] = targets[position]
     batch: dict[str, Any] = {
         "features": torch.from_numpy(features),
         "num_frames": torch.tensor(counts),
-        "labels": torch.from_numpy(labels),
+        "labels": labels,
         "host_counts": (counts, lengths),
         "utterance_ids": reader.index["utterance_id"].take(np.asarray(positions)).to_pylist(),
     }
     return batch if scales is None else {**batch, "scales": torch.from_numpy(scales)}
+
+
+def pad_labels(targets: Targets, positions: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Pad token ids into (B, L) int64, -100 behind each end; and give their lengths."""
+    lengths = [len(targets[position]) for position in positions]
+    labels = torch.full((len(lengths), max(lengths)), IGNORED_LABEL)
+    for row, position, length in zip(labels, positions, lengths, strict=True):
+        row[:length] = torch.from_numpy(targets[position])
+    return labels, lengths
 
 
 def dequantize(codes: Tensor, scales: Tensor, num_frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyaudio.loss import summed_cross_entropy
+from tinyaudio.loss import liger_cross_entropy, summed_cross_entropy
 from tinyaudio.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
 from tinyaudio.prompt import assemble, pad_right
 
@@ -20,7 +20,8 @@ Loss = Callable[[TinyAudioForConditionalGeneration, Batch], Tensor]
 
 def own(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
     """The model's own: label positions only, chunks, right padding without a mask."""
-    loss = model(features=batch["features"], num_frames=batch["num_frames"], labels=batch["labels"]).loss
+    names = ("features", "num_frames", "labels", "host_counts")
+    loss = model(**{name: batch.get(name) for name in names}).loss
     assert loss is not None
     return loss
 
@@ -33,12 +34,27 @@ def full_logits(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tenso
 
 def one_chunk(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
     """Label positions only, but all their logits at once."""
-    embeds, labels, _ = _padded(model, batch)
-    decoder = _decoder(model)
-    states = decoder.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    is_target = labels[:, 1:] != IGNORED_LABEL
-    logits = decoder.get_output_embeddings()(states[:, :-1][is_target])
-    return nn.functional.cross_entropy(logits.float(), labels[:, 1:][is_target])
+    states, targets = _states_and_targets(model, batch)
+    return nn.functional.cross_entropy(_decoder(model).get_output_embeddings()(states).float(), targets)
+
+
+def with_liger(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """Label positions only, their loss by Liger Kernel; errors as `loss.load_liger`."""
+    states, targets = _states_and_targets(model, batch)
+    return liger_cross_entropy(states, _decoder(model).get_output_embeddings(), targets) / len(targets)
+
+
+class Compiled:
+    """As the model's own, with the decoder through torch.compile, once for any length."""
+
+    def __init__(self) -> None:
+        self._forward: Any = None
+
+    def __call__(self, model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+        if self._forward is None:
+            self._forward = torch.compile(_decoder(model).get_decoder().forward, dynamic=True)
+        embeds, labels, _ = _padded(model, batch)
+        return _at_labels(model, self._forward(inputs_embeds=embeds, use_cache=False).last_hidden_state, labels)
 
 
 def with_mask(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
@@ -95,6 +111,14 @@ def _padded(model: TinyAudioForConditionalGeneration, batch: Batch) -> tuple[Ten
     lengths = torch.tensor([len(row) for row in rows], device=labels.device)
     mask = (torch.arange(labels.shape[1], device=labels.device)[None, :] < lengths[:, None]).long()
     return pad_right(rows), labels, mask
+
+
+def _states_and_targets(model: TinyAudioForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Give the hidden states that predict a target (N, H), and the targets (N,)."""
+    embeds, labels, _ = _padded(model, batch)
+    states = _decoder(model).get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    is_target = labels[:, 1:] != IGNORED_LABEL
+    return states[:, :-1][is_target], labels[:, 1:][is_target]
 
 
 def _at_labels(model: TinyAudioForConditionalGeneration, states: Tensor, labels: Tensor) -> Tensor:

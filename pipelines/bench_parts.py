@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import HubertConfig, HubertModel, SmolLM3Config, SmolLM3ForCausalLM, Wav2Vec2FeatureExtractor
 
-from cache import FeatureReader, FeatureStore, make_plan
+from cache import FeatureReader, FeatureStore, Moments, make_plan
+from cache.layout import Encoding
 from pipelines.batches import Targets, tokenize
 from pipelines.build import load_tokenizer
 from pipelines.corpora import open_corpus
@@ -27,6 +28,7 @@ from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.prompt import end_of_text_id, prompt_ids
 
 NUM_UTTERANCES = 192
+ENCODINGS: tuple[Encoding, ...] = ("float16", "int8")
 # LoquaciousSet: 2,500 h in 1,074,114 utterances are 8.4 s each; English speech is about 3.5 tokens a second.
 MEAN_S, SPREAD, LONGEST_S, TOKENS_PER_S = 8.4, 0.55, 28.0, 3.5
 FULL_BUDGET, SMALL_BUDGET = 4096, 1536  # decoder positions: of the A100 recipes and of the demo
@@ -35,12 +37,13 @@ SMALL_HIDDEN = 512  # the demo recipe's projector
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """One model, one set of recordings, and the store of their features."""
+    """One model, one set of recordings, and the stores of their features, as float16 and as int8."""
 
     model: TinyAudioForConditionalGeneration
     feature_extractor: Any
     recordings: list[NDArray[np.float32]]  # in the order of the reader's index
     reader: FeatureReader
+    int8: FeatureReader  # the same utterances in the same order
     targets: Targets
     costs: NDArray[np.int64]
     budget: int
@@ -57,8 +60,12 @@ def build_parts(folder: Path, *, full_size: bool, device: torch.device) -> Parts
     """Load or make the models, encode the recordings once, and store their features in `folder`."""
     model, extractor, speech = (_full_size if full_size else _stand_ins)(device)
     model.to(device)
-    store = _store(folder / "store", model, extractor, speech.recordings)
-    reader = FeatureReader(store, split="train")
+    features = _encode(model, extractor, speech.recordings)
+    reader, int8 = (
+        FeatureReader(_store(folder / encoding, encoding, features, speech.recordings), split="train")
+        for encoding in ENCODINGS
+    )
+    assert reader.index["utterance_id"] == int8.index["utterance_id"]
     order = [int(name) for name in reader.index["utterance_id"].to_pylist()]
     config = model.config
     around = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
@@ -69,6 +76,7 @@ def build_parts(folder: Path, *, full_size: bool, device: torch.device) -> Parts
         feature_extractor=extractor,
         recordings=[speech.recordings[i] for i in order],
         reader=reader,
+        int8=int8,
         targets=targets,
         costs=around + projected + targets.lengths,
         budget=FULL_BUDGET if full_size else SMALL_BUDGET,
@@ -143,19 +151,36 @@ def _model(
 
 
 @torch.no_grad()
-def _store(folder: Path, model: Any, extractor: Any, recordings: list[NDArray[np.float32]]) -> FeatureStore:
-    """Encode every recording by itself and store the features; ids are places in `recordings`."""
+def _encode(model: Any, extractor: Any, recordings: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """Encode every recording by itself."""
     features = []
     for samples in recordings:
         values, mask = encoder_inputs(extractor, [samples])
         (encoded,), (count,) = model.encode(values.to(model.device), mask.to(model.device))
-        features.append(encoded[: int(count)].half().cpu().numpy())
+        features.append(encoded[: int(count)].float().cpu().numpy())
+    return features
+
+
+def _store(
+    folder: Path, encoding: Encoding, features: list[NDArray[np.float32]], recordings: list[NDArray[np.float32]]
+) -> FeatureStore:
+    """Store features; ids are places in `recordings`."""
+    moments = Moments(features[0].shape[1])
+    for one in features:
+        moments.update(one)
     ids = [str(i) for i in range(len(features))]
     frames = [len(one) for one in features]
     columns = {"utterance_id": ids, "split": ["train"] * len(ids), "source_id": ids}
     table = pa.table({**columns, "num_frames": pa.array(frames, pa.int32())})
     plan = make_plan(table, rows_per_shard=131_072)
-    store = FeatureStore.create(folder, plan=plan, dim=features[0].shape[1], fingerprint={"bench": True})
+    store = FeatureStore.create(
+        folder,
+        plan=plan,
+        dim=len(moments.mean),
+        fingerprint={"bench": True},
+        encoding=encoding,
+        calibration=moments.calibration() if encoding == "int8" else None,
+    )
     for shard in store.pending_shards():
         writer = store.write_shard(shard)
         assert writer is not None

@@ -1,51 +1,32 @@
 """How fast stage two is, and what each saving is worth: contestants side by side in one run.
 
 Every contestant takes whole optimizer steps on the same models and recordings, a few at a time, turn by turn, so that
-other work on the machine hits all alike; ratios are of medians over the turns. What is compared is seconds of audio
+other work on the machine hits all alike; a ratio is the median over the turns. What is compared is seconds of audio
 trained on per second, since batches differ.
 """
 
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines import batches as batches_module
-from pipelines import bench_losses as losses
-from pipelines.batches import TrainingBatches, collate
+from pipelines.bench_contestants import LIVE, OURS, PLAIN, Batch, Contestant, contestants, our_batches
 from pipelines.bench_parts import Parts, build_parts
+from pipelines.bench_store_races import drop_from_page_cache
+from pipelines.errors import RunError
 from pipelines.identity import pick_device
 from pipelines.peak_memory import CountFlops, measuring_peak
-from tinyaudio.encoder import encoder_inputs
 from tinyaudio.loss import summed_cross_entropy
 from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
 
 TURNS, STEPS_A_TURN = 5, 3
+LOADER_STEPS = 32  # in one stretch, for the share of waiting
 VOCABULARY, LOSS_ROWS, LOSS_TARGETS, LOSS_WIDTH = 128_256, 1536, 384, 64
 MATMUL_SIZE = 8192  # of the product whose speed is taken for the device's best
-OURS, LIVE, PLAIN = "this stage two", "encoder in the loop", "plain transformers loop"
-
-Batch = dict[str, Any]
-
-
-@dataclass(kw_only=True)
-class Contestant:
-    """One way to train; `turn_off` says in which respect it differs from ours."""
-
-    name: str
-    next_batch: Callable[[], Batch]
-    loss: losses.Loss
-    speeds: list[float] = field(default_factory=list)  # audio seconds per second, by turn
-    token_speeds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
 
 
 def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = TURNS) -> dict[str, Any]:
@@ -56,128 +37,38 @@ def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = T
         turns: of a few steps for each contestant.
 
     Returns:
-        `vs_plain`, `vs_live`: our audio seconds per second over theirs. `loss_memory_vs_full`: peak memory of our loss
-        over that of full logits. `loader_share`: of our step time, waiting for batches. `matmul_share`: of the measured
-        matmul peak, None without a GPU. `peak_bytes`: of our step, beyond the weights. `contestants`: by name.
+        `vs_plain`, `vs_live`: our audio seconds per second over theirs, None where they do not fit into the GPU.
+        `loss_memory_vs_full`: peak memory of our loss over that of full logits. `loader_share`: of our step time,
+        waiting for batches, from a cold store. `matmul_share`: of the measured matmul peak, None without a GPU.
+        `peak_bytes`: of our step, beyond the weights; `total_bytes`: with them. `contestants`: by name.
+
+    Raises:
+        RunError: our own step does not fit into the GPU.
     """
     where = pick_device(device)
     with tempfile.TemporaryDirectory(prefix="bench-train-", dir=Path.cwd()) as folder:
         parts = build_parts(Path(folder), full_size=full_size, device=where)
         step = _Step(parts)
-        ours = _our_batches(parts)
-        contestants = _contestants(parts, ours)
-        waited = _race(contestants, step, ours, turns)
-        flops, seconds = step.count_flops(contestants[0]), step.time_one(contestants[0])
-    speeds = {one.name: statistics.median(one.speeds) for one in contestants}
+        competing = contestants(parts)
+        _race(competing, step, turns)
+        ours = competing[0]
+        loader_share = _loader_share(ours, step, parts)
+        flops, seconds = step.count_flops(ours), step.time_one(ours)
+    by_name = {one.name: one.to_dict(ours) for one in competing}
     return {
-        "vs_plain": _ratio(contestants, PLAIN),
-        "vs_live": _ratio(contestants, LIVE),
+        "vs_plain": by_name[PLAIN]["ours_is_faster_by"],
+        "vs_live": by_name[LIVE]["ours_is_faster_by"],
         "loss_memory_vs_full": loss_memory_vs_full(where),
-        "loader_share": waited,
+        "loader_share": loader_share,
         "matmul_share": flops / seconds / _matmul_peak(where) if where.type == "cuda" else None,
-        "peak_bytes": contestants[0].peak_bytes,
-        "contestants": {
-            one.name: {
-                "audio_seconds_per_second": speeds[one.name],
-                "tokens_per_second": statistics.median(one.token_speeds),
-                "ours_is_faster_by": _ratio(contestants, one.name),
-                "peak_bytes": one.peak_bytes,
-            }
-            for one in contestants
-        },
+        "peak_bytes": ours.peak_bytes,
+        "total_bytes": ours.total_bytes,
+        "contestants": by_name,
         "device": where.type,
         "full_size": full_size,
         "tflops_per_step": flops / 1e12,
         "load_average": os.getloadavg()[0],
     }
-
-
-# ------------------------------------------------------------------------------------------- who competes
-
-
-def _contestants(parts: Parts, ours: TrainingBatches) -> list[Contestant]:
-    cached = _endless(ours)
-    live, plain = _Live(parts), _Live(parts, is_shuffled=True)
-    unsorted = _Live(parts, is_shuffled=True, is_cached=True)
-    unthreaded = _endless(_our_batches(parts, ahead=0))
-    rows: list[tuple[str, Callable[[], Batch], losses.Loss]] = [
-        (OURS, cached, losses.own),
-        (LIVE, live, losses.own),
-        (PLAIN, plain, losses.as_a_user_would),
-        ("logits at every position", cached, losses.full_logits),
-        ("label logits in one chunk", cached, losses.one_chunk),
-        ("attention mask over padding", cached, losses.with_mask),
-        ("packed, block-diagonal attention", cached, losses.packed),
-        ("shuffled batches of a fixed count", unsorted, losses.own),
-        ("no thread makes batches ahead", unthreaded, losses.own),
-        ("gradients for the frozen weights", cached, _with_weight_gradients),
-        ("activations checkpointed", cached, _checkpointed),
-    ]
-    return [Contestant(name=name, next_batch=batch, loss=loss) for name, batch, loss in rows]
-
-
-def _our_batches(parts: Parts, ahead: int | None = None) -> TrainingBatches:
-    made = TrainingBatches(
-        parts.reader,
-        parts.targets,
-        parts.costs,
-        budget=parts.budget,
-        seed=0,
-        num_batches=1_000_000,
-        is_pinned=parts.device.type == "cuda",
-    )
-    made.num_ahead = batches_module.BATCHES_AHEAD if ahead is None else ahead
-    return made
-
-
-def _endless(batches: TrainingBatches) -> Callable[[], Batch]:
-    numbers = iter(range(len(batches)))
-    return lambda: batches[next(numbers)]
-
-
-class _Live:
-    """Batches with the encoder in the loop: the same as ours, or shuffled and of a fixed count."""
-
-    def __init__(self, parts: Parts, *, is_shuffled: bool = False, is_cached: bool = False) -> None:
-        self.parts, self.is_cached = parts, is_cached
-        order = _our_batches(parts)
-        if is_shuffled:
-            count = round(statistics.mean(len(order.positions(n)) for n in range(8)))
-            self._positions = _shuffled(len(parts.reader), count)
-        else:
-            self._positions = (order.positions(n) for n in range(1_000_000))
-
-    def __call__(self) -> Batch:
-        positions, parts = next(self._positions), self.parts
-        batch = collate(parts.reader, parts.targets, positions)
-        batch["num_tokens"] = int(parts.costs[positions].sum())
-        batch["duration_s"] = sum(len(parts.recordings[p]) for p in positions) / 16_000
-        if not self.is_cached:
-            del batch["features"]
-            values, mask = encoder_inputs(parts.feature_extractor, [parts.recordings[p] for p in positions])
-            batch |= {"input_values": values, "attention_mask": mask}
-        return batch
-
-
-def _shuffled(num_utterances: int, count: int) -> Iterator[list[int]]:
-    random = np.random.default_rng(0)
-    while True:
-        order = random.permutation(num_utterances)
-        for start in range(0, num_utterances - count + 1, count):
-            yield [int(p) for p in order[start : start + count]]
-
-
-def _with_weight_gradients(model: Any, batch: Batch) -> Tensor:
-    """Forget to freeze the decoder: its gradients are computed and thrown away."""
-    model.decoder.requires_grad_(True)
-    return losses.one_chunk(model, batch)
-
-
-def _checkpointed(model: Any, batch: Batch) -> Tensor:
-    """Recompute activations in the backward pass."""
-    model.checkpoint_activations()
-    model.decoder.train()
-    return losses.own(model, batch)
 
 
 # ------------------------------------------------------------------------------------------- the race
@@ -205,13 +96,24 @@ class _Step:
         self.optimizer.zero_grad()
 
     def restore(self) -> None:
-        """Undo what a contestant has switched on."""
+        """Undo what a contestant has switched on, and let go of what it has left."""
+        self.optimizer.zero_grad()
         decoder: Any = self.model.decoder
         decoder.zero_grad()
         decoder.requires_grad_(False)
         disable = getattr(decoder, "activation_checkpointing_disable", None) or decoder.gradient_checkpointing_disable
         disable()  # transformers 5.17 knows the second name only
         decoder.eval()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def weight_bytes(self, contestant: Contestant) -> int:
+        """Add up the weights that a contestant needs, and the optimizer's two values for each of the projector's."""
+        model: Any = self.model
+        needed = [model.projector, model.decoder, *([model.encoder] if contestant.needs_encoder else [])]
+        weights = {weight for part in needed for weight in part.parameters()}
+        trained = sum(weight.nbytes for weight in model.projector.parameters())
+        return sum(weight.nbytes for weight in weights) + 2 * trained
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -236,28 +138,40 @@ class _Step:
         return min(times)
 
 
-def _race(contestants: list[Contestant], step: _Step, ours: TrainingBatches, turns: int) -> float:
-    """Let all take turns; returns the share of our time that went into waiting for batches."""
-    waited_s = busy_s = 0.0
-    for turn in range(-1, turns):  # the first one warms up and measures memory
-        for one in contestants:
-            if turn < 0:
-                batch = one.next_batch()
-                with measuring_peak(step.device) as peak:
-                    step(one, batch)
-                one.peak_bytes = peak.size_bytes
-                step(one, one.next_batch())
-                step.restore()
-                continue
-            before, started = ours.waited_s, time.perf_counter()
+def _race(contestants: list[Contestant], step: _Step, turns: int) -> None:
+    """Warm all up and measure their memory, then let them take turns.
+
+    Raises:
+        RunError: the first of them does not fit into the GPU.
+    """
+    for one in contestants:
+        _begin(one, step)
+    if not contestants[0].fits:
+        raise RunError("this stage two does not fit into the GPU's memory; expected some 21 GB free at full size")
+    for _ in range(turns):
+        for one in (one for one in contestants if one.fits):
+            started = time.perf_counter()
             audio_s, tokens = _few_steps(one, step)
             seconds = time.perf_counter() - started
             one.speeds.append(audio_s / seconds)
             one.token_speeds.append(tokens / seconds)
-            if one.name == OURS:
-                waited_s, busy_s = waited_s + ours.waited_s - before, busy_s + seconds
             step.restore()
-    return waited_s / busy_s
+
+
+def _begin(one: Contestant, step: _Step) -> None:
+    """Warm up, and measure memory; who does not fit is out."""
+    try:
+        batch = one.next_batch()
+        step(one, batch)  # what is compiled is compiled here
+        with measuring_peak(step.device) as peak:
+            step(one, batch)
+        step(one, one.next_batch())
+    except torch.OutOfMemoryError:
+        one.fits = False
+    else:
+        one.peak_bytes = peak.size_bytes
+        one.total_bytes = peak.size_bytes + step.weight_bytes(one)
+    step.restore()
 
 
 def _few_steps(one: Contestant, step: _Step) -> tuple[float, float]:
@@ -270,10 +184,15 @@ def _few_steps(one: Contestant, step: _Step) -> tuple[float, float]:
     return audio_s, tokens
 
 
-def _ratio(contestants: list[Contestant], name: str) -> float:
-    """How many times as fast as another we are: the median over the turns."""
-    other = next(one for one in contestants if one.name == name)
-    return statistics.median(a / b for a, b in zip(contestants[0].speeds, other.speeds, strict=True))
+def _loader_share(ours: Contestant, step: _Step, parts: Parts) -> float:
+    """Measure the share of our time spent waiting for batches: a stretch of steps that begins with a cold store."""
+    drop_from_page_cache([path for path in parts.reader.store.path.rglob("c.*") if path.is_file()])
+    parts.reader.clear()
+    batches, started = our_batches(parts, parts.reader), time.perf_counter()
+    for number in range(LOADER_STEPS):
+        step(ours, batches[number])
+    step.wait()
+    return batches.waited_s / (time.perf_counter() - started)
 
 
 # ------------------------------------------------------------------------------------------- memory and arithmetic
@@ -315,12 +234,15 @@ def _matmul_peak(device: torch.device) -> float:
 
 def format_table(result: dict[str, Any]) -> str:
     """Write the result as lines for people."""
-    lines = [f"{'':<36}{'audio s/s':>11}{'tokens/s':>11}{'ours is':>10}{'peak MB':>10}"]
+    lines = [f"{'':<36}{'audio s/s':>11}{'tokens/s':>11}{'ours is':>10}{'peak MB':>10}{'with weights':>14}"]
     for name, one in result["contestants"].items():
+        if not one["fits"]:
+            lines.append(f"{name:<36}{'does not fit':>22}")
+            continue
         ratio = "" if name == OURS else f"{one['ours_is_faster_by']:.2f}x"
         lines.append(
             f"{name:<36}{one['audio_seconds_per_second']:>11,.0f}{one['tokens_per_second']:>11,.0f}{ratio:>10}"
-            f"{one['peak_bytes'] / 1e6:>10,.0f}"
+            f"{one['peak_bytes'] / 1e6:>10,.0f}{one['total_bytes'] / 1e6:>14,.0f}"
         )
     share = result["matmul_share"]
     lines += [
@@ -328,6 +250,7 @@ def format_table(result: dict[str, Any]) -> str:
         f"loss memory over full logits  {result['loss_memory_vs_full']:.3f}   at most 0.25",
         f"waiting for batches           {100 * result['loader_share']:.2f} %  at most 2 %",
         f"share of the matmul peak      {'not measured without a GPU' if share is None else f'{100 * share:.1f} %'}",
-        f"device {result['device']}, load average {result['load_average']:.1f}, memory beyond weights and inputs",
+        f"waiting: over {LOADER_STEPS} steps from a cold store; peak: beyond weights and inputs",
+        f"device {result['device']}, load average {result['load_average']:.1f}",
     ]
     return "\n".join(lines)

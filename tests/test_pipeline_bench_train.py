@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from pipelines import bench_losses
+from pipelines import bench_train as bench_module
+from pipelines.bench_contestants import OURS, PLAIN, Contestant
 from pipelines.bench_train import format_table, loss_memory_vs_full
+from pipelines.errors import RunError
 from pipelines.peak_memory import CountFlops, measuring_peak
 from tinyaudio.prompt import transcript_ids
 
@@ -90,6 +93,43 @@ def test_loss_part_takes_at_most_a_quarter_of_the_memory_of_full_logits():
     assert loss_memory_vs_full(CPU) <= 0.25
 
 
+class FakeStep:
+    """Steps that take no time and no memory."""
+
+    device = CPU
+
+    def __call__(self, contestant, batch):
+        contestant.loss(None, batch)
+
+    def weight_bytes(self, contestant):
+        return 1000
+
+    def restore(self):
+        pass
+
+    def wait(self):
+        pass
+
+
+def too_large(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_who_does_not_fit_is_said_to_and_stops_nobody():
+    def next_batch():
+        return {"duration_s": 1.0, "num_tokens": 10}
+
+    ours = Contestant(name=OURS, next_batch=next_batch, loss=lambda *_: torch.zeros(1))
+    plain = Contestant(name=PLAIN, next_batch=next_batch, loss=too_large)
+    bench_module._race([ours, plain], FakeStep(), turns=2)
+    assert (ours.fits, len(ours.speeds)) == (True, 2)
+    assert (plain.fits, plain.speeds) == (False, [])
+    assert ours.total_bytes == ours.peak_bytes + 1000
+    assert plain.to_dict(ours)["ours_is_faster_by"] is None
+    with pytest.raises(RunError, match=r"this stage two does not fit"):
+        bench_module._race([plain], FakeStep(), turns=2)
+
+
 @pytest.mark.slow
 def test_bench_train_reaches_its_ratios_on_the_stand_ins(tmp_path):
     command = [sys.executable, "-m", "tinyaudio", "bench", "train", "--json", "--device", "cpu"]
@@ -100,5 +140,6 @@ def test_bench_train_reaches_its_ratios_on_the_stand_ins(tmp_path):
     assert result["loss_memory_vs_full"] <= 0.25
     assert result["loader_share"] <= 0.02
     assert result["matmul_share"] is None
-    assert result["peak_bytes"] > 0
+    assert 0 < result["peak_bytes"] < result["total_bytes"]
+    assert {"int8 store, floats on the device", "int8 store, floats on the host"} <= result["contestants"].keys()
     assert format_table(result) in done.stdout

@@ -189,9 +189,7 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe_file, store, whole, tmp_path
     assert "stopped at step 4 of 6, saved; go on with" in lines[-1]
     assert "--resume" in lines[-1]
     assert 4 not in logged(tmp_path / "run", "dev_wer"), "the evaluation at step 4 was given up"
-    started = time.monotonic()
     stage_two(recipe_file, store, tmp_path / "run", resume=True)
-    assert time.monotonic() - started < 10 * (1 + os.getloadavg()[0]), "two steps and two evaluations after a resume"
     assert same_weights(whole, tmp_path / "run")
     assert logged(tmp_path / "run", "dev_wer") == logged(whole, "dev_wer"), "and made up for"
 
@@ -436,6 +434,34 @@ def test_a_few_utterances_are_learnt_by_heart(tmp_path):
     assert report.dev_wer is not None
     assert report.dev_wer <= train_module.OVERFIT_WER
     assert report.steps < recipe.train.steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile wants a C++ compiler")
+def test_compiled_decoder_gives_the_same_losses(recipe_file, store, tmp_path):
+    """Minutes of compiling for two steps."""
+    short = ("train.steps=2", "train.log_every=1", "corpus.dev_split=absent")
+    stage_two(recipe_file, store, tmp_path / "plain", *short)
+    stage_two(recipe_file, store, tmp_path / "compiled", *short, "train.compile=true")
+    expected, found = logged(tmp_path / "plain", "loss"), logged(tmp_path / "compiled", "loss")
+    assert list(found) == [1, 2]
+    assert all(abs(found[step] - expected[step]) < 1e-4 for step in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more", [[], ["train.compile=true"], ["train.liger=true"], ["train.gradient_checkpointing=true"]]
+)
+def test_four_steps_on_a_gpu_follow_the_cpu(recipe_file, store, tmp_path, more):
+    """bf16 autocast, pinned batches, a fused optimizer; compiled, with Liger, and with activations checkpointed."""
+    if "train.liger=true" in more:
+        pytest.importorskip("liger_kernel")
+    settings = ["train.steps=4", "train.log_every=1", *more]
+    train(load_recipe(str(recipe_file), settings), store, Run(tmp_path / "gpu"), device="cuda", say=print)
+    stage_two(recipe_file, store, tmp_path / "cpu", "train.steps=4", "train.log_every=1")
+    expected, found = logged(tmp_path / "cpu", "loss"), logged(tmp_path / "gpu", "loss")
+    assert list(found) == [1, 2, 3, 4]
+    assert all(abs(found[step] - expected[step]) < 0.02 * expected[step] for step in expected)
 
 
 def invoke(*arguments):

@@ -162,8 +162,9 @@ class _Request:
         if model is not None and not is_folder and provider == "tinyaudio":
             self.own = _recipe_on_hub(model, revision)
         if corpus is None and recipe is None and self.own is None:
+            where = "" if model is None or is_folder else " (no folder here, and nothing fetched from the hub)"
             raise EvaluationError(
-                f"{model or provider!r} brings no recipe.toml; say what to score with --corpus or --recipe"
+                f"{model or provider!r} brings no recipe.toml{where}; say what to score with --corpus or --recipe"
             )
         base = load_recipe(recipe or self.own or "demo")
         table = None if corpus is None else _corpus_table(corpus, base.corpus)

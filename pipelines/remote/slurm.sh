@@ -25,7 +25,15 @@ follow() { # stage, then further options of sbatch: after the stage before it
     said+="$1 $previous, "
 }
 
-for stage in ${STAGES:-extract train eval publish}; do
+STAGES=${STAGES:-extract train eval publish}
+for stage in $STAGES; do
+    case $stage in
+        extract | train | eval | publish) ;;
+        *) echo "no stage '$stage'; expected extract, train, eval or publish" >&2; exit 2 ;;
+    esac
+done
+
+for stage in $STAGES; do
     case $stage in
         extract)
             follow extract --array "0-$((ARRAY - 1))" --gres "gpu:$GPUS" --time 12:00:00
@@ -36,7 +44,6 @@ for stage in ${STAGES:-extract train eval publish}; do
         train) follow train --gres "gpu:$GPUS" --time 24:00:00 ;;
         eval) follow eval --gres gpu:1 --time 6:00:00 ;;
         publish) follow publish --time 0:30:00 ;;
-        *) echo "no stage '$stage'; expected extract, train, eval or publish" >&2; exit 2 ;;
     esac
 done
 echo "${said%, }"

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from pipelines.corpora_schema import SCAN_SCHEMA, digest_files, duration_of
-from pipelines.errors import CorpusError, SourceError
+from pipelines.errors import CorpusError, FetchError, SourceError
 from pipelines.hub_files import HubFile, fetch_whole, is_commit, resolve_dataset
 from pipelines.recipes import Columns, CorpusSection
 
@@ -35,6 +36,7 @@ class ParquetCorpus:
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
+        self._audio_sizes: dict[str, int] = {}  # bytes by file, of those whose footer was read
 
     def files(self, split: str) -> list[str]:
         """List the files of a split, in order. Raises CorpusError for a split that is not there."""
@@ -55,7 +57,8 @@ class ParquetCorpus:
     def scan(self, split: str) -> pa.Table:
         files = self.files(split)
         with ThreadPoolExecutor(self.scan_threads) as threads:
-            parts = list(threads.map(lambda item: self._scan_file(split, *item), enumerate(files)))
+            scanned = threads.map(lambda item: self._scan_file(split, *item), enumerate(files))
+            parts = list(tqdm(scanned, f"listing {split}", len(files), unit="file", delay=2.0, disable=None))
         return pa.concat_tables(parts) if parts else SCAN_SCHEMA.empty_table()
 
     def audio_bytes(self, split: str) -> int | None:
@@ -63,14 +66,18 @@ class ParquetCorpus:
             return sum(threads.map(self._audio_bytes_of, self.files(split)))
 
     def _audio_bytes_of(self, file: str) -> int:
-        with self._parquet(file) as parquet:
-            footer = parquet.metadata
-            return sum(
-                footer.row_group(group).column(column).total_compressed_size
-                for group in range(footer.num_row_groups)
-                for column in range(footer.num_columns)
-                if footer.row_group(group).column(column).path_in_schema == f"{self.columns.audio}.bytes"
-            )
+        if file not in self._audio_sizes:
+            with self._parquet(file) as parquet:
+                self._audio_sizes[file] = self._audio_size(parquet.metadata)
+        return self._audio_sizes[file]
+
+    def _audio_size(self, footer: pq.FileMetaData) -> int:
+        return sum(
+            footer.row_group(group).column(column).total_compressed_size
+            for group in range(footer.num_row_groups)
+            for column in range(footer.num_columns)
+            if footer.row_group(group).column(column).path_in_schema == f"{self.columns.audio}.bytes"
+        )
 
     def _parquet(self, file: str, *, whole: bool = False) -> pq.ParquetFile:
         stream = self.open(file, whole=whole)
@@ -88,13 +95,20 @@ class ParquetCorpus:
     def _scan_file(self, split: str, number: int, file: str) -> pa.Table:
         with self._parquet(file) as parquet:
             self._check_columns(file, parquet.schema_arrow)
-            states_durations = self.columns.duration in parquet.schema_arrow.names
-        with self._parquet(file, whole=not states_durations) as parquet:
-            try:
-                groups = range(parquet.num_row_groups)
-                parts = [self._scan_group(parquet, f"{split}:{number}:{group}", group) for group in groups]
-            except (pa.ArrowException, OSError) as error:
-                raise SourceError(f"{file!r}: its metadata columns are damaged ({_line(error)})") from error
+            self._audio_sizes[file] = self._audio_size(parquet.metadata)
+            if self.columns.duration in parquet.schema_arrow.names:
+                return self._scan_groups(parquet, f"{split}:{number}", file)
+        with self._parquet(file, whole=True) as parquet:  # durations are in the recordings
+            return self._scan_groups(parquet, f"{split}:{number}", file)
+
+    def _scan_groups(self, parquet: pq.ParquetFile, place: str, file: str) -> pa.Table:
+        try:
+            groups = range(parquet.num_row_groups)
+            parts = [self._scan_group(parquet, f"{place}:{group}", group) for group in groups]
+        except FetchError:  # an OSError too, but of the network and not of the file
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{file!r}: its metadata columns are damaged ({_line(error)})") from error
         return pa.concat_tables(parts) if parts else SCAN_SCHEMA.empty_table()
 
     def _check_columns(self, file: str, schema: pa.Schema) -> None:
@@ -152,6 +166,8 @@ class ParquetCorpus:
                             yield wanted[row], audio
                         if row == last:
                             break
+            except FetchError:
+                raise
             except (pa.ArrowException, OSError) as error:
                 raise SourceError(f"{file!r}, row group {group}: {_line(error)}") from error
 

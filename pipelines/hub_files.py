@@ -22,8 +22,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipelines.errors import CorpusError, FetchError
 
-OPENING_PATIENCE_S = 30.0  # to find a data set or a model at all: somebody is waiting at the terminal
-MAX_WAIT_S = 60.0
+MIN_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between two attempts, whatever the server says
 TIMEOUT_S = 30.0  # without a single byte
 _LATER = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that pass
 
@@ -43,6 +42,11 @@ def give_up() -> None:
 def resume() -> None:
     """Be patient again."""
     _giving_up.clear()
+
+
+def pause(seconds: float) -> bool:
+    """Wait, but no longer than until somebody gives up; whether somebody has."""
+    return _giving_up.wait(seconds)
 
 
 def is_commit(revision: str | None) -> bool:
@@ -92,11 +96,19 @@ def patiently(call: Callable[[], Result], what: str, patience_s: float) -> Resul
 
 def _wait_s(error: Exception, attempt: int) -> float:
     """Wait as the server says, else twice as long each time, with jitter so that workers do not all come at once."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    asked = str(headers.get("Retry-After", ""))
-    if asked.isdigit():
-        return min(float(asked), MAX_WAIT_S)
-    return min(2.0**attempt, MAX_WAIT_S) * random.uniform(0.5, 1.0)
+    asked_s = _asked_s(getattr(getattr(error, "response", None), "headers", None) or {})
+    if asked_s is not None:
+        return min(max(asked_s, MIN_WAIT_S), MAX_WAIT_S)
+    return max(MIN_WAIT_S, min(2.0**attempt, MAX_WAIT_S) * random.uniform(0.5, 1.0))
+
+
+def _asked_s(headers: Mapping[str, str]) -> float | None:
+    """Read how long the server wants to be left alone: Retry-After, or the hub's `RateLimit: "resolve";r=0;t=55`."""
+    after = str(headers.get("Retry-After", ""))
+    if after.isdigit():
+        return float(after)
+    limit = re.search(r";\s*r=0\s*;\s*t=(\d+)", str(headers.get("RateLimit", "")))
+    return float(limit[1]) if limit else None
 
 
 def _reason(error: BaseException) -> str:
@@ -112,6 +124,7 @@ class HubFile(io.RawIOBase):
         self._url = hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         self._position = 0
         self._size: int | None = None
+        self._tail = b""
 
     def readable(self) -> bool:
         return True
@@ -131,7 +144,7 @@ class HubFile(io.RawIOBase):
     def size(self) -> int:
         """Bytes of the whole file, from the answer to a request for its last eight."""
         if self._size is None:
-            self._get("bytes=-8", 8)
+            self._tail = self._get("bytes=-8", 8)
         assert self._size is not None
         return self._size
 
@@ -139,7 +152,11 @@ class HubFile(io.RawIOBase):
         wanted = min(len(buffer), self.size - self._position)
         if wanted <= 0:
             return 0
-        body = self._get(f"bytes={self._position}-{self._position + wanted - 1}", wanted)
+        before_tail = self.size - len(self._tail) - self._position
+        if before_tail <= 0:  # a Parquet reader's first question
+            body = self._tail[-before_tail:][:wanted]
+        else:
+            body = self._get(f"bytes={self._position}-{self._position + wanted - 1}", wanted)
         buffer[:wanted] = body
         self._position += wanted
         return wanted
@@ -213,7 +230,7 @@ def resolve_dataset(name: str, config: str | None, revision: str | None, patienc
         builder = patiently(
             lambda: load_dataset_builder(name, config, revision=revision),
             f"data set {name!r}",
-            min(patience_s, OPENING_PATIENCE_S),
+            patience_s,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -35,6 +35,7 @@ ENCODER, DECODER = "facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-B
 CORPUS = "speechbrain/LoquaciousSet"
 PINNED = {ENCODER: "ece5fabbf034c1073acae96d5401b25be96709d8", CORPUS: "2379d906037aa092052390308f6816fdc1a32273"}
 ROWS_PER_GROUP = 20
+LARGE, CDN = (".parquet", ".safetensors"), "/cdn"  # files in large-file storage, and where that begins
 
 
 @dataclass
@@ -77,14 +78,17 @@ def _sha256(file: Path) -> str:
 def _entry(path: str, file: Path) -> dict[str, object]:
     size, sha256 = file.stat().st_size, _sha256(file)
     entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": sha256[:40]}
-    if path.endswith((".parquet", ".safetensors")):
+    if path.endswith(LARGE):
         entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 130}
     return entry
 
 
 @dataclass
 class Fault:
-    """A wrong answer: an HTTP status, "slow", "disconnect" (half of the body), "short" (fewer bytes than asked for)."""
+    """A wrong answer: an HTTP status, "slow", "disconnect" (half of the body), "short" (fewer bytes than asked for).
+
+    Faults of a file that lies behind a redirect happen where it leads to.
+    """
 
     pattern: str  # searched in the request's path
     kind: int | str
@@ -92,6 +96,9 @@ class Fault:
     share: float = 1.0  # of the matching requests
     method: str = "GET"
     retry_after: str = "0"
+    slow_s: float = 0.5
+    min_bytes: int = 0  # only of requests for a range of so many bytes: audio, say, and not footers
+    hits: int = 0
 
 
 @dataclass
@@ -112,6 +119,7 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
+        self.redirects = False  # send requests for large files on to another host, as the hub does
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         hub = self
@@ -147,15 +155,16 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
-            "no_proxy": "127.0.0.1",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def take_fault(self, method: str, path: str, num_bytes: int = 0) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                is_hit = fault.times and fault.method == method and re.search(fault.pattern, path)
-                if is_hit and self.random.random() < fault.share:
+                is_meant = fault.times and fault.method == method and num_bytes >= fault.min_bytes
+                if is_meant and re.search(fault.pattern, path) and self.random.random() < fault.share:
                     fault.times -= 1
+                    fault.hits += 1
                     return dataclasses.replace(fault)
         return None
 
@@ -187,12 +196,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body)
 
     def _answer(self, body: bytes = b"") -> None:
-        fault = self.replica.take_fault(self.command, self.path)
+        path = unquote(urlsplit(self.path).path)
+        if self.replica.redirects and "/resolve/" in path and path.endswith(LARGE) and not path.startswith(CDN):
+            return self._redirect()
+        span = _span(self.headers.get("Range"), sys.maxsize)
+        fault = self.replica.take_fault(self.command, self.path, span[1] - span[0] if span else 0)
         if fault is not None and isinstance(fault.kind, int):
             return self._send(fault.kind, b"not now", {"Retry-After": fault.retry_after})
         if fault is not None and fault.kind == "slow":
-            time.sleep(0.5)
-        path = unquote(urlsplit(self.path).path)
+            time.sleep(fault.slow_s)
+        path = path.removeprefix(CDN)
         match = re.match(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", path)
         if match:
             kind = "datasets" if match[1] else "models"
@@ -204,6 +217,19 @@ class _Handler(BaseHTTPRequestHandler):
             repo = self.replica.repos.get((match[1], match[2]))
             return self._api(repo, match[3], match[4] or "main", (match[5] or "").strip("/"), body)
         return self._missing("EntryNotFound")
+
+    def _redirect(self) -> None:
+        """Answer as the hub does for what lies in its large-file storage: elsewhere, with what it knows of the file."""
+        there = f"http://localhost:{self.replica.endpoint.rpartition(':')[2]}{CDN}{self.path}"
+        match = re.match(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", unquote(urlsplit(self.path).path))
+        repo = match and self.replica.repos.get(("datasets" if match[1] else "models", match[2]))
+        commit = repo and match and repo.resolve(match[3])
+        file = commit and repo.commits[commit].get(match[4])
+        if not file:
+            return self._missing("EntryNotFound")
+        known = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
+        span = _span(self.headers.get("Range"), file.stat().st_size)
+        self._send(302, b"", {"Location": there, "X-Repo-Commit": str(commit), **known}, span=span)
 
     def _missing(self, code: str) -> None:
         self._send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not here"})

@@ -163,7 +163,7 @@ def _floats(stored: NDArray[Any] | Quantized) -> Features:
 
 def _encode(recipe: Recipe, source_ids: list[str]) -> dict[str, Features]:
     line = EncoderLine(open_encoder(recipe.encoder, pick_device("cpu")))
-    with Decoder(open_corpus(recipe.corpus), num_processes=0) as decoder:
+    with Decoder(open_corpus(recipe.corpus), 0, recipe.corpus.max_duration_s) as decoder:
         decoded, _ = decoder.collect(decoder.submit(source_ids))
     samples = {source_id: found for source_id, found in decoded if not isinstance(found, str)}
     features: dict[str, Features] = {}
@@ -183,7 +183,7 @@ def _word_errors(
             recipe = load_recipe("demo", [f"store.encoding={encoding}", f"train.seed={seed}"])
             settings: dict[str, Any] = {"store.encoding": encoding, "train.seed": seed}
             cells.append(Cell(name=f"{encoding}_seed-{seed}", settings=settings, recipe=recipe))
-    ablate(Grid(name="encodings", cells=tuple(cells), stores=stores), None, folder, jobs=jobs, say=say)
+    ablate(Grid(name="encodings", cells=tuple(cells), stores=stores), None, folder, jobs=jobs, say=say).check()
     wers: dict[str, dict[str, list[float]]] = {encoding: {split: [] for split in SPLITS} for encoding in STORED}
     for cell in cells:
         run = folder / cell.name
@@ -196,11 +196,11 @@ def _word_errors(
 
 
 def _bytes_per_frame(path: Path) -> float:
-    """Add up the array files over the rows they hold; checksums, indices and scales count."""
+    """Divide the array files by the frames they hold; checksums, indices, scales and rows left empty count."""
     store = FeatureStore.open(path)
     commits = [store.commit(shard) for shard in store.committed_shards()]
     size = sum(file.size_bytes for commit in commits for file in commit.arrays.values())
-    return size / (len(commits) * store.rows_per_shard)
+    return size / sum(commit.num_frames for commit in commits)
 
 
 def _means_over_splits(found: dict[str, list[float]]) -> list[float]:

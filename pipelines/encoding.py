@@ -94,20 +94,24 @@ class Encoded:
         """Set up; `wait` gives what is in the host's memory and the seconds it took to compute it."""
         self._frames, self._wait = frames, wait
 
-    def read(self) -> tuple[list[Stored], float]:
+    def read(self) -> tuple[list[NDArray[np.float32]], float]:
         """Wait.
 
         Returns:
-            Each recording's features, and the seconds in which the device computed this batch.
+            Each recording's features, (T_i, D) float32, and the seconds in which the device computed this batch.
         """
+        (features,), seconds = self._wait()
+        return [row[:count] for row, count in zip(features, self._frames, strict=True)], seconds
+
+    def read_stored(self) -> tuple[Sequence[Stored], float]:
+        """Wait for what a store takes; as `read`, but quantised if the line has a calibration."""
         host, seconds = self._wait()
         if len(host) == 1:
             return [row[:count] for row, count in zip(host[0], self._frames, strict=True)], seconds
-        rows: list[Stored] = [
+        return [
             Rows(codes[:count], scales[:count]) if is_finite[:count].all() else None
             for codes, scales, is_finite, count in zip(*host, self._frames, strict=True)
-        ]
-        return rows, seconds
+        ], seconds
 
 
 def quantize_tensor(features: Tensor, calibration: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,7 @@ class EncoderLine:
         self._is_cuda = self.device.type == "cuda"
         if self._is_cuda:
             torch.cuda.set_device(self.device)  # streams, events and pinned memory are of the current device
-        self._to_device, self._to_host = ((_stream(self.device), _stream(self.device)) if self._is_cuda else (None, None))
+            self._to_device, self._to_host = _stream(self.device), _stream(self.device)
         self._calibration = None if calibration is None else torch.from_numpy(calibration.array).to(self.device)
         self.num_lines = 1 if self._is_cuda else min(torch.get_num_threads(), MAX_LINES)
         self._pool: ThreadPoolExecutor | None = None

@@ -15,6 +15,7 @@ from cache import FeatureStore
 from pipelines.no_speech import SOURCE
 
 SECONDS_PER_HOUR = 3600
+FILTERS = ("too_short", "too_long")  # reasons of a plan that are the recipe's wish; all others are faults of the data
 
 
 @dataclass
@@ -73,27 +74,43 @@ class ExtractReport:
         self.shards_total, self.is_complete = store.num_shards, store.is_sealed
         self.utterances = sum(commit.num_utterances for commit in commits)
         self.hours = sum(commit.duration_s for commit in commits) / SECONDS_PER_HOUR
-        self.quarantined = quarantined_so_far(store)
+        self.quarantined = Quarantine(store).count()
         sources = pq.read_table(store.layout.plan, columns=["source", "shard"]).to_pydict()
         self.no_speech = sum(s == SOURCE and shard >= 0 for s, shard in zip(*sources.values(), strict=True))
-        rejected = store.layout.rejected
-        lines = rejected.read_text().splitlines() if rejected.exists() else []
-        self.planned_out = dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
+        self.planned_out = planned_out(store)
         self.store_bytes = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
 
 
-def quarantined_so_far(store: FeatureStore) -> Counter[str]:
-    """Count the quarantined utterances of the committed shards, by reason."""
-    counts: Counter[str] = Counter()
-    for shard in store.committed_shards():
-        if store.commit(shard).num_quarantined:
-            counts.update(quarantine_reasons(store, shard))
-    return counts
+class Quarantine:
+    """What every writer of a store has put into quarantine so far; counting again reads only what is new."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self._by_shard: dict[int, Counter[str]] = {}
+
+    def count(self) -> Counter[str]:
+        """Count the quarantined utterances of the committed shards, by reason."""
+        committed = self._store.committed_shards()
+        self._by_shard = {shard: self._by_shard.get(shard) or self._read(shard) for shard in committed}
+        return sum(self._by_shard.values(), Counter[str]())
+
+    def _read(self, shard: int) -> Counter[str]:
+        if not self._store.commit(shard).num_quarantined:
+            return Counter()
+        lines = self._store.layout.quarantine(shard).read_text().splitlines()
+        return Counter(json.loads(line)["reason"] for line in lines)
 
 
-def quarantine_reasons(store: FeatureStore, shard: int) -> list[str]:
-    """List the reason of every utterance in the quarantine of a shard."""
-    return [json.loads(line)["reason"] for line in store.layout.quarantine(shard).read_text().splitlines()]
+def planned_out(store: FeatureStore) -> dict[str, int]:
+    """Count what the plan of a store left out, by reason, the most frequent first."""
+    rejected = store.layout.rejected
+    lines = rejected.read_text().splitlines() if rejected.exists() else []
+    return dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
+
+
+def faults_of_plan(rejected: Mapping[str, int]) -> Counter[str]:
+    """Pick the bad rows from what a plan left out: those that no filter of the recipe meant."""
+    return Counter({reason: count for reason, count in rejected.items() if reason not in FILTERS})
 
 
 def listed(counts: Mapping[str, int]) -> str:

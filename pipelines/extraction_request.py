@@ -13,13 +13,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from cache import FeatureStore, store_repair
+from cache import Calibration, FeatureStore, find_faults
 from cache.errors import CacheError
 from cache.plan import plan_digest
 from pipelines.corpora import Corpus, open_corpus
-from pipelines.errors import CorpusError
+from pipelines.errors import CorpusError, RunError
 from pipelines.extract_report import ExtractReport
-from pipelines.hub_files import OPENING_PATIENCE_S, is_commit, patiently
+from pipelines.hub_files import is_commit, patiently
 from pipelines.planning import Plan, corpus_fingerprint
 from pipelines.recipes import Recipe
 
@@ -75,7 +75,8 @@ def pinned(recipe: Recipe, store: Path) -> Recipe:
         commit = recorded["pinned"]["corpus"] if is_same else _dataset_commit(recipe)
         corpus = corpus.model_copy(update={"revision": commit})
     if not is_local(encoder.id) and not is_commit(encoder.revision):
-        commit = recorded["pinned"]["encoder"] if is_same else _model_commit(encoder.id, encoder.revision)
+        asked = encoder.id, encoder.revision, corpus.fetch_patience_s
+        commit = recorded["pinned"]["encoder"] if is_same else _model_commit(*asked)
         encoder = encoder.model_copy(update={"revision": commit})
     return recipe.model_copy(update={"corpus": corpus, "encoder": encoder})
 
@@ -93,13 +94,13 @@ def _dataset_commit(recipe: Recipe) -> str | None:
     return revision
 
 
-def _model_commit(model_id: str, revision: str | None) -> str | None:
+def _model_commit(model_id: str, revision: str | None, patience_s: float) -> str | None:
     """Ask for the commit that a model's revision means now; offline, that of the copy in the hub client's cache."""
     try:
         path = patiently(
             lambda: hf_hub_download(model_id, "config.json", revision=revision),
             f"model {model_id!r}",
-            OPENING_PATIENCE_S,
+            patience_s,
         )
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -124,8 +125,31 @@ def request_of(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> dict[st
             "files": digest_model_files(Path(recipe.encoder.id)) if is_local(recipe.encoder.id) else None,
             **recipe.encoder.model_dump(include={"precision", "compile"}),
         },
-        "store": recipe.store.model_dump(),
+        "store": {**recipe.store.model_dump(exclude={"calibration"}), "calibration": _calibration_id(recipe)},
     }
+
+
+def _calibration_id(recipe: Recipe) -> str | None:
+    """Name the calibration that the recipe takes from another store."""
+    calibration = given_calibration(recipe)
+    return None if calibration is None else calibration.id
+
+
+def given_calibration(recipe: Recipe) -> Calibration | None:
+    """Read the calibration that the recipe takes from another store; None if it is to be measured.
+
+    Raises:
+        StoreNotFoundError: no store there. RunError: one that has no calibration.
+    """
+    if recipe.store.calibration is None:
+        return None
+    calibration = FeatureStore.open(recipe.store.calibration).calibration
+    if calibration is None:
+        raise RunError(
+            f"store {recipe.store.calibration!r} is float16 and has no calibration; set store.calibration to an int8 "
+            "store, or leave it away to measure one"
+        )
+    return calibration
 
 
 def digest_model_files(folder: Path) -> str:
@@ -184,8 +208,6 @@ def recorded_plan(store: Path, request: dict[str, Any], splits: Sequence[str], r
 def finished(recipe: Recipe, store: Path, split: str | None = None) -> ExtractReport | None:
     """Answer for a store that holds all that is asked for, sealed and sound; None if there is anything to do.
 
-    Damaged shards are taken back on the way, so that they are made again.
-
     Raises:
         CorpusError: no such corpus or split.
     """
@@ -202,7 +224,7 @@ def finished(recipe: Recipe, store: Path, split: str | None = None) -> ExtractRe
         return None
     try:
         opened = FeatureStore.open(store)
-        if store_repair(opened):
+        if next(find_faults(opened, deep=None), None) is not None:
             return None
         report = ExtractReport(store=str(store))
         report.read_totals(opened)

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
 from pipelines.extraction_request import encoder_name, is_local
-from pipelines.hub_files import OPENING_PATIENCE_S, patiently
+from pipelines.hub_files import patiently
 from pipelines.recipes import EncoderSection
 from tinyaudio.encoder import load_encoder, load_feature_extractor
 from tinyaudio.frozen import resolved_revision, weights_digest
+
+OPENING_PATIENCE_S = 30.0  # seconds to keep trying, where somebody waits at the terminal
 
 __all__ = ["LoadedEncoder", "check_encoder", "encoder_name", "is_local", "open_encoder", "pick_device"]
 
@@ -37,11 +39,13 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def open_encoder(section: EncoderSection, device: torch.device) -> LoadedEncoder:
+def open_encoder(
+    section: EncoderSection, device: torch.device, patience_s: float = OPENING_PATIENCE_S
+) -> LoadedEncoder:
     """Load the encoder of a recipe; errors as `tinyaudio.encoder.load_encoder`; FetchError: no way to the hub."""
     what = f"encoder {section.id!r}"
-    model = patiently(lambda: load_encoder(section.id, section.revision), what, OPENING_PATIENCE_S)
-    extractor = patiently(lambda: load_feature_extractor(section.id, section.revision), what, OPENING_PATIENCE_S)
+    model = patiently(lambda: load_encoder(section.id, section.revision), what, patience_s)
+    extractor = patiently(lambda: load_feature_extractor(section.id, section.revision), what, patience_s)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
         "id": encoder_name(section.id),

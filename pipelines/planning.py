@@ -6,6 +6,7 @@ Also the fingerprint: everything that decides what a stored row holds.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from cache import make_plan
 from pipelines.corpora_schema import Corpus
 from pipelines.errors import CorpusError
+from pipelines.kept_scans import scan_once
 from pipelines.no_speech import is_no_speech, no_speech_rows
 from pipelines.recipes import CorpusSection, Recipe
 from pipelines.transcripts import prepare_transcript
@@ -70,15 +72,19 @@ class Plan:
         return self.table.filter(pa.array(self.table["shard"].to_numpy() < 0))
 
 
-def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> Plan:
+def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Path | None = None) -> Plan:
     """Scan a corpus and give every utterance a shard or a reason.
+
+    Args:
+        store: where it will lie; the scan is kept beside it, for who plans the same again.
 
     Raises:
         CorpusError: a split that is not there, or one with nothing to store in it.
     """
     tables = []
     for split in splits:
-        table = _prepared(recipe.corpus, corpus.scan(split), split)
+        scanned = corpus.scan(split) if store is None else scan_once(corpus, recipe.corpus.columns, split, store)
+        table = _prepared(recipe.corpus, scanned, split)
         if not (table["reason"].to_numpy() == "").any():
             reasons = dict(Counter(table["reason"].to_pylist()))
             raise CorpusError(
@@ -87,9 +93,11 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> Plan:
         share = recipe.corpus.no_speech if split == recipe.corpus.train_split else 0.0
         tables.append(_with_no_speech(recipe.corpus, table, split, share))
     rows = recipe.store.rows_per_shard
-    return Plan(
-        table=make_plan(pa.concat_tables(tables), rows_per_shard=rows), splits=tuple(splits), rows_per_shard=rows
-    )
+    table = make_plan(pa.concat_tables(tables), rows_per_shard=rows)
+    plan = Plan(table=table, splits=tuple(splits), rows_per_shard=rows)
+    if not plan.num_shards:
+        raise CorpusError(f"nothing to store ({plan.rejected()}); check the recipe's filters and store.rows_per_shard")
+    return plan
 
 
 def _prepared(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:

@@ -2,7 +2,7 @@
 
 A recipe is found by name in `pipelines/recipes/` or by path; `section.key=value` overrides it; the resolved recipe is
 saved with everything it made and is itself a recipe. Unknown keys are errors with a suggestion. Local folders named
-with a leading `./` or `../` are relative to the recipe file.
+with a leading `./` or `../` are relative to the recipe file, in an override to the working directory.
 """
 
 import difflib
@@ -57,7 +57,7 @@ class CorpusSection(Section):
     text_case: Literal["keep", "lower"] = "keep"
     text_punctuation: Literal["keep", "remove"] = "keep"
     text_tags: Literal["keep", "remove"] = "keep"  # <COMMA>, [noise], ...
-    no_speech: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # items of silence and noise per utterance of train_split
+    no_speech: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # items of silence and noise per utterance of train_split
     fetch: Literal["ranges", "files"] = "ranges"  # read a hub data set in place, or fetch its files into HF_HOME first
     fetch_patience_s: PositiveFloat = 600.0  # seconds to keep trying a request that fails
 
@@ -90,15 +90,23 @@ class StoreSection(Section):
 
     encoding: Literal["float16", "int8"] = "float16"
     rows_per_shard: PositiveInt = 131_072
+    calibration: str | None = None  # an int8 store whose calibration is taken, so that the two can be merged
+
+    @model_validator(mode="after")
+    def _one_calibration(self) -> "StoreSection":
+        if self.calibration is not None and self.encoding != "int8":
+            raise ValueError(f"calibration is for encoding 'int8'; found encoding={self.encoding!r}")
+        return self
 
 
 class ExtractSection(Section):
     """How stage one works; nothing here may change more of what is stored than the last bits of a value."""
 
-    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 30 on a CPU
+    batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 15 on a CPU
     decode_workers: Annotated[int, Field(ge=0)] | None = None  # processes; 0: threads; None: processes for a GPU only
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the planned utterances that may fail
-    disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # stop before less than this is free
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may be bad, those filtered out aside
+    disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # begin no shard that would leave less than this free
+    disk_patience_s: Annotated[float, Field(ge=0)] = 0.0  # seconds to wait for room before giving up
 
 
 class ProjectorSection(Section):
@@ -157,9 +165,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_recipe(
-    name_or_path: str, overrides: Sequence[str] = (), *, corpus: Mapping[str, Any] | None = None
-) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, corpus: Mapping[str, Any] | None = None) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
@@ -180,6 +186,9 @@ def load_recipe(
     _forget_revisions(settings, overrides)
     for override in overrides:
         _override(settings, override)
+    _anchor(
+        settings, Path.cwd()
+    )  # what an override names is relative to where it was typed, and is saved as it is meant
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -199,7 +208,7 @@ def _find(name_or_path: str) -> Path:
 
 
 def _anchor(settings: dict[str, Any], folder: Path) -> None:
-    for section, key in (("corpus", "path"), ("encoder", "id"), ("decoder", "id")):
+    for section, key in (("corpus", "path"), ("encoder", "id"), ("decoder", "id"), ("store", "calibration")):
         table = settings.get(section)
         if not isinstance(table, dict):
             continue

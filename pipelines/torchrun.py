@@ -1,7 +1,7 @@
 """A process's place under torchrun: which part of the shards is its own, and waiting for the others at the end.
 
-Extraction needs no collective: shards are independent and claims keep two processes from one shard. Only the closing
-table waits, over gloo, for the slowest.
+Extraction needs no collective: shards are independent and claims keep two processes from one shard. Over gloo they only
+wait: for the first, which plans and makes the store, and at the end for the slowest.
 """
 
 import datetime
@@ -46,6 +46,6 @@ def wait_for_all() -> None:
     if place().world > 1:
         import torch.distributed as group
 
-        group.init_process_group("gloo", timeout=PATIENCE)
+        if not group.is_initialized():
+            group.init_process_group("gloo", timeout=PATIENCE)
         group.barrier()
-        group.destroy_process_group()

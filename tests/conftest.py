@@ -200,6 +200,7 @@ def write_recipe(path: Path, corpus_folder: Path, encoder_folder: Path, decoder_
         f"""
         [corpus]
         path = "{corpus_folder}"
+        no_speech = 0
         [encoder]
         id = "{encoder_folder}"
         [decoder]

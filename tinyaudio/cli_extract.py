@@ -11,6 +11,10 @@ import typer
 from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
 
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
+_UNSEALED = (
+    "{store} is not complete: living processes elsewhere are writing the shards that are missing. Type the same again "
+    "when they are done; training wants a sealed store"
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,7 +42,8 @@ def extract(
             "--max-bad",
             min=0.0,
             max=1.0,
-            help="Share of utterances that may fail, exactly.  [default: the recipe's extract.max_bad, and ten]",
+            help="Share of rows that may be bad, exactly: audio that fails, no text or far too much, duplicate ids; "
+            "not what the recipe filters out by length.  [default: the recipe's extract.max_bad, and ten]",
         ),
     ] = None,
     ray: Annotated[
@@ -53,53 +58,53 @@ def extract(
     """
     from pipelines.extraction_request import finished
     from pipelines.recipes import load_recipe
+    from pipelines.torchrun import place
 
     part = _parse_part(shard)
     loaded = load_recipe(recipe, set_ or [])
     path = store or default_store(loaded.name, split)
     if plan:
-        _plan(loaded, path, split, device, json)
+        _plan(loaded, path, split, device, part, json)
         return
-    report: Any = finished(loaded, path, split)
+    here = place()
+    report: Any = finished(loaded, path, split) if here.world == 1 else None
     if report is not None:
         say(f"{path} is complete; nothing to do")
     else:
         report = _work(loaded, path, split, part, max_bad, ray, device)
-    if report is not None:
-        print(report)
-        if json:
-            print(json_module.dumps(report.to_dict()))
+    if here.rank:
+        return
+    print(report)
+    if json:
+        print(json_module.dumps(report.to_dict()))
+    if not report.is_complete and part == (0, 1):
+        say("error: " + _UNSEALED.format(store=path))
+        raise typer.Exit(1)
 
 
 def _work(
     recipe: Any, path: Path, split: str | None, part: tuple[int, int], max_bad: float | None, ray: int, device: str
 ) -> Any:
-    """Extract; the report, or None in a process that another one speaks for."""
-    from pipelines.extract import extract as stage_one
-    from pipelines.extract import read_report
+    """Extract, and give the report."""
     from pipelines.torchrun import place, use_all_cores, wait_for_all
 
     splits = _splits(recipe, path, split)
     if ray:
         from pipelines.ray_extract import ray_extract
 
-        return ray_extract(recipe, path, splits=splits, part=part, num_actors=ray, max_bad=max_bad)
+        return ray_extract(recipe, path, splits=splits, part=part, num_actors=ray, max_bad=max_bad, device=device)
+    from pipelines.extract import extract as stage_one
+    from pipelines.extract import read_report
+
     here = place()
     if here.world > 1:
         use_all_cores()
     with _ProgressBar(is_shown=here.rank == 0) as bar:
         report = stage_one(
-            recipe,
-            path,
-            splits=splits,
-            part=here.part(*part),
-            help_others=here.world > 1 and part == (0, 1),
-            max_bad=max_bad,
-            device=device,
-            on_progress=bar,
+            recipe, path, splits=splits, part=part, group=here, max_bad=max_bad, device=device, on_progress=bar
         )
     wait_for_all()
-    return read_report(report) if here.rank == 0 else None
+    return read_report(report)
 
 
 def _splits(recipe: Any, path: Path, split: str | None) -> list[str]:
@@ -112,15 +117,15 @@ def _splits(recipe: Any, path: Path, split: str | None) -> list[str]:
     return splits
 
 
-def _plan(recipe: Any, path: Path, split: str | None, device: str, json: bool) -> None:
+def _plan(recipe: Any, path: Path, split: str | None, device: str, part: tuple[int, int], json: bool) -> None:
     from pipelines.corpora import open_corpus
+    from pipelines.extract import planned
     from pipelines.extraction_request import pinned
     from pipelines.forecast import forecast
-    from pipelines.planning import plan_corpus
 
     fixed = pinned(recipe, path)
     corpus = open_corpus(fixed.corpus)
-    found = forecast(fixed, corpus, plan_corpus(fixed, corpus, _splits(fixed, path, split)), path, device)
+    found = forecast(fixed, corpus, planned(fixed, corpus, _splits(fixed, path, split), path), path, device, part)
     print(found)
     if json:
         print(json_module.dumps(found.to_dict()))
@@ -131,8 +136,8 @@ class _ProgressBar:
 
     def __init__(self, is_shown: bool) -> None:
         self._is_shown = is_shown
-        self._begun = self._said = time.monotonic()
-        self._done_s = 0.0
+        self._begun: float | None = None  # when the first batch was done: what came before says nothing of the speed
+        self._said = self._first_s = self._done_s = 0.0
 
     def __enter__(self) -> "_ProgressBar":
         from tqdm import tqdm
@@ -146,9 +151,13 @@ class _ProgressBar:
         self._bar.close()
 
     def __call__(self, audio_s: float, state: dict[str, Any]) -> None:
+        now = time.monotonic()
         self._done_s += audio_s
-        elapsed = max(time.monotonic() - self._begun, 1e-9)
-        speed = self._done_s / elapsed
+        if self._begun is None:
+            self._begun = self._said = now
+            self._first_s = audio_s
+            self._bar.reset()
+        speed = (self._done_s - self._first_s) / max(now - self._begun, 1e-9)
         words = (
             f"{speed:,.1f}x real time, {state['written_bytes'] / 1e9:.2f} GB, shard {state['shard']}, "
             f"{state['bad']} quarantined"
@@ -156,8 +165,8 @@ class _ProgressBar:
         self._bar.total = state["total_s"] / 3600
         self._bar.set_postfix_str(words, refresh=False)
         self._bar.update(audio_s / 3600)
-        if self._is_shown and self._bar.disable and time.monotonic() - self._said > LOG_EVERY_S:
-            self._said = time.monotonic()
-            left = max(state["total_s"] - self._done_s, 0) / speed
+        if self._is_shown and self._bar.disable and now - self._said > LOG_EVERY_S:
+            self._said = now
+            left = max(state["total_s"] - self._done_s, 0) / max(speed, 1e-9)
             done = f"{self._done_s / 3600:.2f} of {state['total_s'] / 3600:.2f} h"
             say(f"extract: {done}, {words}, {left / 60:.0f} min left")

@@ -137,7 +137,7 @@ def _encode_one_by_one(encoder: PreTrainedModel, values: Tensor, lengths: Sequen
 
 @contextlib.contextmanager
 def _exact_convolutions(device_type: str, precision: str) -> Iterator[None]:
-    """Compute a GPU's float32 convolutions in float32: by default cuDNN rounds what goes into them to TF32's 10 bits."""
+    """Compute a GPU's float32 convolutions in float32: by default cuDNN rounds their inputs to TF32's 10 bits."""
     if device_type != "cuda" or precision != "float32":
         yield
         return

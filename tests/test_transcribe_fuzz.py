@@ -47,7 +47,7 @@ def is_readable(path):
 
 
 def test_broken_inputs_end_in_one_line_each_and_the_right_code(broken, checkpoint, tokenizer, spoken, tmp_path):
-    """And nothing is invented: none of them holds speech but one that is put among them, and that one alone has text."""
+    """And nothing is invented: of all of them only the one with speech that is put there gets a text."""
     said = "the cat sat on the mat"
     ids = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
     soundfile.write(broken / "speech.wav", spoken[0][0], 16_000)

@@ -57,7 +57,8 @@ def open_page(page: Any, host: str, port: int) -> str:
         page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise TinyAudioError(
-            f"port {port} of {host} cannot be had ({error}); name another with --port, or 0"
+            f"port {port} of {host} cannot be listened on: something else does, or the host is not this machine; "
+            "name another with --port, 0 for any"
         ) from error
     return str(page.local_url)
 
@@ -93,7 +94,12 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
         text = gr.Textbox(label="Transcript", lines=4, elem_id="transcript", buttons=["copy"])
         notes = gr.Markdown(elem_id="notes")
         rows = gr.Dataframe(
-            headers=COLUMNS, interactive=False, wrap=True, label="Segments (click to listen)", elem_id="segments"
+            headers=COLUMNS,
+            column_widths=["12%", "12%", "76%"],
+            interactive=False,
+            wrap=True,
+            label="Segments (click to listen)",
+            elem_id="segments",
         )
         start = gr.Number(visible=False)
         running = go.click(answer, recording, [text, rows, notes], api_name="transcribe")

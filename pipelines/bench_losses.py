@@ -54,7 +54,8 @@ class Compiled:
         if self._forward is None:
             self._forward = torch.compile(_decoder(model).get_decoder().forward, dynamic=True)
         embeds, labels, _ = _padded(model, batch)
-        return _at_labels(model, self._forward(inputs_embeds=embeds, use_cache=False).last_hidden_state, labels)
+        states = self._forward(inputs_embeds=embeds, attention_mask=model.no_mask, use_cache=False).last_hidden_state
+        return _at_labels(model, states, labels)
 
 
 def with_mask(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:

@@ -35,6 +35,21 @@ def test_loss_without_gradient_is_the_same_value():
     assert not summed_cross_entropy(hidden.detach(), head, targets, 8).requires_grad
 
 
+def test_a_step_whose_counts_are_known_asks_the_device_for_nothing(model, processor, noise, tokenizer):
+    """On the meta device there is nothing to ask for: reading any value, or picking by a mask, is an error."""
+    features, num_frames = model.encode(**processor([noise(s) for s in (1.0, 0.31, 2.2)]))
+    labels = torch.tensor([[5, 6, 0], [7, 0, -100], [0, -100, -100]])
+    batch = {"features": features.detach(), "num_frames": num_frames, "labels": labels}
+    counts = (num_frames.tolist(), [3, 2, 1])
+    assert torch.equal(model(**batch).loss, model(**batch, host_counts=counts).loss)
+    far = {name: value.to("meta") for name, value in batch.items()}
+    output = model.to("meta").train()(**far, host_counts=counts, num_items_in_batch=6)
+    output.loss.backward()
+    assert output.projected_rms.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        model(**far, num_items_in_batch=6)
+
+
 def test_head_that_is_not_linear_works_too():
     hidden, linear, targets = parts(20, 16, 50)
     head = torch.nn.Sequential(linear, torch.nn.Tanh())

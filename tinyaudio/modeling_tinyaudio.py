@@ -184,6 +184,17 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Let torch.compile fuse the decoder's training step, for any length; generation stays as it is."""
         self._compiled_decoder = torch.compile(self._decoder().get_decoder().forward, dynamic=True)
 
+    @property
+    def no_mask(self) -> Any:
+        """What the decoder takes for causal attention and no more.
+
+        Told nothing, transformers asks the device whether rows are packed, and under torch.compile takes it for given
+        and builds a mask. A dictionary is a mask that is already prepared; SmolLM3 takes one, Llama does not.
+        """
+        config = self._decoder().config
+        is_plain = config.model_type == "smollm3" and set(config.layer_types) == {"full_attention"}
+        return {"full_attention": None} if is_plain else None
+
     def get_input_embeddings(self) -> Any:
         return self._decoder().get_input_embeddings()
 
@@ -294,7 +305,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Right padding needs no mask: causal attention of real positions never looks behind their row's end, and
         # without a mask attention takes its fast causal path.
         decoder = self._compiled_decoder or self._decoder().get_decoder()
-        states = decoder(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
+        padded = pad_right(rows)
+        states = decoder(inputs_embeds=padded, attention_mask=self.no_mask, use_cache=False).last_hidden_state
         first = len(prefix) + lengths + len(suffix) - 1  # the last prompt position predicts the first target
         row = torch.repeat_interleave(torch.arange(len(rows)), num_targets)
         offset = torch.cat([torch.arange(n) for n in num_targets.tolist()])

@@ -28,7 +28,7 @@ from cache.index import INDEX_SCHEMA, decode_index, read_committed
 from cache.quantize import Calibration, Quantized
 from cache.store import FeatureStore
 
-CACHE_BYTES = 5 << 30  # the windows of `cache.order` and an eighth more; over all ranks of a machine together
+CACHE_BYTES = 6 << 30  # the windows of `cache.order` and half as much; over all ranks of a machine together
 
 
 class FeatureReader:

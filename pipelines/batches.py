@@ -29,7 +29,7 @@ from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
 from tinyaudio.prompt import many_transcript_ids, prompt_ids
 
 BATCHES_AHEAD = 2  # batches made while the model works; a batch of 4,096 positions is 40 MB and takes some 20 ms
-BLOCKS_AHEAD = 32  # batches of which the blocks are read in advance, so that a new window of blocks is no stall
+BLOCKS_AHEAD = 16  # batches of which the blocks are read in advance, so that a new window of blocks is no stall
 TOKENIZED_AT_ONCE = 16_384  # transcripts in one call; a Python number takes 36 bytes where the array takes 4
 
 
@@ -294,10 +294,14 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def open_training_reader(store: FeatureStore, split: str, world_size: int) -> FeatureReader:
-    """Open a store so that all the blocks fit into memory which training has in use at a time, and some read ahead."""
-    blocks = WINDOW_BLOCKS * max(1, NUM_STREAMS // world_size)
+    """Open a store so that all the blocks fit into memory which training has in use at a time, and those read ahead.
+
+    These are a window of each stream, and the next window of up to four streams that change theirs at a time.
+    """
+    streams = max(1, NUM_STREAMS // world_size)
+    blocks = WINDOW_BLOCKS * (streams + min(streams, 4))
     size_bytes = blocks * store.header.block_rows * store.header.bytes_per_row
-    return FeatureReader(store, split=split, cache_bytes=size_bytes * 3 // 2)
+    return FeatureReader(store, split=split, cache_bytes=size_bytes)
 
 
 def longest_batch(costs: NDArray[np.int64], budget: int) -> NDArray[np.int64]:

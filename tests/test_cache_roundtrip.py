@@ -233,6 +233,15 @@ def test_a_block_that_leaves_the_cache_still_reaches_whoever_waits_for_it(
     assert [len(future.result(10).features) for future in waiting] == [64] * 3
 
 
+def test_the_block_that_was_wanted_longest_ago_leaves_first(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", make_features([60] * 3))
+    block_bytes = store.header.block_rows * store.header.bytes_per_row
+    reader = FeatureReader(store, cache_bytes=2 * block_bytes)
+    for position in (0, 1, 0, 2, 0):
+        reader.read([position])
+    assert reader.bytes_read == 3 * block_bytes
+
+
 def test_a_small_cache_still_reads_everything(tmp_path: Path) -> None:
     features = make_features([30] * 20)
     reader = FeatureReader(sealed(tmp_path / "store", features), cache_bytes=1)

@@ -62,6 +62,22 @@ def test_read_amplification_shows_blocks_that_are_read_twice(tmp_path: Path, mon
     assert bench._amplification(tmp_path, 0) > 2
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_training_reads_every_block_once_while_it_reads_ahead(tmp_path: Path, world: int) -> None:
+    store = bench.make_wide_store(tmp_path, 50, 0)
+    readers = [bench.open_training_reader(store, "train", world) for _ in range(world)]
+    frames = readers[0].num_frames.astype(np.int64)
+    costs = bench._decoder_positions(frames)
+    order = epoch_order(readers[0].starts, costs, budget=bench.BATCH_BUDGET, seed=0, epoch=0, num_streams=8)
+    for number in range(len(order)):
+        later = number + bench.BLOCKS_AHEAD * world
+        if later < len(order):
+            readers[number % world].prefetch(order[later])
+        readers[number % world].read_rows(order[number])
+    read = sum(reader.bytes_read for reader in readers)
+    assert read < 1.15 * store.num_shards * store.rows_per_shard * store.header.bytes_per_row
+
+
 def test_a_hollow_store_is_a_store(tmp_path: Path) -> None:
     starts, frames = bench._index_like(2_000, 0)
     store = bench.make_hollow_store(tmp_path / "hollow", starts, frames, 0)

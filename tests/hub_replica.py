@@ -226,7 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repo and match and repo.resolve(match[3])
         file = commit and repo.commits[commit].get(match[4])
         if not file:
-            return self._missing("EntryNotFound")
+            self._missing("EntryNotFound")
+            return
         known = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
         span = _span(self.headers.get("Range"), file.stat().st_size)
         self._send(302, b"", {"Location": there, "X-Repo-Commit": str(commit), **known}, span=span)

@@ -67,6 +67,9 @@ class Session:
         return self._log[first + 1 : next((i for i in marks if i > first), len(self._log))]
 
 
+SHARD_ROWS = 1024  # 20 s: several shards of each file
+
+
 def set_revisions(revision: str) -> list[str]:
     return ["--set", f"corpus.revision={revision}", "--set", f"encoder.revision={revision}"]
 
@@ -76,40 +79,46 @@ def world(tmp_path_factory):
     """One session: plan, a hub that stays away, a hub with faults, nothing to do, training, scoring, transcribing."""
     folder = tmp_path_factory.mktemp("hub")
     with fill(Hub(), folder / "served", num_train=60, num_other=60) as hub:
-        away = Fault(r"resolve/.*small/train-00001.*parquet", 503, times=-1)
+        hub.redirects = True
+        away = [
+            Fault(r"resolve/.*small/train-00001.*parquet", 503, times=-1),
+            Fault(r"resolve/.*/model.safetensors", 500, times=1),
+        ]
         passing = [
             Fault(r"resolve/.*train-00000.*parquet", "disconnect", times=3),
             Fault(r"resolve/.*train-00001.*parquet", "short", times=2),
             Fault(r"resolve/.*dev-00002.*parquet", 429, times=2, retry_after="1"),
             Fault(r"resolve/.*dev-00003.*parquet", 500, times=2),
             Fault(r"resolve/.*dev-00004.*parquet", "slow", times=2),
-            Fault(r"resolve/.*/model.safetensors", 500, times=1),
         ]
-        faults = {"away": [away], "faulty": passing, "gone": [Fault(r"resolve/.*parquet", 404, times=-1)]}
+        whole = [Fault(rf"resolve/.*dev-0000{i}.*parquet", kind) for i, kind in enumerate(("disconnect", 500, 429))]
+        hub.met = {"away": away, "faulty": passing, "files": whole}
+        faults = {**hub.met, "gone": [Fault(r"resolve/.*parquet", 404, times=-1)]}
         take = hub.take_fault
 
-        def marked(method: str, path: str) -> Fault | None:
+        def marked(method: str, path: str, num_bytes: int = 0) -> Fault | None:
             if path == "/mark/eval":
                 decoder = hub.repos["models", DECODER]
                 decoder.push({**decoder.files, "README.md": clip})
             if path.startswith("/mark/"):
                 hub.faults[:] = faults.get(path.removeprefix("/mark/"), [])
-            return take(method, path)
+            return take(method, path, num_bytes)
 
         hub.take_fault = marked
         name = "loquacious-small"
         clip = folder / "clip.wav"
         soundfile.write(clip, 0.1 * np.sin(np.arange(16_000) / 20), 16_000)
-        extract_it = ["extract", "--recipe", name, "--store", "store"]
+        extract_it = ["extract", "--recipe", name, "--store", "store", "--set", f"store.rows_per_shard={SHARD_ROWS}"]
         train = ["train", "--recipe", name, "--store", "store", "--run", "run", "--device", "cpu"]
         for key in ("steps=2", "warmup_steps=1", "eval_every=2", "eval_utterances=2", "save_every=2"):
             train += ["--set", f"train.{key}"]
         commands = {
             "plan": [*extract_it, "--plan", "--json"],
             "branches": [*extract_it, "--plan", "--json", *set_revisions("main")],
-            "away": [*extract_it, "--set", "corpus.fetch_patience_s=1.0"],
+            "away": [*extract_it, "--set", "corpus.fetch_patience_s=3.0"],
             "faulty": extract_it,
             "again": extract_it,
+            "files": [*extract_it, "--split", "dev", "--store", "files", "--set", "corpus.fetch=files"],
             "gone": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.no_speech=0"],
             "unknown": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.name=nobody/nothing"],
             "train": train,
@@ -154,13 +163,35 @@ def audio_spans(path: Path) -> list[tuple[int, int]]:
 
 
 def test_a_hub_that_stays_away_is_one_line_and_keeps_what_is_done(world):
-    _, _, session = world
+    folder, _, session = world
     assert session.codes["away"] == "1"
     last = session.stderr["away"].strip().splitlines()[-1]
     assert "train-00001" in last
     assert "503" in last
     assert "type the same again" in last
     assert "Traceback" not in session.stderr["away"]
+    written, total = re.search(r"shards +(\d+) written now, (\d+) in all", session.stdout["faulty"]).groups()
+    assert 0 < int(written) < int(total)  # the other file's were there
+    assert quarantine(folder / "store") == []
+
+
+def quarantine(store: Path) -> list[str]:
+    return [line for path in sorted((store / "quarantine").glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["away", "faulty", "files"])
+def test_every_planted_fault_was_met(world, name):
+    _, hub, _ = world
+    assert [fault for fault in hub.met[name] if not fault.hits] == []
+
+
+def test_whole_files_come_through_faults_too(world):
+    folder, _, session = world
+    assert session.codes["files"] == "0", session.stderr["files"]
+    one, other = FeatureReader(folder / "store", split="dev"), FeatureReader(folder / "files")
+    ids = other.index["utterance_id"].to_pylist()
+    assert sorted(ids) == sorted(one.index["utterance_id"].to_pylist())
+    assert all(np.array_equal(one.get(i), other.get(i)) for i in ids)
 
 
 def test_passing_faults_change_nothing_that_is_stored(world, tmp_path):
@@ -172,7 +203,8 @@ def test_passing_faults_change_nothing_that_is_stored(world, tmp_path):
         (tmp_path / "corpus" / split).mkdir(parents=True)
         for path in (folder / "served" / at).glob("*.parquet"):
             (tmp_path / "corpus" / split / path.name).symlink_to(path)
-    local = load_recipe("loquacious-small", [f"corpus.path={tmp_path / 'corpus'}", f"encoder.id={ENCODER_FOLDER}"])
+    settings = [f"corpus.path={tmp_path / 'corpus'}", f"encoder.id={ENCODER_FOLDER}"]
+    local = load_recipe("loquacious-small", [*settings, f"store.rows_per_shard={SHARD_ROWS}"])
     extract(local, tmp_path / "store", splits=["train", "dev"], device="cpu")
     one, other = FeatureReader(folder / "store"), FeatureReader(tmp_path / "store")
     ids = one.index["utterance_id"].to_pylist()

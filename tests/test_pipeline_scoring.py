@@ -153,7 +153,7 @@ def test_intervals_cover_the_true_rate_in_95_of_100_draws(wer: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wer", [0.02, 0.05, 0.12, 0.30])
 def test_intervals_cover_the_true_rate_in_two_thousand_draws(wer: float) -> None:
-    assert 0.94 <= simulated_coverage(wer, draws=2_000, utterances=600, replications=300) <= 0.96
+    assert 0.935 <= simulated_coverage(wer, draws=2_000, utterances=600, replications=300) <= 0.965  # 0.95 and 3 s.d.
 
 
 def test_a_system_with_fewer_errors_probably_improves() -> None:

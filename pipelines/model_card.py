@@ -245,8 +245,8 @@ def _results(facts: CardFacts) -> list[Block]:
     blocks += [Paragraph(note, kind="warning") for note in notes]
     blocks.append(
         Paragraph(
-            f"{METHOD} The model is run as `tinyaudio transcribe` runs it, with voice detection and guard, unless it "
-            "says unguarded. Reports with breakdowns and the worst utterances: evaluations/."
+            f"{METHOD} The model is run as for transcribing, with voice detection and guard, unless it says otherwise. "
+            "Reports with breakdowns and the worst utterances: evaluations/."
         )
     )
     return blocks

@@ -7,6 +7,17 @@ import pytest
 from pipelines import bench_transcribe
 from pipelines.bench_transcribe import format_table, measure, measure_full_size
 from tinyaudio.errors import ModelError
+from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+
+
+def test_one_model_is_loaded_for_both_ways(checkpoint, monkeypatch):
+    """Two would double the peak memory that is reported."""
+    loads = []
+    load = TinyAudioForConditionalGeneration.load_frozen_parts
+    monkeypatch.setattr(TinyAudioForConditionalGeneration, "load_frozen_parts", lambda *a: loads.append(1) or load(*a))
+    monkeypatch.setattr(bench_transcribe, "_race", lambda *a, **kw: None)
+    measure(str(checkpoint), "cpu", num_utterances=1)
+    assert loads == [1]
 
 
 @pytest.mark.filterwarnings("ignore:.*truncated:UserWarning")
@@ -19,6 +30,7 @@ def test_both_ways_are_measured_side_by_side_at_equal_text(model, checkpoint):
     assert bench.batched_vs_single == min(speed.ratio for speed in bench.by_beams.values())
     assert bench.rtfx == bench.by_beams["1"].batched > 0
     assert bench.peak_rss_bytes > 1e8
+    assert bench.peak_gpu_bytes is None
     for speed in bench.by_beams.values():
         assert sum(speed.shares.values()) == pytest.approx(1, abs=0.01)
 

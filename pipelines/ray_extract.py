@@ -5,6 +5,7 @@ writes whole shards of the same plan, claims keep two from one shard, and a shar
 again by whoever gets it next. The driver only waits: store and encoder are the workers', whose device they are for.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def ray_extract(
         raise PipelineError(f"--device {device!r} with --ray; Ray hands out the GPUs: expected {', '.join(DEVICES)}")
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="warning")
     has_gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    num_gpus, here = int(has_gpu), "auto" if has_gpu else "cpu"
+    num_gpus, here = int(has_gpu), "cuda" if has_gpu else "cpu"
     path = store_path.absolute()
     try:
         making = ray.remote(num_gpus=num_gpus)(_prepare)
@@ -100,8 +101,10 @@ def ray_extract(
 
 
 def _cause(error: BaseException) -> str:
-    """Find what was raised in the actor, under all that Ray wraps around it."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    """Find what was raised in the actor; of that Ray keeps no more than the traceback's text, among its own."""
+    named = re.findall(r"^\s*([\w.]*(?:Error|Exception)): (.+)$", str(error), re.MULTILINE)
+    ours = [(kind, text) for kind, text in named if not kind.startswith("ray.")]
+    if not ours:
+        return f"Ray: {' '.join(str(error).split())[:200]}"
+    kind, text = ours[-1]
+    return text if kind.startswith(("pipelines.", "cache.", "tinyaudio.")) else f"{kind}: {text}"

@@ -1,11 +1,14 @@
 """Stage one on tiny random parts: nothing lost, nothing twice, the same rows whoever computes them."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import pytest
 import torch
 
 from cache import Calibration, FeatureReader, FeatureStore, ShardWriter, store_merge
+from cache.durable import Owner
 from cache.errors import DiskFullError
 from cache.quantize import Quantized, quantize
 from pipelines import calibrating, decoding, disk_room, shard_line
@@ -88,32 +92,81 @@ def test_helping_others_reports_shares_that_are_shares(recipe_file, tmp_path):
 def test_torchrun_with_two_processes_stores_what_one_stores(recipe_file, store, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     arguments = ["-m", "tinyaudio", "extract", "--recipe", recipe_file, "--store", tmp_path / "group", "--json"]
-    done = subprocess.run(
-        [*launcher, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        timeout=300,
-    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*launcher, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            timeout=300,
+        )
+
+    done = run()
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == 1
     assert reports[0]["is_complete"]
     assert reports[0]["utterances"] == 48
     assert same_content(store, tmp_path / "group")
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("stored ") == 1, "every process spoke, or none"
 
 
-@pytest.mark.slow  # a Ray cluster of this machine, half a minute
-def test_ray_with_two_actors_stores_what_one_process_stores(recipe_file, store, tmp_path):
+@pytest.fixture(scope="module")
+def ray_extract():
     pytest.importorskip("ray", reason="the optional extra `ray` is not installed")
     from pipelines.ray_extract import ray_extract
 
+    return ray_extract
+
+
+@pytest.mark.slow  # a Ray cluster of this machine, half a minute
+def test_ray_with_two_actors_stores_what_one_process_stores(ray_extract, recipe_file, store, tmp_path):
     recipe = load_recipe(str(recipe_file))
     report = ray_extract(recipe, tmp_path / "ray", splits=["train", "dev"], num_actors=2)
     assert report.is_complete
     assert report.shards_written == report.shards_total
     assert same_content(store, tmp_path / "ray")
+
+
+@pytest.mark.slow
+def test_ray_goes_on_after_an_actor_was_lost(ray_extract, recipe_file, store, tmp_path):
+    """The process behind the first claim is killed, as a spot machine is taken away."""
+    killed = []
+
+    def kill_who_claims() -> None:
+        while not killed:
+            time.sleep(0.001)
+            for claim in (tmp_path / "ray" / "claims").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    killed.append(Owner.parse(claim.read_text()).pid)
+                    os.kill(killed[0], signal.SIGKILL)
+                    return
+
+    killer = threading.Thread(target=kill_who_claims, daemon=True)
+    killer.start()
+    report = ray_extract(load_recipe(str(recipe_file)), tmp_path / "ray", splits=["train", "dev"], num_actors=1)
+    assert killed
+    assert report.is_complete
+    assert same_content(store, tmp_path / "ray")
+
+
+@pytest.mark.slow
+def test_what_fails_in_an_actor_is_one_line(ray_extract, recipe_file, corpus_folder, tmp_path):
+    spoil(corpus_folder, 20)
+    with pytest.raises(PipelineError, match=r"^[^\n]* of 48 utterances are bad so far: [^\n]* undecodable[^\n]*$"):
+        ray_extract(load_recipe(str(recipe_file)), tmp_path / "ray", splits=["train", "dev"], num_actors=1, max_bad=0.1)
+
+
+def test_ray_hands_out_devices_itself(recipe_file, tmp_path):
+    pytest.importorskip("ray", reason="the optional extra `ray` is not installed")
+    from pipelines.ray_extract import ray_extract
+
+    with pytest.raises(PipelineError, match="expected auto, cpu, cuda"):
+        ray_extract(load_recipe(str(recipe_file)), tmp_path, splits=["train"], num_actors=1, device="cuda:1")
 
 
 def test_ray_absent_is_one_line(recipe_file, tmp_path, monkeypatch):

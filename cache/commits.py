@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -174,7 +175,7 @@ def check_sizes(root: Path, commit: Commit) -> None:
     """
     for name, file in (commit.arrays | commit.files).items():
         try:
-            size = (root / name).stat().st_size
+            size = os.stat(f"{root}/{name}").st_size  # noqa: PTH116 (a large store has 60,000: half a second less)
         except OSError as error:
             raise unreadable(root, commit.shard, name, error) from error
         if size != file.size_bytes:

@@ -94,7 +94,7 @@ class FeatureReader:
         else:
             parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in self.commits.values()]
             table = pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
-        return table if self.split is None else table.filter(pc.equal(table["split"], self.split))
+        return table if self.split is None else _rows_of_split(table, self.split)
 
     def _sealed_index(self) -> bytes:
         layout = self.store.layout
@@ -221,6 +221,13 @@ class FeatureReader:
             return rows.features
         assert self.store.calibration is not None
         return Quantized(rows.features, rows.scales, self.store.calibration)
+
+
+def _rows_of_split(table: pa.Table, split: str) -> pa.Table:
+    """Keep the rows of a split without copying them: they lie together, as a shard has one split."""
+    chosen = np.asarray(pc.equal(table["split"], split)).astype(np.int8)
+    edges = np.flatnonzero(np.diff(chosen, prepend=0, append=0)).reshape(-1, 2)
+    return pa.concat_tables([table.slice(0, 0), *(table.slice(start, stop - start) for start, stop in edges.tolist())])
 
 
 def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:

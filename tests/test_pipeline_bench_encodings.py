@@ -1,9 +1,12 @@
 """The price of a smaller store: the error is measured per dimension, and the table says what was not measured."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from cache_stores import make_features, sealed
 
-from pipelines.bench_encodings import format_table, snr_db
+from pipelines.bench_encodings import _bytes_per_frame, format_table, snr_db
 
 
 def test_the_error_is_that_of_each_dimension_and_a_loud_one_does_not_hide_a_quiet_one() -> None:
@@ -18,6 +21,14 @@ def test_the_error_is_that_of_each_dimension_and_a_loud_one_does_not_hide_a_quie
 def test_nothing_lost_is_not_a_number() -> None:
     reference = np.ones((4, 2), dtype=np.float32)
     assert snr_db(reference, reference) == (None, None)
+
+
+def test_bytes_per_frame_are_those_of_the_frames_that_are_stored(tmp_path: Path) -> None:
+    features = make_features([500, 300], dim=64)
+    store = sealed(tmp_path / "store", features, dim=64, rows_per_shard=4096)  # most of the shard is not in the file
+    size = store.layout.array("features", 0).stat().st_size
+    assert _bytes_per_frame(store.path) == size / 800
+    assert size / 800 < 1.4 * 128
 
 
 def test_the_table_says_who_is_better_and_leaves_out_what_was_not_trained() -> None:

@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from cache import Calibration, FeatureReader, FeatureStore, ShardWriter, store_merge
 from cache.durable import Owner
-from cache.errors import DiskFullError
+from cache.errors import DiskFullError, StoreMismatchError
 from cache.quantize import Quantized, quantize
 from pipelines import calibrating, decoding, disk_room, shard_line
 from pipelines.corpora import open_corpus
 from pipelines.encoding import EncoderLine, cut_batches, quantize_tensor
 from pipelines.errors import CorpusError, DiskError, PipelineError, RunError, TooManyBadError
-from pipelines.extract import extract, wanted_splits
+from pipelines.extract import extract, join, wanted_splits
 from pipelines.extraction_request import finished
 from pipelines.identity import open_encoder
 from pipelines.recipes import EncoderSection, load_recipe
@@ -86,6 +87,22 @@ def test_helping_others_reports_shares_that_are_shares(recipe_file, tmp_path):
     assert report.is_complete
     assert report.shards_written == report.shards_total
     assert 0 < report.encoder_busy <= 1.01
+
+
+def test_only_the_first_of_a_group_prepares_and_the_others_join(recipe_file, store, tmp_path, monkeypatch):
+    stage_one(recipe_file, tmp_path / "group", part=(0, 3))
+    for what in ("prepare", "store_repair", "plan_corpus"):
+        monkeypatch.setattr(f"pipelines.extract.{what}", lambda *_, **__: pytest.fail("that is the first one's work"))
+    assert stage_one(recipe_file, tmp_path / "group", group=Place(1, 2)).is_complete
+    assert same_content(store, tmp_path / "group")
+
+
+def test_joining_with_another_encoder_is_refused(recipe_file, store, tmp_path, encoder_folder):
+    other = shutil.copytree(encoder_folder, tmp_path / "other" / encoder_folder.name)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, min(weights): weights[min(weights)] + 1}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StoreMismatchError, match="weights"):
+        join(load_recipe(str(recipe_file), [f"encoder.id={other}"]), store)
 
 
 @pytest.mark.slow  # two interpreters with torch each, half a minute

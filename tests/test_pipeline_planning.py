@@ -8,6 +8,7 @@ from pipelines.corpora import SCAN_SCHEMA, open_corpus
 from pipelines.errors import CorpusError
 from pipelines.extraction_request import pinned
 from pipelines.forecast import forecast, spell_duration
+from pipelines.kept_scans import forget_scans
 from pipelines.planning import plan_corpus
 from pipelines.recipes import CorpusSection, load_recipe, recipe_names
 from pipelines.transcripts import prepare_transcript
@@ -21,11 +22,17 @@ class Listed:
         full = [{**dict(zip(names, row, strict=True)), "source_id": f"train:{i}"} for i, row in enumerate(rows)]
         self.table = pa.Table.from_pylist(full, schema=SCAN_SCHEMA)
 
+        self.num_scans = 0
+
     def scan(self, split: str) -> pa.Table:
+        self.num_scans += 1
         return self.table
 
+    def audio_bytes(self, split: str) -> int | None:
+        return None
+
     def provenance(self, split: str) -> dict[str, str]:
-        return {"split": split}
+        return {"kind": "list", "split": split}
 
 
 def plan_of(rows, *overrides: str):
@@ -113,6 +120,51 @@ def test_forecast_says_sizes_time_and_whether_it_fits(recipe_file, tmp_path):
     assert not (tmp_path / "store").exists()
     crowded = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"disk_margin_gb": 1e9})})
     assert "TOO LITTLE" in str(forecast(crowded, corpus, plan, tmp_path / "store", "cpu"))
+
+
+def test_a_forecast_is_of_what_this_command_would_do_and_says_what_it_takes(recipe_file, tmp_path):
+    recipe = pinned(load_recipe(str(recipe_file)), tmp_path / "store")
+    corpus = open_corpus(recipe.corpus)
+    plan = plan_corpus(recipe, corpus, ["train", "dev"])
+    part = forecast(recipe, corpus, plan, tmp_path / "store", "cpu", (0, plan.num_shards))
+    assert part.hours == forecast(recipe, corpus, plan, tmp_path / "store", "cpu").hours
+    at_least_s = part.hours * 3600 / plan.num_shards * (1 / part.encoder_speed + 1 / part.decode_speed)
+    assert at_least_s * 0.99 <= part.seconds < 3 * at_least_s + 1024 * 64 / part.write_bytes_per_s
+    assert part.fetch_bytes_per_s == pytest.approx(part.audio_bytes / plan.num_shards / part.seconds)
+    assert "MB/s to keep up" in str(part)
+    assert f"at most {part.memory_bytes / 1e9:.2f} GB" in str(part)
+
+
+def test_a_plan_with_too_many_bad_rows_says_so_before_anything_runs(tmp_path):
+    rows = [(f"u{i}", 2.0, "words" if i % 10 else "") for i in range(100)]
+    recipe = load_recipe("demo", ["store.rows_per_shard=2048"])
+    corpus = Listed(rows)
+    found = forecast(recipe, corpus, plan_corpus(recipe, corpus, ["train"]), tmp_path, "cpu")
+    assert found.bad_share == pytest.approx(0.1)
+    assert "MORE than the 1 % of bad rows allowed" in str(found)
+
+
+def test_a_corpus_is_listed_once_for_plan_and_extraction(tmp_path):
+    """And again if other columns are asked for, or the data are others."""
+    corpus, recipe = Listed([("u", 2.0, "words")]), load_recipe("demo")
+    plans = [plan_corpus(recipe, corpus, ["train"], tmp_path / "store") for _ in range(2)]
+    assert plans[0].table.equals(plans[1].table)
+    assert corpus.num_scans == 1
+    other = load_recipe("demo", ["corpus.columns.text=said"])
+    plan_corpus(other, corpus, ["train"], tmp_path / "store")
+    assert corpus.num_scans == 2
+    damaged = next(tmp_path.glob(".store.scan-*"))
+    damaged.write_bytes(b"half a file")
+    plan_corpus(recipe, corpus, ["train"], tmp_path / "store")
+    plan_corpus(other, corpus, ["train"], tmp_path / "store")
+    assert corpus.num_scans == 3
+    forget_scans(tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_without_shards_is_an_error():
+    with pytest.raises(CorpusError, match=r"nothing to store .*longer_than_shard"):
+        plan_of([("u", 20.0, "words")], "store.rows_per_shard=512")
 
 
 def test_durations_are_spelt_as_one_says_them():

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.errors import RecipeError
 from pipelines.hub_files import is_commit
-from pipelines.recipes import differing_keys, load_recipe, recipe_names
+from pipelines.recipes import CorpusSection, differing_keys, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -87,3 +87,24 @@ def test_missing_recipe_and_broken_file(tmp_path):
 def test_differing_keys_are_listed_with_both_values():
     one, other = load_recipe("demo"), load_recipe("demo", ["train.seed=4", "store.encoding=int8"])
     assert differing_keys(one, other, ["train"]) == {"train.seed": (0, 4)}
+
+
+def test_a_folder_named_in_an_override_is_the_one_that_was_meant_wherever_the_recipe_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "store").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe("demo", ["corpus.path=./speech", "store.encoding=int8", "store.calibration=../other"])
+    recipe.save(tmp_path / "store" / "recipe.toml")
+    again = load_recipe(str(tmp_path / "store" / "recipe.toml"))
+    assert again.corpus.path == str(tmp_path / "here" / "speech")
+    assert again.store.calibration == str(tmp_path / "other")
+
+
+def test_silence_is_taught_unless_a_recipe_says_otherwise():
+    assert CorpusSection(path="x").no_speech == 0.03
+    assert load_recipe("demo").corpus.no_speech == 0
+
+
+def test_a_calibration_for_half_precision_is_refused():
+    with pytest.raises(RecipeError, match="calibration is for encoding 'int8'"):
+        load_recipe("demo", ["store.calibration=elsewhere"])

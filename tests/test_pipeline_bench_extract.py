@@ -21,6 +21,7 @@ def test_bench_has_its_keys_and_shares_are_shares():
         assert 0 <= share <= 1
     assert min(found.vs_batch1, found.vs_padded, found.vs_npy, found.real_time_factor) > 0
     assert found.peak_rss_bytes > 50e6
+    assert found.decode_share > 0
     assert "real time" in str(found)
 
 

@@ -102,6 +102,11 @@ def train(
     check_settings(recipe, device_here)
     store = FeatureStore.open(store_path)
     check_encoder(recipe.encoder, store.fingerprint, store_path)
+    if pending := store.pending_shards():
+        told(
+            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run sees "
+            "the others only. Type the extraction again until the store is complete"
+        )
     is_finished = run.is_finished
     if resume or is_finished:
         run.check_resumable(recipe, store.fingerprint_id)

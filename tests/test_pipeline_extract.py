@@ -32,7 +32,9 @@ from pipelines.extract import extract, join, wanted_splits
 from pipelines.extraction_request import finished
 from pipelines.identity import open_encoder
 from pipelines.recipes import EncoderSection, load_recipe
+from pipelines.runs import Run
 from pipelines.torchrun import Place
+from pipelines.train import train
 from tinyaudio import cli
 from tinyaudio.encoder import encode, encoder_inputs
 
@@ -484,6 +486,15 @@ def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_f
     assert stop.value.code == 1
     assert "is not complete: living processes" in capsys.readouterr().err
     theirs.__exit__(RuntimeError, RuntimeError("interrupted"), None)
+
+
+def test_training_on_a_store_that_is_not_complete_is_warned_of(recipe_file, tmp_path, monkeypatch):
+    stage_one(recipe_file, tmp_path / "store", part=(0, 3))
+    monkeypatch.setattr("pipelines.train._Stage", lambda *_: sys.exit("far enough"))
+    said = []
+    with pytest.raises(SystemExit, match="far enough"):
+        train(load_recipe(str(recipe_file)), tmp_path / "store", Run(tmp_path / "run"), device="cpu", say=said.append)
+    assert said[0].startswith("WARNING: 2 of 3 shards")
 
 
 def test_an_interrupt_ends_at_once_although_a_worker_waits_for_the_network(tmp_path):

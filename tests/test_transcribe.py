@@ -326,9 +326,10 @@ def test_batches_hold_pieces_of_like_length():
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_beams", "max_new_tokens", "window_s"])
-def test_options_out_of_range_are_refused(name):
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
-        Options(**{name: 0})
+        Options(**{name: value})
 
 
 def test_model_is_found_by_argument_variable_or_latest_run(checkpoint, tmp_path, monkeypatch):

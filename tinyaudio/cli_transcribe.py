@@ -116,6 +116,8 @@ def transcribe(
     One recording: its text on stdout, a line a segment. Several, or a folder: a .txt beside each, which is never
     written over unless --overwrite says so, and "name: text" lines on stdout. With --format or --output-dir: those
     files only, written anew each time. With --json: objects on stdout, and no files unless asked for.
+
+    Whisper's options have its names; its --fp16, --verbose, --temperature 0 and --word_timestamps False are taken too.
     """
     _refuse_what_whisper_can(language, task, temperature, word_timestamps)
     for name, value in (("--chunk-length", chunk_length), ("--length-penalty", length_penalty)):

@@ -9,6 +9,7 @@ is the only place that asks the decoder, and it is given the encoder's features.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,7 +59,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "max_new_tokens", "window_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
 
 

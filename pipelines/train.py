@@ -104,8 +104,8 @@ def train(
     check_encoder(recipe.encoder, store.fingerprint, store_path)
     if pending := store.pending_shards():
         told(
-            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run sees "
-            "the others only. Type the extraction again until the store is complete"
+            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run "
+            "sees the others only. Extract again until the store is complete"
         )
     is_finished = run.is_finished
     if resume or is_finished:

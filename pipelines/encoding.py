@@ -139,7 +139,6 @@ class EncoderLine:
         self.encoder, self.device = encoder, encoder.model.device
         self._is_cuda = self.device.type == "cuda"
         if self._is_cuda:
-            torch.cuda.set_device(self.device)  # streams, events and pinned memory are of the current device
             self._to_device, self._to_host = _stream(self.device), _stream(self.device)
         self._calibration = None if calibration is None else torch.from_numpy(calibration.array).to(self.device)
         self.num_lines = 1 if self._is_cuda else min(torch.get_num_threads(), MAX_LINES)
@@ -170,13 +169,15 @@ class EncoderLine:
         values, mask = encoder_inputs(self.encoder.feature_extractor, recordings)
         mask = mask.bool()
         if self._is_cuda:
-            values, mask = values.pin_memory(), mask.pin_memory()
+            with torch.cuda.device(self.device):
+                values, mask = values.pin_memory(), mask.pin_memory()
         return Inputs(values, mask, [max(len(samples), WINDOW_LENGTH) for samples in recordings])
 
     def encode(self, inputs: Inputs) -> Encoded:
         """Compute features; on a GPU, and side by side, only queue the work."""
         if self._is_cuda:
-            return self._encode_on_gpu(inputs)
+            with torch.cuda.device(self.device):  # events and pinned memory are of a thread's current device
+                return self._encode_on_gpu(inputs)
         if self._pool is not None:
             return Encoded(inputs.frames, self._pool.submit(self._encode_here, inputs).result)
         done = self._encode_here(inputs)

@@ -467,6 +467,18 @@ def test_room_is_kept_for_what_others_have_begun(recipe_file, tmp_path, monkeypa
         writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
 
 
+def test_whole_files_need_room_in_the_hub_clients_cache_too(recipe_file, store, tmp_path, monkeypatch):
+    usage, cache = shutil.disk_usage(tmp_path), tmp_path / "home"
+    cache.mkdir()
+    full = type(usage)(usage.total, usage.used, 10)
+    monkeypatch.setattr(disk_room.constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: full if path == cache else usage)
+    settings = ["corpus.name=some/set", "extract.disk_margin_gb=0.001"]
+    for fetch, lack in (("ranges", False), ("files", True)):
+        recipe = load_recipe(str(recipe_file), [*settings, f"corpus.fetch={fetch}"])
+        assert (str(cache) in disk_room.DiskRoom(recipe, FeatureStore.open(store)).lack([])) == lack
+
+
 def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "recipe.toml")

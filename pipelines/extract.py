@@ -87,7 +87,7 @@ class Extraction:
         """Work through shards; where the disk fills up under way, wait for room and go on. Errors as `extract`."""
         self.check_bad()
         full_since, left = math.inf, list(shards)
-        while True:
+        while left:
             try:
                 with self.line(on_progress) as line:
                     line.run(left)

@@ -83,3 +83,9 @@ def read_committed(root: Path, commit: Commit, folder: str) -> bytes:
 
 def decode_index(content: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA)
+
+
+def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read an index file, or some of its columns."""
+    with pa.memory_map(str(path)) as file:
+        return pq.read_table(file, schema=INDEX_SCHEMA, columns=columns)

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from cache.blocks import BlockCache, Rows, read_rows
 from cache.commits import Commit, check_commit, check_sizes
 from cache.errors import CorruptShardError
-from cache.index import INDEX_SCHEMA, decode_index, read_committed
+from cache.index import INDEX_SCHEMA, decode_index, read_committed, read_index
 from cache.quantize import Calibration, Quantized
 from cache.store import FeatureStore
 
@@ -76,11 +76,16 @@ class FeatureReader:
         layout, header = self.store.layout, self.store.header
         if not self.store.is_sealed:
             return {shard: self.store.commit(shard) for shard in self.store.committed_shards()}
-        lines = self._sealed(layout.sealed_commits).splitlines(keepends=True)
+        content = self._sealed(layout.sealed_commits)
+        is_whole = hashlib.sha256(content).hexdigest() == self._seal("root")  # else each record is looked at by itself
+        lines = content.splitlines(keepends=True)
         if len(lines) != header.num_shards:
             found = f"commits.jsonl has {len(lines)} of {header.num_shards} records"
             raise CorruptShardError(self.store.path, None, found)
-        return {shard: check_commit(layout, header, shard, line) for shard, line in enumerate(lines)}
+        return {
+            shard: check_commit(layout, header, shard, line, is_vouched_for=is_whole)
+            for shard, line in enumerate(lines)
+        }
 
     @cached_property
     def index(self) -> pa.Table:
@@ -90,42 +95,81 @@ class FeatureReader:
             CorruptShardError: an index file is not the one that was committed.
         """
         if self.store.is_sealed:
-            table = decode_index(self._sealed_index())
-        else:
-            parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in self.commits.values()]
-            table = pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
-        return table if self.split is None else _rows_of_split(table, self.split)
+            return self._of_split(read_index(self._sealed_index))
+        wanted = [commit for commit in self.commits.values() if self.split in (None, commit.split)]
+        parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in wanted]
+        return pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
 
-    def _sealed_index(self) -> bytes:
-        layout = self.store.layout
-        content = self._sealed(layout.sealed_index)
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Give a column of `index`, read alone where the store is sealed: training wants no six million transcripts.
+
+        Raises:
+            CorruptShardError: as `index`.
+        """
+        if "index" in self.__dict__ or not self.store.is_sealed:
+            return self.index[name]
+        if name not in self._columns:
+            self._columns[name] = self._of_split(read_index(self._sealed_index, [name]))[name]
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return {}
+
+    def _of_split(self, table: pa.Table) -> pa.Table:
+        """Keep the rows of the split without copying them: they lie together, as a shard has one split."""
+        if self.split is None:
+            return table
+        parts, start = [table.slice(0, 0)], 0
+        for split, commits in groupby(self.commits.values(), lambda commit: commit.split):
+            size = sum(commit.num_utterances for commit in commits)
+            if split == self.split:
+                parts.append(table.slice(start, size))
+            start += size
+        return pa.concat_tables(parts)
+
+    @cached_property
+    def _sealed_index(self) -> Path:
+        """The index under the seal, once its digest was compared."""
+        path = self.store.layout.sealed_index
         try:
-            sealed_sha256 = json.loads(self._sealed(layout.sealed))["index_sha256"]
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        if digest != self._seal("index_sha256"):
+            raise CorruptShardError(self.store.path, None, "index.parquet is not the one that was sealed")
+        return path
+
+    def _seal(self, field: str) -> str:
+        """Read a digest from the seal."""
+        try:
+            return str(json.loads(self._sealed(self.store.layout.sealed))[field])
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptShardError(self.store.path, None, f"SEALED.json is unreadable ({error})") from error
-        if hashlib.sha256(content).hexdigest() != sealed_sha256:
-            raise CorruptShardError(self.store.path, None, "index.parquet is not the one that was sealed")
-        return content
 
     def _sealed(self, path: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
-            found = f"it is sealed and {path.name} cannot be read ({error.strerror})"
-            raise CorruptShardError(self.store.path, None, found) from error
+            raise self._unreadable(path, error) from error
+
+    def _unreadable(self, path: Path, error: OSError) -> CorruptShardError:
+        found = f"it is sealed and {path.name} cannot be read ({error.strerror})"
+        return CorruptShardError(self.store.path, None, found)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """First row of each utterance: (N,) int64."""
-        return np.asarray(self.index["start"], dtype=np.int64)
+        return np.asarray(self.column("start"), dtype=np.int64)
 
     @cached_property
     def num_frames(self) -> NDArray[np.int32]:
         """Frames of each utterance: (N,) int32."""
-        return np.asarray(self.index["num_frames"], dtype=np.int32)
+        return np.asarray(self.column("num_frames"), dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.starts)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -181,7 +225,7 @@ class FeatureReader:
             KeyError: it is not stored here.
             CorruptShardError: the bytes are not those that were committed.
         """
-        position = pc.index(self.index["utterance_id"], utterance_id).as_py()
+        position = pc.index(self.column("utterance_id"), utterance_id).as_py()
         if position < 0:
             raise KeyError(
                 f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
@@ -221,13 +265,6 @@ class FeatureReader:
             return rows.features
         assert self.store.calibration is not None
         return Quantized(rows.features, rows.scales, self.store.calibration)
-
-
-def _rows_of_split(table: pa.Table, split: str) -> pa.Table:
-    """Keep the rows of a split without copying them: they lie together, as a shard has one split."""
-    chosen = np.asarray(pc.equal(table["split"], split)).astype(np.int8)
-    edges = np.flatnonzero(np.diff(chosen, prepend=0, append=0)).reshape(-1, 2)
-    return pa.concat_tables([table.slice(0, 0), *(table.slice(start, stop - start) for start, stop in edges.tolist())])
 
 
 def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:

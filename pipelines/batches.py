@@ -76,7 +76,7 @@ def stored_targets(reader: FeatureReader, tokenizer: Any, say: Callable[[str], N
     """Tokenise the transcripts of a split, once for a store: every start, rank and cell needs all of them."""
 
     def work_out() -> dict[str, NDArray[Any]]:
-        targets = tokenize(tokenizer, reader.index["transcript"].to_pylist())
+        targets = tokenize(tokenizer, reader.column("transcript").to_pylist())
         return {"ids": targets.ids, "offsets": targets.offsets}
 
     depends_on = {"split": reader.split, "tokenizer": tokenizer_digest(tokenizer), "targets": 1}
@@ -123,7 +123,7 @@ def collate(
         "num_frames": torch.tensor(counts),
         "labels": labels,
         "host_counts": (counts, lengths),
-        "utterance_ids": reader.index["utterance_id"].take(np.asarray(positions)).to_pylist(),
+        "utterance_ids": reader.column("utterance_id").take(np.asarray(positions)).to_pylist(),
     }
     return batch if scales is None else {**batch, "scales": torch.from_numpy(scales)}
 
@@ -211,7 +211,7 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
         self.chosen = np.arange(len(reader)) if chosen is None else chosen
         self.num_ahead = BATCHES_AHEAD
         self.waited_s = 0.0  # time that the training loop has spent waiting for batches
-        self._durations = np.asarray(reader.index["duration_s"], dtype=np.float64)
+        self._durations = np.asarray(reader.column("duration_s"), dtype=np.float64)
         self._world_size, self._is_pinned, self._jitter_frames = world_size, is_pinned, jitter_frames
         self._orders: dict[int, EpochOrder] = {}
         self._lengths: list[int] = []  # batches of each epoch

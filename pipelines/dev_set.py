@@ -102,7 +102,7 @@ class DevSet:
             found |= other
         if len(found) < len(self.positions):
             return None
-        references = self.reader.index["transcript"].take(self.positions).to_pylist()
+        references = self.reader.column("transcript").take(self.positions).to_pylist()
         return references, [found[int(position)] for position in self.positions]
 
     @torch.no_grad()

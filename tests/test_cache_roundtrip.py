@@ -139,6 +139,23 @@ def test_splits_never_share_a_shard(tmp_path: Path) -> None:
         FeatureReader(store, split="test")
 
 
+def test_a_column_read_alone_is_that_of_the_index(tmp_path: Path) -> None:
+    features = make_features([10, 40, 7, 30, 12, 33, 20, 21], seed=3)
+    splits = ["train", "dev", "train", "test", "dev", "train", "test", "train"]
+    store = create(tmp_path / "store", features, splits=splits)
+    fill(store, features)
+    for seal in (False, True):
+        if seal:
+            store.seal()
+        for split in (None, "train", "dev", "test"):
+            index = FeatureReader(store, split=split).index
+            assert set(index["split"].to_pylist()) == ({split} if split else {"train", "dev", "test"})
+            for name in index.column_names:
+                alone = FeatureReader(store, split=split)
+                assert alone.column(name).to_pylist() == index[name].to_pylist()
+                assert ("index" in alone.__dict__) is not seal  # a sealed one is read without the rest
+
+
 def test_an_unsealed_store_shows_exactly_its_committed_shards(tmp_path: Path) -> None:
     features = make_features([30] * 8)
     store = create(tmp_path / "store", features)

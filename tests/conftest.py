@@ -194,6 +194,15 @@ def recipe_file(tmp_path: Path, corpus_folder: Path, encoder_folder: Path, decod
     return write_recipe(tmp_path / "tiny.toml", corpus_folder, encoder_folder, decoder_folder)
 
 
+@pytest.fixture
+def store(recipe_file: Path, tmp_path: Path) -> Path:
+    """The finished store of `recipe_file`: 48 utterances in 3 shards of float16."""
+    from extractions import stage_one
+
+    stage_one(recipe_file, tmp_path / "store")
+    return tmp_path / "store"
+
+
 def write_recipe(path: Path, corpus_folder: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
     """A recipe over the tiny parts: 1,024 frames a shard (20 s), 6 steps."""
     path.write_text(

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from test_pipeline_extract import stage_one
+from extractions import stage_one
 
 from cache import FeatureReader
 from pipelines.no_speech import LEVELS_DB, is_no_speech, no_speech_rows, no_speech_samples

@@ -1,0 +1,169 @@
+"""Bad rows, files and recordings of a corpus: named one by one, and within one budget."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from extractions import content, spoil, stage_one
+
+from cache import FeatureStore
+from pipelines import decoding, shard_line
+from pipelines.errors import CorpusError, TooManyBadError
+
+
+def quarantine_of(store: Path) -> dict[str, str]:
+    lines = [line for path in sorted((store / "quarantine").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return {entry["utterance_id"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def test_a_corpus_of_bad_rows_is_quarantined_row_by_row(recipe_file, tmp_path, noise):
+    """Parquet as of LoquaciousSet with every kind of bad row between good ones."""
+    rows = [parquet_row(f"good-{i}", wav(noise(1.0)), 1.0, "the cat") for i in range(20)]
+    bad = {
+        "dead": (None, 1.0, "the cat", "no_audio"),
+        "text-not-audio": (b"this is no audio", 1.0, "the cat", "undecodable"),
+        "cut-header": (wav(noise(1.0))[:30], 1.0, "the cat", "undecodable"),
+        "lies-long": (wav(noise(0.5)), 3.0, "the cat", "other_duration"),
+        "lies-short": (wav(noise(3.0)), 1.0, "the cat", "other_duration"),
+        "nan": (wav(np.full(16_000, np.nan, np.float32), "FLOAT"), 1.0, "the cat", "undecodable"),
+        "empty-text": (wav(noise(1.0)), 1.0, " ", "no_text"),
+        "null-text": (wav(noise(1.0)), 1.0, None, "no_text"),
+        "novel": (wav(noise(1.0)), 1.0, "word " * 400, "text_too_long"),
+        "long": (wav(noise(6.0)), 6.0, "the cat", "too_long"),
+        "short": (wav(noise(0.05)), 0.05, "the cat", "too_short"),
+        "unstated-short": (wav(noise(0.05)), None, "the cat", "too_short"),
+        "good-3": (wav(noise(1.0)), 1.0, "the cat", "duplicate_id"),
+    }
+    rows += [parquet_row(name, audio, duration, text) for name, (audio, duration, text, _) in bad.items()]
+    write_parquet(tmp_path / "bad" / "train-00000-of-00001.parquet", rows[::-1])
+    report = stage_one(
+        recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'bad'}", "corpus.max_duration_s=5.0", max_bad=0.4
+    )
+    assert report.is_complete
+    assert report.utterances == 20
+    assert quarantine_of(tmp_path / "store") == {name: reason for name, (_, _, _, reason) in bad.items()}
+    assert {f"good-{i}" for i in range(20)} == set(content(tmp_path / "store"))
+    assert sum(report.quarantined.values()) + sum(report.planned_out.values()) == len(bad)
+
+
+def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder, tmp_path, monkeypatch):
+    whole = shard_line.EncoderLine.encode
+
+    def poisoned(self, inputs):
+        features, seconds = whole(self, inputs).read()
+        features[0][0, 0] = np.nan
+        return SimpleNamespace(read_stored=lambda: (features, seconds))
+
+    monkeypatch.setattr(shard_line.EncoderLine, "encode", poisoned)
+    report = stage_one(recipe_file, tmp_path / "store", max_bad=1.0)
+    assert set(report.quarantined) == {"non_finite"}
+    assert report.utterances + report.quarantined["non_finite"] == 48
+
+
+def test_a_handful_of_bad_recordings_stops_nothing_unless_max_bad_says_so(recipe_file, corpus_folder, tmp_path):
+    for path in sorted((corpus_folder / "train").glob("*.wav"))[:3]:
+        path.write_bytes(b"no audio")
+    with pytest.raises(TooManyBadError, match=r"3 of 48 .*3 undecodable; expected at most 5 %"):
+        stage_one(recipe_file, tmp_path / "strict", max_bad=0.05)
+    assert stage_one(recipe_file, tmp_path / "store").quarantined == {"undecodable": 3}
+    assert stage_one(recipe_file, tmp_path / "exact", max_bad=3 / 48).is_complete
+
+
+def test_parts_share_one_budget_of_bad_rows_and_typing_again_buys_no_other(recipe_file, corpus_folder, tmp_path):
+    """Every part alone is within its 12 of 48; together they are not, whoever comes last, and however often."""
+    spoil(corpus_folder, 20)
+    failed = 0
+    for part in [(0, 3), (1, 3), (2, 3)] * 2:
+        try:
+            stage_one(recipe_file, tmp_path / "store", part=part, max_bad=12 / 48)
+        except TooManyBadError:
+            failed += 1
+    assert failed >= 4
+    with pytest.raises(TooManyBadError, match="undecodable"):
+        stage_one(recipe_file, tmp_path / "store", max_bad=12 / 48)
+    assert not FeatureStore.open(tmp_path / "store").is_sealed
+    assert stage_one(recipe_file, tmp_path / "store", max_bad=20 / 48).is_complete
+
+
+def test_bad_rows_that_the_plan_finds_are_of_the_same_budget_and_filtered_ones_are_not(recipe_file, tmp_path, noise):
+    rows = [parquet_row(f"u{i}", wav(noise(1.0)), 1.0, "" if i < 4 else "the cat") for i in range(16)]
+    rows += [parquet_row(f"long-{i}", wav(noise(1.0)), 99.0, "the cat") for i in range(4)]
+    write_parquet(tmp_path / "c" / "train-00000-of-00001.parquet", rows)
+    corpus = f"corpus.path={tmp_path / 'c'}"
+    with pytest.raises(TooManyBadError, match="4 of 16 utterances are bad so far: 4 no_text"):
+        stage_one(recipe_file, tmp_path / "store", corpus, max_bad=3 / 16)
+    assert FeatureStore.open(tmp_path / "store").committed_shards() == []
+    assert stage_one(recipe_file, tmp_path / "store", corpus, max_bad=4 / 16).is_complete
+
+
+def test_a_recording_without_end_is_given_up_at_the_limit(monkeypatch):
+    given = []
+
+    def endless(_: bytes):
+        while True:
+            given.append(1)
+            yield np.zeros(160_000, np.float32)
+
+    monkeypatch.setattr(decoding, "iter_audio", endless)
+    assert decoding._decode(b"audio", 30.0) == "too_long: more than 30 s when decoded"
+    assert len(given) == 4
+
+
+def test_recordings_longer_than_their_corpus_says_are_stored_while_there_is_room(recipe_file, tmp_path, noise):
+    """Half a second more than stated is believed, but the plan has given the rows behind to somebody else."""
+    rows = [parquet_row(f"u{i:02}", wav(noise(1.4 if i % 2 else 1.0)), 1.0, "the cat") for i in range(20)]
+    write_parquet(tmp_path / "c" / "train-00000-of-00001.parquet", rows)
+    report = stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}", max_bad=1.0)
+    assert set(report.quarantined) == {"longer_than_planned"}
+    assert report.utterances >= 10
+    assert report.utterances + report.quarantined["longer_than_planned"] == 20
+
+
+def test_a_damaged_source_file_costs_its_own_rows_only(recipe_file, tmp_path, noise):
+    rows = [parquet_row(f"u{i:03}", wav(noise(1.0)), 1.0, "the cat") for i in range(20)]
+    whole, cut = tmp_path / "c" / "train-00000-of-00002.parquet", tmp_path / "c" / "train-00001-of-00002.parquet"
+    write_parquet(whole, rows[:10])
+    write_parquet(cut, rows[10:])
+    data = bytearray(cut.read_bytes())
+    footer = pq.read_metadata(cut).row_group(0)
+    start = next(footer.column(c).data_page_offset for c in range(6) if footer.column(c).path_in_schema == "wav.bytes")
+    data[start : start + 40] = b"\xff" * 40
+    cut.write_bytes(data)
+    report = stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}")
+    assert report.quarantined == {"unreadable": 10}
+    assert set(content(tmp_path / "store")) == {f"u{i:03}" for i in range(10)}
+
+
+def test_a_truncated_source_file_is_named(recipe_file, tmp_path, noise):
+    path = tmp_path / "c" / "train-00000-of-00001.parquet"
+    write_parquet(path, [parquet_row("u", wav(noise(1.0)), 1.0, "the cat")])
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(CorpusError, match=r"train-00000-of-00001.*cut short"):
+        stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}")
+
+
+def wav(samples: np.ndarray, subtype: str = "PCM_16") -> bytes:
+    import io
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def parquet_row(name: str, audio: bytes | None, duration: float | None, text: str | None) -> dict[str, object]:
+    cell = None if audio is None else {"bytes": audio, "path": f"{name}.wav"}
+    return {"ID": name, "duration": duration, "wav": cell, "spk_id": None, "sex": None, "text": text}
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names = {"ID": pa.string(), "duration": pa.float32(), "wav": cell, "spk_id": pa.string(), "sex": pa.string()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*names.items(), ("text", pa.string())])), path)

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from safetensors.torch import load_file
+from trainings import extracted, tiny_recipe
 
-from pipelines.corpora import open_corpus
-from pipelines.extract import extract, wanted_splits
 from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
@@ -23,16 +21,12 @@ OVERRIDES = ["train.accumulate=2", "train.log_every=1", "train.report_to=[]"]
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    root = tmp_path_factory.mktemp("tiny")
-    write_folder_corpus(root / "corpus", NoiseMaker(seed=0), {"train": 40, "dev": 8})
-    return write_recipe(root / "tiny.toml", root / "corpus", encoder_folder, decoder_folder)
+    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
 
 
 @pytest.fixture(scope="module")
 def store(recipe_file):
-    recipe, path = load_recipe(str(recipe_file)), recipe_file.with_name("store")
-    extract(recipe, path, splits=wanted_splits(recipe, open_corpus(recipe.corpus), None)[0], device="cpu")
-    return path
+    return extracted(recipe_file)
 
 
 def start_two(recipe_file: Path, store: Path, run: Path, *more: str) -> subprocess.Popen:

@@ -1,0 +1,43 @@
+"""Stage two on the tiny parts, for the tests of `pipelines.train`."""
+
+from pathlib import Path
+
+import torch
+from conftest import NoiseMaker, write_folder_corpus, write_recipe
+from safetensors.torch import load_file
+
+from pipelines.corpora import open_corpus
+from pipelines.extract import extract, wanted_splits
+from pipelines.recipes import load_recipe
+from pipelines.runs import Run
+from pipelines.train import train
+
+
+def tiny_recipe(root: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
+    """A recipe of six steps with its corpus of 40 + 8 utterances beside it."""
+    write_folder_corpus(root / "corpus", NoiseMaker(seed=0), {"train": 40, "dev": 8})
+    return write_recipe(root / "tiny.toml", root / "corpus", encoder_folder, decoder_folder)
+
+
+def extracted(recipe_file: Path) -> Path:
+    """The recipe's finished store, beside it."""
+    recipe, path = load_recipe(str(recipe_file)), recipe_file.with_name("store")
+    extract(recipe, path, splits=wanted_splits(recipe, open_corpus(recipe.corpus), None)[0], device="cpu")
+    return path
+
+
+def stage_two(recipe_file: Path, store: Path, run: Path, *overrides: str, resume: bool = False, lines=None):
+    """Train on the CPU; what it says is appended to `lines`."""
+    say = (lambda _: None) if lines is None else lines.append
+    recipe = load_recipe(str(recipe_file), overrides)
+    return train(recipe, store, Run(run), resume=resume, device="cpu", say=say)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def logged(run: Path, key: str) -> dict[int, float]:
+    """Step to value, for the entries of the metrics that have this key."""
+    return {entry["step"]: entry[key] for entry in Run(run).metrics() if key in entry}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache import Calibration, FeatureStore, Moments, make_plan
+from cache import Calibration, FeatureStore, Moments, make_plan, store_repair
 
 Features = dict[str, NDArray[np.float32]]
 
@@ -83,3 +83,21 @@ def sealed(path: Path, features: Features, **options: Any) -> FeatureStore:
     fill(store, features)
     store.seal()
     return store
+
+
+def flip(path: Path, byte: int) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def make_again(store: FeatureStore, features: Features) -> list[int]:
+    """Do what `tinyaudio extract` does when it is typed again; returns the shards that it made."""
+    options = {"encoding": store.encoding}
+    again = create(store.path, features, **options)
+    store_repair(again)
+    pending = again.pending_shards()
+    fill(again, features)
+    again.seal()
+    return pending

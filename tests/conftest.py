@@ -1,5 +1,6 @@
 """Tiny random models of the real classes, tones, and folders that the tests share. No network, no GPU."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     HubertConfig,
+    HubertForCTC,
     HubertModel,
     PreTrainedTokenizerFast,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
 )
 
 from tinyaudio.configuration_tinyaudio import TinyAudioConfig
@@ -74,6 +78,20 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory, feature_extractor: 
     torch.manual_seed(0)
     HubertModel(tiny_hubert_config()).save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ctc_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random HuBERT with a head of letters, as fine-tuned ones are."""
+    folder = tmp_path_factory.mktemp("ctc")
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"]
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    torch.manual_seed(4)
+    HubertForCTC(tiny_hubert_config(vocab_size=len(letters))).save_pretrained(folder)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))).save_pretrained(folder)
+    extractor.save_pretrained(folder)
     return folder
 
 
@@ -146,6 +164,16 @@ def spoken() -> list[tuple[np.ndarray, str]]:
     (path,) = (Path(__file__).parent.parent / "pipelines/demo/corpus").glob("test-0*.parquet")
     rows = pyarrow.parquet.read_table(path).slice(0, 20).to_pylist()
     return [(load_audio(row["wav"]["bytes"]), row["text"]) for row in rows]
+
+
+@pytest.fixture
+def talk(tmp_path: Path, spoken: list[tuple[np.ndarray, str]]) -> Path:
+    """The first of `spoken` as a WAV file."""
+    import soundfile
+
+    path = tmp_path / "talk.wav"
+    soundfile.write(path, spoken[0][0], 16_000, subtype="FLOAT")
+    return path
 
 
 @pytest.fixture

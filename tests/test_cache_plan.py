@@ -127,3 +127,11 @@ def test_a_table_that_cannot_be_planned_is_refused() -> None:
         make_plan(table([10]).set_column(2, "source_id", pa.array([None], pa.string())))
     with pytest.raises(PlanError, match="rows_per_shard is 0"):
         make_plan(table([10]), rows_per_shard=0)
+
+
+def test_a_plan_with_a_duplicate_keeps_the_first() -> None:
+    table = make_table(make_features([10, 20, 30]))
+    table = table.set_column(0, "utterance_id", [["a", "b", "a"]])
+    plan = make_plan(table, rows_per_shard=64)
+    rejected = plan.filter(np.asarray(plan["shard"]) < 0).to_pylist()
+    assert [(row["utterance_id"], row["num_frames"], row["reason"]) for row in rejected] == [("a", 30, "duplicate_id")]

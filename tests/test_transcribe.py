@@ -1,4 +1,4 @@
-"""From recordings to transcripts: one way for all, the guard at work, bounded memory, nothing lost between inputs."""
+"""From recordings to transcripts: one way for all, bounded memory, nothing lost between inputs."""
 
 import io
 import subprocess
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scripted_decoder import is_retry, scripted
 
 from tinyaudio import audio, recognize
 from tinyaudio.errors import AudioError, MissingModelError, ModelError
 from tinyaudio.guard import EVENTS
-from tinyaudio.recognize import Options, Recognizer, _ended, batches_by_length
+from tinyaudio.recognize import Options, Recognizer, batches_by_length
 from tinyaudio.segments import Piece
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
@@ -27,35 +28,10 @@ def transcriber(model, processor):
     return Transcriber(model, processor, name="tiny")
 
 
-class ScriptedDecoder:
-    """Stands in for the decoder: writes scripted texts, by the length of the audio, and notes what it was asked."""
-
-    def __init__(self, model, tokenizer, script):
-        self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
-        self.encode, self._tokenizer, self._script, self.asked = model.encode, tokenizer, script, []
-
-    def generate(self, features, num_frames, generation_config, stopping_criteria, **kwargs):
-        self.asked.append((num_frames.tolist(), generation_config))
-        rows = []
-        for frames in num_frames.tolist():
-            text, ends = self._script(frames, generation_config)
-            rows.append(torch.tensor(self._tokenizer(text)["input_ids"] + ([0] if ends else [])))
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
-
-
-def scripted(model, processor, script):
-    fake = ScriptedDecoder(model, processor.tokenizer, script)
-    return fake, Recognizer(fake, processor.feature_extractor, processor.tokenizer)
-
-
 def half_a_wav(samples):
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, 16_000, format="WAV")
     return buffer.getvalue()[: len(samples)]
-
-
-def is_retry(config):
-    return config.repetition_penalty not in (None, 1.0)
 
 
 def test_one_transcript_per_input_in_order_whatever_its_length(transcriber, spoken):
@@ -98,43 +74,11 @@ def test_token_budget_of_a_row_is_its_own_in_any_company(model, processor, spoke
     assert together == alone
 
 
-def test_loop_is_decoded_again_and_the_clean_output_stands(model, processor, spoken):
-    fake, recognizer = scripted(
-        model, processor, lambda _, c: ("the cat sat", True) if is_retry(c) else ("cat " * 12, True)
-    )
-    (transcript,) = recognizer.stream([spoken[0][0]], Options())
-    assert transcript.text == "the cat sat"
-    assert transcript.warnings == ("repetition_retried",)
-    assert [is_retry(config) for _, config in fake.asked] == [False, True]
-
-
-def test_loop_that_stays_is_cut_and_reported(model, processor, spoken):
-    _, recognizer = scripted(model, processor, lambda *_: ("the dog and " + "cat " * 12, False))
-    (transcript,) = recognizer.stream([spoken[0][0]], Options())
-    assert transcript.text == "the dog and cat"
-    assert transcript.warnings == ("repetition",)
-    assert transcript.segments[0].warnings == ("repetition",)
-
-
-@pytest.mark.parametrize(
-    ("text", "ends", "code"),
-    [
-        ("I'm an AI language model and I cannot transcribe", True, "refusal"),
-        ("the cat sat on the", False, "truncated"),
-        ("", True, "empty"),
-        ("the cat sat on the mat " * 2 + "a dog and a cat " * 9, True, "repetition"),
-        (
-            "abc def ghi jkl mno pqr stu vwx yz " * 2 + "entirely other words follow here for a long while",
-            True,
-            "implausible_rate",
-        ),
-    ],
-)
-def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, code):
-    fake, recognizer = scripted(model, processor, lambda *_: (text, ends))
-    (transcript,) = recognizer.stream([spoken[0][0][:20_000]], Options())
-    assert transcript.warnings == (code,)
-    assert len(fake.asked) == 2
+def test_options_of_generate_may_be_those_of_the_retry(transcriber, spoken):
+    """The random model trips the guard: the second decoding sets what the caller has set already."""
+    generate = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "max_new_tokens": 50}
+    (transcript,) = transcriber.transcribe([spoken[0][0]], generate=generate, **FEW)
+    assert transcript.warnings
 
 
 def test_the_codes_that_eval_counts_are_those_that_transcription_emits(model, processor, spoken):
@@ -157,27 +101,6 @@ def test_the_codes_that_eval_counts_are_those_that_transcription_emits(model, pr
     for transcript in recognizer.stream(sources, Options(window_s=3.0)):
         seen.update(transcript.warnings)
     assert seen == EVENTS
-
-
-def test_options_of_generate_may_be_those_of_the_retry(transcriber, spoken):
-    """The random model trips the guard: the second decoding sets what the caller has set already."""
-    generate = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "max_new_tokens": 50}
-    (transcript,) = transcriber.transcribe([spoken[0][0]], generate=generate, **FEW)
-    assert transcript.warnings
-
-
-def test_a_loop_is_cut_and_not_thrown_away_for_nothing(model, processor, spoken):
-    """Speech below the length at which silence is suspicious, so that an empty second output is no fault by itself."""
-    _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))
-    samples = spoken[0][0][:16_000]
-    piece = Piece(samples=samples, start_s=0.0, end_s=0.9, advance_s=1.0)
-    assert recognizer.decode([piece], Options()) == [("cat", ("repetition",))]
-
-
-def test_a_row_stopped_at_its_budget_is_truncated_though_padding_is_end_of_text():
-    """Many decoders are padded with end-of-text; rows stopped at 3, ended at 2, stopped at 4 and ended at 4."""
-    tokens = torch.tensor([[5, 5, 5, 0], [5, 5, 0, 0], [5, 5, 5, 5], [5, 5, 5, 0]])
-    assert _ended(tokens, 0, torch.tensor([3, 4, 4, 4])).tolist() == [False, True, False, True]
 
 
 def test_file_cut_short_is_transcribed_with_a_warning(transcriber, spoken):

@@ -1,0 +1,44 @@
+"""Twelve clips, and `tinyaudio eval` on them, for the tests of `pipelines.evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import typer
+from typer.testing import CliRunner
+
+from tinyaudio import cli_eval
+
+NUM_CLIPS = 12
+
+
+def noise_clips(root: Path) -> Path:
+    """Make an audiofolder corpus of noise: utt-0, utt-1, ... in its split `test`, each longer than the last."""
+    split = root / "test"
+    split.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    rows = ["file_name,id,text"]
+    for i in range(NUM_CLIPS):
+        soundfile.write(split / f"{i}.wav", 0.1 * rng.standard_normal(9_000 + 700 * i), 16_000)
+        rows.append(f"{i}.wav,utt-{i},a cat and a dog {i}")
+    (split / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def run_eval(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    cli_eval.add_to(app)
+    return CliRunner().invoke(app, ["eval", *arguments])
+
+
+def numbers(result: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def answers(folder: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return {line["utterance_id"]: line["pred_text"] for line in lines}

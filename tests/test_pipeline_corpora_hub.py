@@ -1,0 +1,170 @@
+"""Corpora on the hub, without one: what is fetched, tried again, waited for and blamed."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from corpus_files import audio_of, loquacious, two_files, wav, write_parquet
+from hub_replica import Fault, Hub
+
+from pipelines import corpora_parquet, hub_files
+from pipelines.corpora import HubCorpus
+from pipelines.decoding import decode_piece
+from pipelines.errors import CorpusError, FetchError
+from pipelines.recipes import CorpusSection
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    return two_files(tmp_path)
+
+
+def hub_corpus(monkeypatch, files: dict[str, list[str]], **settings: object) -> HubCorpus:
+    monkeypatch.setattr(corpora_parquet, "resolve_dataset", lambda *_: files)
+    return HubCorpus(CorpusSection(name="some/set", **settings))
+
+
+@pytest.mark.parametrize("fetch", ["files", "ranges"])
+def test_audio_is_fetched_as_the_recipe_says_and_metadata_always_by_ranges(parquet, monkeypatch, fetch):
+    whole: list[tuple[str, ...]] = []
+    ranged: list[tuple[str, ...]] = []
+
+    def fetch_whole(*place: str, patience_s: float) -> Path:
+        whole.append(place)
+        return parquet / place[1]
+
+    def by_range(*place: str, patience_s: float) -> io.BufferedReader:
+        ranged.append(place)
+        return (parquet / place[1]).open("rb")
+
+    monkeypatch.setattr(corpora_parquet, "fetch_whole", fetch_whole)
+    monkeypatch.setattr(corpora_parquet, "HubFile", by_range)
+    commit = "c" * 40
+    files = [f"hf://datasets/some/set@{commit}/train-0000{i}-of-00002.parquet" for i in range(2)]
+    corpus = hub_corpus(monkeypatch, {"train": files}, fetch=fetch, revision=commit)
+    assert len(corpus.scan("train")) == 15
+    assert not whole
+    assert {place[2] for place in ranged} == {commit}
+    ranged.clear()
+    assert dict(corpus.read_audio(["train:1:0:0"])) == {"train:1:0:0": wav(2.0)}
+    place = ("some/set", "train-00001-of-00002.parquet", commit)
+    assert (whole, ranged) == (([place], []) if fetch == "files" else ([], [place]))
+    assert corpus.provenance("train")["revision"] == commit
+
+
+def test_a_branch_is_what_its_files_say_and_other_files_are_refused(monkeypatch):
+    commit = "d" * 40
+    corpus = hub_corpus(monkeypatch, {"train": [f"hf://datasets/some/set@{commit}/t.parquet"]}, revision="main")
+    assert corpus.provenance("train") == {
+        "kind": "hub", "name": "some/set", "config": None, "split": "train", "revision": commit
+    }  # fmt: skip
+    with pytest.raises(CorpusError, match="no split 'dev' in 'some/set'; found train"):
+        corpus.require("dev")
+    with pytest.raises(CorpusError, match="is not Parquet"):
+        hub_corpus(monkeypatch, {"train": ["hf://datasets/some/set@main/t.tar"]}).require("train")
+    with pytest.raises(CorpusError, match="lies outside the hub"):
+        corpus.open("https://example.org/t.parquet")
+
+
+def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
+    monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", False)  # nothing here asks anybody
+    monkeypatch.setattr(hub_files, "_wait_s", lambda *_: 0.01)
+    answers = iter([ConnectionError("broken off"), TimeoutError("slow"), 7])
+
+    def answer() -> int:
+        found = next(answers)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    hub_files.resume()
+    assert hub_files.patiently(answer, "a file", 5.0) == 7
+    monkeypatch.setattr(hub_files, "_wait_s", lambda *_: 0.2)
+    with pytest.raises(FetchError, match=r"a file: ConnectionError: gone; tried 1 times .*type the same again"):
+        hub_files.patiently(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
+    with pytest.raises(KeyError, match="no"):
+        hub_files.patiently(lambda: {}["no"], "a file", 5.0)
+    monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="at once"):
+        hub_files.patiently(lambda: (_ for _ in ()).throw(ConnectionError("at once")), "a file", 5.0)
+
+
+def test_waiting_follows_the_server_and_else_doubles_up_to_a_minute():
+    asked = SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": "7"}))
+    assert hub_files._wait_s(asked, 0) == 7
+    assert 2 <= hub_files._wait_s(ConnectionError(), 2) <= 4
+    assert 30 <= hub_files._wait_s(ConnectionError(), 50) <= 60
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "0"}, {"RateLimit": '"resolve";r=0;t=0'}, {}])
+def test_no_server_can_make_us_ask_without_a_pause(headers):
+    assert hub_files._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == hub_files.MIN_WAIT_S
+
+
+def test_the_hubs_own_rate_limit_is_heeded():
+    headers = {"RateLimit": '"resolve";r=0;t=55'}
+    assert hub_files._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == 55
+
+
+@pytest.fixture
+def near_hub(monkeypatch, tmp_path):
+    """A corpus on a hub in this process, with two files of two row groups."""
+    for part in range(2):
+        write_parquet(tmp_path / f"train-0000{part}-of-00002.parquet", loquacious(4, first=4 * part), row_group_size=2)
+    with Hub() as hub:
+        files = {path.name: path for path in sorted(tmp_path.glob("*.parquet"))}
+        commit = hub.add("datasets", "some/set", files).commit
+        monkeypatch.setattr(hub_files, "hf_hub_url", lambda repo, path, *, repo_type, revision: (
+            f"{hub.endpoint}/{repo_type}s/{repo}/resolve/{revision}/{path}"
+        ))  # fmt: skip
+        monkeypatch.setattr(hub_files, "MIN_WAIT_S", 0.05)
+        monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", False)
+        hub_files.resume()
+        listed = {"train": [f"hf://datasets/some/set@{commit}/{name}" for name in files]}
+        yield hub, hub_corpus(monkeypatch, listed, revision=commit, fetch_patience_s=1.0)
+
+
+def test_audio_behind_a_redirect_is_read_by_ranges_too(near_hub):
+    hub, corpus = near_hub
+    hub.redirects = True
+    assert len(audio_of(corpus, "train")) == 8
+    assert {request.status for request in hub.log} == {302, 206}
+
+
+@pytest.mark.parametrize("kind", [401, 503])
+def test_a_hub_that_refuses_audio_blames_no_row(near_hub, kind):
+    """A refused key and an outage are nothing that the data have done: it has been planned, so the rows are there."""
+    hub, corpus = near_hub
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    hub.faults.append(Fault("resolve/", kind, times=-1, min_bytes=20_000))
+    with pytest.raises(FetchError, match=f"train-00000.*{kind}"):
+        decode_piece(corpus, source_ids[:2], 30.0)
+    assert hub.faults[0].hits
+
+
+def test_a_hub_that_refuses_metadata_blames_no_file(near_hub):
+    hub, corpus = near_hub
+    corpus.scan_threads = 1
+    hub.take_fault = lambda *_: Fault("", 503) if len(hub.log) >= 2 else None  # after the end of a file and its footer
+    with pytest.raises(FetchError, match=r"train-00000.*503"):
+        corpus.scan("train")
+
+
+def test_a_file_is_opened_once_to_be_planned(near_hub):
+    """Its last bytes, which say its size, the footer, and the metadata columns of two row groups around their audio."""
+    hub, corpus = near_hub
+    corpus.scan("train")
+    num_requests = len(hub.log)
+    assert num_requests == 2 * (2 + 2 * 2)
+    assert corpus.audio_bytes("train") > 0
+    assert len(hub.log) == num_requests
+
+
+def test_a_host_that_stops_talking_is_asked_again(near_hub, monkeypatch):
+    hub, corpus = near_hub
+    corpus.patience_s = 20.0
+    monkeypatch.setattr(hub_files, "TIMEOUT_S", 0.2)
+    hub.faults.append(Fault("resolve/", "slow", times=1, slow_s=1.0))
+    assert len(corpus.scan("train")) == 8
+    assert hub.faults[0].hits == 1

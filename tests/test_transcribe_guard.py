@@ -1,0 +1,61 @@
+"""The guard at work in transcription: loops are decoded again or cut, and every fault is in the warnings."""
+
+import pytest
+import torch
+from scripted_decoder import is_retry, scripted
+
+from tinyaudio.recognize import Options, _ended
+from tinyaudio.segments import Piece
+
+
+def test_loop_is_decoded_again_and_the_clean_output_stands(model, processor, spoken):
+    fake, recognizer = scripted(
+        model, processor, lambda _, c: ("the cat sat", True) if is_retry(c) else ("cat " * 12, True)
+    )
+    (transcript,) = recognizer.stream([spoken[0][0]], Options())
+    assert transcript.text == "the cat sat"
+    assert transcript.warnings == ("repetition_retried",)
+    assert [is_retry(config) for _, config in fake.asked] == [False, True]
+
+
+def test_loop_that_stays_is_cut_and_reported(model, processor, spoken):
+    _, recognizer = scripted(model, processor, lambda *_: ("the dog and " + "cat " * 12, False))
+    (transcript,) = recognizer.stream([spoken[0][0]], Options())
+    assert transcript.text == "the dog and cat"
+    assert transcript.warnings == ("repetition",)
+    assert transcript.segments[0].warnings == ("repetition",)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "code"),
+    [
+        ("I'm an AI language model and I cannot transcribe", True, "refusal"),
+        ("the cat sat on the", False, "truncated"),
+        ("", True, "empty"),
+        ("the cat sat on the mat " * 2 + "a dog and a cat " * 9, True, "repetition"),
+        (
+            "abc def ghi jkl mno pqr stu vwx yz " * 2 + "entirely other words follow here for a long while",
+            True,
+            "implausible_rate",
+        ),
+    ],
+)
+def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, code):
+    fake, recognizer = scripted(model, processor, lambda *_: (text, ends))
+    (transcript,) = recognizer.stream([spoken[0][0][:20_000]], Options())
+    assert transcript.warnings == (code,)
+    assert len(fake.asked) == 2
+
+
+def test_a_loop_is_cut_and_not_thrown_away_for_nothing(model, processor, spoken):
+    """Speech below the length at which silence is suspicious, so that an empty second output is no fault by itself."""
+    _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))
+    samples = spoken[0][0][:16_000]
+    piece = Piece(samples=samples, start_s=0.0, end_s=0.9, advance_s=1.0)
+    assert recognizer.decode([piece], Options()) == [("cat", ("repetition",))]
+
+
+def test_a_row_stopped_at_its_budget_is_truncated_though_padding_is_end_of_text():
+    """Many decoders are padded with end-of-text; rows stopped at 3, ended at 2, stopped at 4 and ended at 4."""
+    tokens = torch.tensor([[5, 5, 5, 0], [5, 5, 0, 0], [5, 5, 5, 5], [5, 5, 5, 0]])
+    assert _ended(tokens, 0, torch.tensor([3, 4, 4, 4])).tolist() == [False, True, False, True]

@@ -9,28 +9,31 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyaudio.cli_options import ANY_SPELLING
-from tinyaudio.inputs import (
-    STDIN,
-    FoundInput,
-    OutputClashError,
-    OutputError,
-    exists,
-    find_inputs,
-    plan_outputs,
-    write_atomically,
+from tinyaudio.cli_outputs import (
+    Bar,
+    Desk,
+    Outcome,
+    close,
+    kinds_of,
+    let_go_of_stdout,
+    outputs_of,
+    route_of,
+    say,
+    spare,
+    usage,
 )
-from tinyaudio.subtitles import WRITERS, Layout, plain
+from tinyaudio.inputs import FoundInput, exists, find_inputs
+from tinyaudio.subtitles import Layout
 
 if TYPE_CHECKING:
     from tinyaudio.transcribe import Transcriber
-    from tinyaudio.transcript import Transcript
 
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -38,16 +41,6 @@ BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command("transcribe", context_settings=ANY_SPELLING)(transcribe)
-
-
-@dataclass
-class Outcome:
-    """What happened so far."""
-
-    num_done: int = 0
-    num_skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-    warnings: int = 0
 
 
 def transcribe(
@@ -122,15 +115,15 @@ def transcribe(
     _refuse_what_whisper_can(language, task, temperature, word_timestamps)
     for name, value in (("--chunk-length", chunk_length), ("--length-penalty", length_penalty)):
         if value is not None and not (math.isfinite(value) and (value > 0 or name == "--length-penalty")):
-            _usage(f"{name} {value:g}: expected {'a number' if name == '--length-penalty' else 'seconds above 0'}")
+            usage(f"{name} {value:g}: expected {'a number' if name == '--length-penalty' else 'seconds above 0'}")
     inputs = find_inputs(paths, recursive)
     _check_stdin(inputs)
-    route = _route(
-        inputs, _kinds(formats), output_dir, as_json=as_json, explicit=bool(formats) or output_dir is not None
+    route = route_of(
+        inputs, kinds_of(formats), output_dir, as_json=as_json, explicit=bool(formats) or output_dir is not None
     )
-    outputs = _outputs(inputs, route, keep_extension)
+    outputs = outputs_of(inputs, route, keep_extension)
     if route.is_implicit and not skip_existing and not overwrite:
-        _spare(path for files in outputs for path in files.values())
+        spare(path for files in outputs for path in files.values())
     outcome, todo = Outcome(), []
     for item, files in zip(inputs, outputs, strict=True):
         if skip_existing and files and all(map(exists, files.values())):
@@ -145,41 +138,15 @@ def transcribe(
     layout = Layout(max_line_width=max_line_width, max_line_count=max_line_count)
     try:
         if todo:
-            _run(todo, load, options, threads, _Desk(route, layout, outcome, quiet))
+            _run(todo, load, options, threads, Desk(route, layout, outcome, quiet))
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _say(f"interrupted; {outcome.num_done} of {len(inputs)} inputs are done; --skip-existing goes on from here")
+        say(f"interrupted; {outcome.num_done} of {len(inputs)} inputs are done; --skip-existing goes on from here")
         os._exit(130) if _has_stuck_reader() else sys.exit(130)
     except BrokenPipeError:
-        _let_go_of_stdout()
+        let_go_of_stdout()
         sys.exit(BROKEN_PIPE)
-    _close(outcome, len(inputs), quiet)
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Where transcripts go: formats of files and their folder, and what stands on stdout."""
-
-    kinds: tuple[str, ...]
-    output_dir: Path | None
-    on_stdout: str  # a format, "lines" with names, or "" for nothing
-    is_implicit: bool = False  # nobody asked for the files
-
-
-def _route(
-    inputs: Sequence[FoundInput], kinds: tuple[str, ...], output_dir: Path | None, *, as_json: bool, explicit: bool
-) -> _Route:
-    if output_dir == Path(STDIN):
-        if len(kinds) != 1 or len(inputs) != 1 or as_json:
-            _usage("--output-dir - is stdout, and takes one format of one input; name a folder")
-        return _Route((), None, kinds[0])
-    if explicit:
-        return _Route(kinds, output_dir, "json" if as_json else "")
-    if as_json:
-        return _Route((), None, "json")
-    if len(inputs) == 1 and inputs[0].is_named:
-        return _Route((), None, "txt")
-    return _Route(kinds, None, "lines", is_implicit=True)
+    close(outcome, len(inputs), quiet)
 
 
 def _run(
@@ -187,14 +154,14 @@ def _run(
     load: dict[str, Any],
     options: dict[str, Any],
     threads: int | None,
-    desk: "_Desk",
+    desk: "Desk",
 ) -> None:
     """Transcribe what is to be done, in order; failures are collected."""
     from tinyaudio.transcript import Transcript
 
     tries = [item for item, _ in todo if item.problem is None]
     transcripts: Iterator[Transcript] = iter(())
-    with _Bar(tries, desk.quiet) as bar:
+    with Bar(tries, desk.quiet) as bar:
         if tries:
             transcriber = _load(load, threads)
             sources = (sys.stdin.buffer if item.path is None else item.path for item in tries)
@@ -218,78 +185,15 @@ def _load(load: dict[str, Any], threads: int | None) -> "Transcriber":
     return Transcriber.load(**load)
 
 
-@dataclass(frozen=True)
-class _Desk:
-    """Where finished transcripts are written, printed and counted."""
-
-    route: _Route
-    layout: Layout
-    outcome: Outcome
-    quiet: bool
-
-    def finish(self, item: FoundInput, transcript: "Transcript", files: dict[str, Path]) -> None:
-        """Write and print one transcript, and say what there is to say about it."""
-        if transcript.error is None:
-            transcript = replace(transcript, error=self._write(transcript, files))
-        self._print(transcript)
-        if transcript.error is not None:
-            self.outcome.failures.append(item.name)
-            _say(transcript.error)
-            return
-        self.outcome.num_done += 1
-        self.outcome.warnings += len(transcript.warnings)
-        for line in _warning_lines(transcript) if not self.quiet else ():
-            _say(f"{item.name}: {line}")
-
-    def _write(self, transcript: "Transcript", files: dict[str, Path]) -> str | None:
-        """Write files; the reason, on one line, if that fails."""
-        for kind, path in files.items():
-            try:
-                write_atomically(path, WRITERS[kind](transcript, self.layout))
-            except OSError as problem:
-                return f"{str(path)!r} cannot be written: {problem.strerror or problem}"
-        return None
-
-    def _print(self, transcript: "Transcript") -> None:
-        on_stdout = self.route.on_stdout
-        if not on_stdout or (transcript.error is not None and on_stdout != "json"):
-            return
-        if on_stdout == "lines":
-            text = f"{_printable(transcript.source)}: {plain(transcript.text)}\n"
-        else:
-            text = WRITERS[on_stdout](transcript, self.layout)
-        try:
-            print(text, end="", flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _let_go_of_stdout()
-            raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
-
-
-def _warning_lines(transcript: "Transcript") -> Iterator[str]:
-    from tinyaudio.guard import CODES, RETRIED
-
-    def explain(code: str) -> str:
-        base = code.removesuffix(RETRIED)
-        return f"{base} at first; decoded again, and that stands" if code != base else f"{code}: {CODES[code]}"
-
-    for segment in transcript.segments:
-        for code in segment.warnings:
-            yield f"{segment.start:.1f} to {segment.end:.1f} s: {explain(code)}"
-    num_of_segments = sum(len(segment.warnings) for segment in transcript.segments)
-    yield from map(explain, transcript.warnings[num_of_segments:])
-
-
 def _refuse_what_whisper_can(language: str, task: str, temperature: str, word_timestamps: str) -> None:
     if language.strip().lower() not in ("en", "english"):
-        _usage(f"--language {language!r}: this model hears English only (en)")
+        usage(f"--language {language!r}: this model hears English only (en)")
     if task != "transcribe":
-        _usage(f"--task {task!r}: this model writes down what is said, in English (transcribe)")
+        usage(f"--task {task!r}: this model writes down what is said, in English (transcribe)")
     if temperature not in ("0", "0.0"):
-        _usage(f"--temperature {temperature!r}: this model does not sample; expected 0, or leave it out")
+        usage(f"--temperature {temperature!r}: this model does not sample; expected 0, or leave it out")
     if not _is_false(word_timestamps):
-        _usage("--word-timestamps: this model has times of segments only; they stand in srt, vtt, tsv and json")
+        usage("--word-timestamps: this model has times of segments only; they stand in srt, vtt, tsv and json")
 
 
 def _is_false(value: str | None) -> bool:
@@ -302,7 +206,7 @@ def _dtype(dtype: str | None, fp16: str | None) -> str | None:
         return "float32" if _is_false(fp16) else None  # --fp16 True: a GPU's decoder is in half precision as trained
     known = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if known.get(dtype, dtype) not in known.values():
-        _usage(f"--dtype {dtype!r}: expected one of {', '.join(known.values())}")
+        usage(f"--dtype {dtype!r}: expected one of {', '.join(known.values())}")
     return known.get(dtype, dtype)
 
 
@@ -318,101 +222,15 @@ def _part(part: str, name: str | None) -> dict[str, str]:
 
 def _check_stdin(inputs: Sequence[FoundInput]) -> None:
     if sys.stdout is None:
-        _usage("stdout is closed; leave it open, results go there")
+        usage("stdout is closed; leave it open, results go there")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
     if not any(item.path is None for item in inputs):
         return
     if sys.stdin is None:
-        _usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
+        usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
     if sys.stdin.isatty():
-        _usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
-
-
-def _let_go_of_stdout() -> None:
-    """Keep what is buffered from being written, and failing, once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _kinds(formats: Sequence[str] | None) -> tuple[str, ...]:
-    wanted = [kind.strip().lower() for given in formats or ["txt"] for kind in given.split(",") if kind.strip()]
-    if "all" in wanted:
-        wanted = [*WRITERS, *(kind for kind in wanted if kind != "all")]
-    unknown = [kind for kind in wanted if kind not in WRITERS]
-    if unknown or not wanted:
-        _usage(f"--format {','.join(formats or [])!r}: expected some of {','.join(WRITERS)}, or all")
-    return tuple(dict.fromkeys(wanted))
-
-
-def _outputs(inputs: Sequence[FoundInput], route: _Route, keep_extension: bool) -> list[dict[str, Path]]:
-    """Name the files, and make their folder before anything takes time."""
-    if not route.kinds:
-        return [{} for _ in inputs]
-    try:
-        outputs = plan_outputs(inputs, route.output_dir, route.kinds, keep_extension)
-        if route.output_dir is not None:
-            route.output_dir.mkdir(parents=True, exist_ok=True)
-    except OutputClashError as error:
-        _usage(str(error))
-    except OSError as error:
-        _say(f"--output-dir {str(route.output_dir)!r} cannot be written: {error.strerror or error}")
-        sys.exit(1)
-    return outputs
-
-
-def _spare(paths: Iterator[Path]) -> None:
-    """Refuse to write over what may be somebody's own transcript."""
-    there = next(filter(exists, paths), None)
-    if there is not None:
-        _usage(
-            f"{str(there)!r} is there already; --skip-existing leaves such inputs alone, --output-dir DIR puts files "
-            "elsewhere, --overwrite writes over them"
-        )
-
-
-def _close(outcome: Outcome, num_inputs: int, quiet: bool) -> NoReturn:
-    """Say how it went, where there is more than one thing to say, and leave with the code that tells the truth."""
-    if num_inputs > 1 or outcome.num_skipped:
-        counts = [f"{outcome.num_done} transcribed", f"{len(outcome.failures)} failed"]
-        counts += [f"{outcome.num_skipped} skipped (already there)"] if outcome.num_skipped else []
-        counts += [f"{outcome.warnings} warnings"] if outcome.warnings else []
-        if outcome.failures or not quiet:
-            _say(f"{num_inputs} inputs: {', '.join(counts)}")
-        if outcome.failures:
-            _say(f"failed: {', '.join(repr(name) for name in outcome.failures)}")
-    sys.exit(1 if outcome.failures else 0)
-
-
-class _Bar:
-    """Progress in seconds of audio, where stderr is a terminal."""
-
-    def __init__(self, inputs: Sequence[FoundInput], quiet: bool) -> None:
-        self._bar: Any = None
-        if quiet or not sys.stderr.isatty():
-            return
-        from tqdm import tqdm
-
-        from tinyaudio.audio import probe_duration_s
-
-        lengths = [None if item.path is None else probe_duration_s(item.path) for item in inputs]
-        known = [length for length in lengths if length is not None]
-        total = round(sum(known), 1) if len(known) == len(lengths) else None
-        self._bar = tqdm(total=total, unit="s", desc="audio", dynamic_ncols=True, leave=False)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, progress: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(round(progress.done_s - self._bar.n, 1))
-
-    def clear(self) -> None:
-        if self._bar is not None:
-            self._bar.clear()
+        usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
 
 
 def _has_stuck_reader() -> bool:
@@ -420,17 +238,3 @@ def _has_stuck_reader() -> bool:
     import threading
 
     return any(thread.name == "tinyaudio-reader" for thread in threading.enumerate())
-
-
-def _printable(text: str) -> str:
-    """Put text on one line; file names may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def _say(message: str) -> None:
-    print(f"tinyaudio: {_printable(message)}", file=sys.stderr, flush=True)
-
-
-def _usage(message: str) -> NoReturn:
-    _say(message)
-    sys.exit(2)

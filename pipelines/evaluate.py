@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance
@@ -26,7 +27,7 @@ from pipelines.predictions import (
     replace_text,
     write_predictions,
 )
-from pipelines.providers import Answer, Provider
+from pipelines.providers import Answer, Provider, ProviderOptions
 from pipelines.report import write_reports
 from pipelines.scoring import WordErrors
 from pipelines.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize
@@ -34,6 +35,8 @@ from tinyaudio.errors import AudioError
 
 OnProgress = Callable[[int, int], None]
 OnMissing = Callable[[Sequence[Utterance]], None]
+_NAMED_BY = {"num_beams": "beams", "max_new_tokens": "tokens", "length_penalty": "penalty"}  # in a folder's name
+_MAX_NAMED = 3  # differing settings spelt out in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,25 @@ def evaluate(
         write_predictions(output / "predictions.jsonl", predictions)
         summary = score_again(output, output, scoring)
     return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
+
+
+def evaluation_name(provider: str, eval_set: EvalSet, options: ProviderOptions) -> str:
+    """Name an evaluation's folder by the set and by what is asked for differently from the model's own defaults.
+
+    What is asked for and is the default anyway changes no name: "--num-beams 4" of a model that has 4 is the same.
+    """
+    own = _own_decoding(options.model)
+    asked = {name: getattr(options, name) for name in _NAMED_BY}
+    parts = [f"{_NAMED_BY[name]}{value:g}" for name, value in asked.items() if value not in (None, own.get(name))]
+    how = "stored" if eval_set.corpus is None else None if options.guard else "unguarded"
+    system = None if provider == "tinyaudio" else provider
+    return "-".join(part for part in (eval_set.name, *parts, how, system) if part)
+
+
+def _own_decoding(model: str | None) -> dict[str, Any]:
+    """Read a local model's own decoding settings; empty for one on the hub, which is not fetched for its name."""
+    path = None if model is None else Path(model) / "generation_config.json"
+    return dict(json.loads(path.read_text())) if path is not None and path.is_file() else {}
 
 
 def _check_scoring(scoring: Scoring, eval_set: EvalSet, output: Path) -> None:
@@ -205,20 +227,30 @@ def _claim(path: Path, wanted: Settings) -> None:
         save_settings(path, wanted)
         return
     found = load_settings(path)
+    old, new = _flat(_compared(found)), _flat(_compared(wanted))
     differing = [
-        name
-        for name, old, new in (
-            ("provider", found.provider, wanted.provider),
-            ("model", _unnamed(found.model), _unnamed(wanted.model)),
-            ("set", found.scored, wanted.scored),
-        )
-        if old != new
+        f"{key} {old.get(key)!r} there, {new.get(key)!r} now" for key in {**old, **new} if old.get(key) != new.get(key)
     ]
     if differing:
+        more = f"; {len(differing) - _MAX_NAMED} more in settings.json" if len(differing) > _MAX_NAMED else ""
         raise EvaluationError(
-            f"{str(path.parent)!r} holds another evaluation ({', '.join(differing)} differ: see settings.json); "
+            f"{str(path.parent)!r} holds another evaluation ({'; '.join(differing[:_MAX_NAMED])}{more}); "
             "name another folder with --output, or delete this one"
         )
+
+
+def _compared(settings: Settings) -> dict[str, Any]:
+    """Return what makes an evaluation what it is; a model by another name is the same model if all else is."""
+    model = {key: value for key, value in settings.model.items() if key != "name"}
+    return {"provider": settings.provider, "model": model, "set": settings.scored}
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables: {"model.decoding.num_beams": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _note_environment(path: Path, wanted: Settings) -> None:
@@ -226,11 +258,6 @@ def _note_environment(path: Path, wanted: Settings) -> None:
     found = load_settings(path)
     if wanted.environments[0] not in found.environments:
         save_settings(path, replace(found, environments=(*found.environments, *wanted.environments)))
-
-
-def _unnamed(model: dict[str, object]) -> dict[str, object]:
-    """A model by another name is the same model if all else is."""
-    return {key: value for key, value in model.items() if key != "name"}
 
 
 def _earlier(path: Path, retry_failed: bool) -> dict[str, Prediction]:

@@ -84,11 +84,38 @@ def test_the_command_compares_rescores_and_fails_over_a_limit(corpus: Path, chec
     assert run_eval("--rescore", str(tmp_path / "a"), "--fail-over", "5").exit_code == 2
 
 
+def _set_default(checkpoint: Path, **decoding: Any) -> None:
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **decoding}))
+
+
+def test_other_decoding_settings_go_to_another_folder(corpus: Path, checkpoint: Path) -> None:
+    _set_default(checkpoint, max_new_tokens=8, num_beams=2)
+    common = [str(checkpoint), "--corpus", str(corpus), "--max-samples", "2", "--device", "cpu", "--json"]
+    for asked, name in {
+        (): "corpus-test-2-seed0",
+        ("--num-beams", "2", "--max-new-tokens", "8", "--length-penalty", "1"): "corpus-test-2-seed0",
+        ("--length-penalty", "0.5"): "corpus-test-2-seed0-penalty0.5",
+        ("--num-beams", "1", "--max-new-tokens", "4"): "corpus-test-2-seed0-beams1-tokens4",
+    }.items():
+        result = run_eval(*common, *asked)
+        assert result.exit_code == 0, result.output
+        assert Path(numbers(result)["output"]).name == name
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_length_penalty_that_is_no_number_is_refused(checkpoint: Path, corpus: Path, value: str) -> None:
+    result = run_eval(str(checkpoint), "--corpus", str(corpus), "--length-penalty", value)
+    assert result.exit_code == 2
+    assert f"--length-penalty {value}: expected a number" in result.output
+
+
 def test_a_run_to_compare_with_means_its_own_answers_to_the_same_set(
     corpus: Path, checkpoint: Path, ctc_folder: Path, tmp_path: Path
 ) -> None:
     common = ["--corpus", str(corpus), "--device", "cpu", "--json"]
-    ours = run_eval(str(checkpoint), *common, "--max-new-tokens", "8")
+    _set_default(checkpoint, max_new_tokens=8)
+    ours = run_eval(str(checkpoint), *common)
     assert ours.exit_code == 0, ours.output
     assert Path(numbers(ours)["output"]) == checkpoint / "eval" / "corpus-test"
     control = run_eval(str(ctc_folder), "--provider", "ctc", *common, "--compare", str(checkpoint))

@@ -1,11 +1,15 @@
 """The commands `eval` and `publish`. Part of the roof."""
 
 import json as json_module
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tinyaudio.cli_outputs import usage
 
 ModelArgument = Annotated[
     str | None,
@@ -82,9 +86,11 @@ def evaluate(
 
     Exits 1 if any utterance has no answer.
     """
-    from pipelines.evaluate import Scoring
+    from pipelines.evaluate import Scoring, evaluation_name
     from pipelines.providers import ProviderOptions
 
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        usage(f"--length-penalty {length_penalty:g}: expected a number")
     if rescore is not None:
         chosen: dict[str, Any] = {
             "MODEL": model,
@@ -100,8 +106,6 @@ def evaluate(
         return
     request = _Request(model, provider, revision, recipe, corpus, set_)
     eval_set = request.eval_set(split, max_samples, seed, source, from_store)
-    name = _evaluation_name(eval_set.name, num_beams, guard, from_store is not None)
-    folder = output or request.folder / (name if provider == "tinyaudio" else f"{name}-{provider}")
     options = ProviderOptions(
         model=request.model,
         revision=revision,
@@ -113,9 +117,11 @@ def evaluate(
         guard=guard and from_store is None,
         api_key=api_key,
         concurrency=concurrency,
-        output=folder,
     )
-    other = compare if compare is None or _is_evaluation(compare) else compare / "eval" / name
+    folder = output or request.folder / evaluation_name(provider, eval_set, options)
+    options = replace(options, output=folder)
+    same = evaluation_name("tinyaudio", eval_set, options)
+    other = compare if compare is None or _is_evaluation(compare) else compare / "eval" / same
     scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=other)
     summary = _run(request, options, eval_set, folder, scoring, retry_failed, yes)
     _finish(summary, f"predictions, summary.json, report.md and report.html: {folder}", folder, fail_over, json)
@@ -219,13 +225,6 @@ def _recipe_on_hub(model: str, revision: str | None) -> str | None:
 
 def _file_name(model: str) -> str:
     return model.strip("/").replace("/", "--")
-
-
-def _evaluation_name(set_name: str, num_beams: int | None, guard: bool, is_stored: bool) -> str:
-    """Name an evaluation by the set and by what was asked for differently from the defaults."""
-    beams = f"beams{num_beams}" if num_beams else None
-    how = "stored" if is_stored else None if guard else "unguarded"
-    return "-".join(part for part in (set_name, beams, how) if part)
 
 
 def _corpus_table(corpus: str, base: Any) -> dict[str, Any]:

@@ -199,12 +199,13 @@ def prepare(
 
     Several processes may do this at once: the first plans and makes the store, the others then find that done.
     """
+    where = pick_device(device)
     store_path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _preparing(store_path):
         fixed = pinned(recipe, store_path)
         corpus = open_corpus(fixed.corpus)
         plan = planned(fixed, corpus, splits, store_path)
-    encoder = open_encoder(fixed.encoder, pick_device(device), fixed.corpus.fetch_patience_s)
+    encoder = open_encoder(fixed.encoder, where, fixed.corpus.fetch_patience_s)
     with _preparing(store_path):
         store = _open_store(fixed, store_path, corpus, plan, encoder)
         save_request(store_path, recipe, fixed, splits, request_of(fixed, corpus, splits))

@@ -14,6 +14,7 @@ from pipelines.hub_files import patiently
 from pipelines.recipes import EncoderSection
 from tinyaudio.encoder import load_encoder, load_feature_extractor
 from tinyaudio.frozen import resolved_revision, weights_digest
+from tinyaudio.transcribe import pick_device as usable_device
 
 OPENING_PATIENCE_S = 30.0  # seconds to keep trying, where somebody waits at the terminal
 
@@ -31,9 +32,13 @@ class LoadedEncoder:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Resolve "auto" to a GPU if there is one; of several, to that of this process's place under torchrun."""
+    """Resolve "auto" to a GPU if there is one; of several, to that of this process's place under torchrun.
+
+    Raises:
+        ModelError: a name torch does not know, or a device this machine does not have.
+    """
     if device != "auto":
-        return torch.device(device)
+        return usable_device(device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

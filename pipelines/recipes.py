@@ -156,8 +156,12 @@ class Recipe(Section):
     train: TrainSection
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as TOML; what is None is left out."""
-        path.write_text(tomli_w.dumps(self.model_dump(exclude_none=True)))
+        """Write the resolved recipe, as `to_toml`."""
+        path.write_text(self.to_toml())
+
+    def to_toml(self) -> str:
+        """Give the resolved recipe as TOML; what is None is left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
 def recipe_names() -> list[str]:

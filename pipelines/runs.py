@@ -71,7 +71,7 @@ class Run:
         """Make the folder and say what will be done in it; errors as `check_free`."""
         self.check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(self.folder / "recipe.toml")
+        write_atomically(self.folder / "recipe.toml", recipe.to_toml())
         self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
         self.point_latest_here()
 
@@ -84,8 +84,13 @@ class Run:
         found = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         # A recipe and half-written hidden files are what a kill during these lines leaves.
         if any(name != "recipe.toml" and not name.startswith(".") for name in found):
-            what = "holds an unfinished run; add --resume to go on" if self.state else "is not empty and is no run"
-            raise RunError(f"{str(self.folder)!r} {what}, or name another --run")
+            if self.state:
+                raise RunError(
+                    f"{str(self.folder)!r} holds an unfinished run; add --resume to go on, or name another --run"
+                )
+            raise RunError(
+                f"{str(self.folder)!r} is not empty and holds no run; expected a new folder. Name another --run"
+            )
 
     def check_resumable(self, recipe: Recipe, fingerprint_id: str) -> None:
         """Refuse to go on with anything else than what was begun.
@@ -158,7 +163,16 @@ def _counts(key: str) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part."""
+    """Write a file so that a reader finds the old content or the new, never a part.
+
+    Raises:
+        OSError: naming the file; a full disk's own error does not.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_folder_corpus
 
 
@@ -121,7 +122,7 @@ def test_stages_end_with_one_json_object_and_say_when_there_is_nothing_to_do(rec
     assert "nothing to do" in again.stderr
 
 
-def test_interrupt_exits_130(recipe_file, corpus_folder, noise, tmp_path):
+def test_interrupt_exits_130_with_one_line(recipe_file, corpus_folder, noise, tmp_path):
     import signal
 
     write_folder_corpus(tmp_path / "large", noise, {"train": 2000, "dev": 1})  # more than is done in a moment
@@ -135,4 +136,62 @@ def test_interrupt_exits_130(recipe_file, corpus_folder, noise, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
+    assert stderr.strip() == "tinyaudio: interrupted; the same command again goes on"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(("command", "option"), [("extract", "--store"), ("train", "--run")])
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(command, option, recipe_file, tmp_path):
+    made = tmp_path / "folder" / "made"
+    done = tinyaudio(command, "--recipe", recipe_file, option, made, "--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "'cuda' cannot be used" in done.stderr
+    assert not made.parent.exists()
+
+
+def test_a_run_that_cannot_be_written_is_one_line_and_leaves_no_torn_recipe(recipe_file, tmp_path):
+    store, run = tmp_path / "store", tmp_path / "run"
+    assert tinyaudio("extract", "--recipe", recipe_file, "--store", store, cwd=tmp_path).returncode == 0
+    (tmp_path / "file").touch()
+    done = tinyaudio("train", "--recipe", recipe_file, "--store", store, "--run", tmp_path / "file/run", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "file/run' cannot be read or written: Not a directory" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    full = (
+        "import resource, sys, tinyaudio.cli as cli, pipelines.runs as runs; begin = runs.Run.begin\n"
+        "def limited(*a):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); begin(*a)\n"
+        "runs.Run.begin = limited; cli.main()"
+    )
+    command = ["train", "--recipe", str(recipe_file), "--store", str(store), "--run", str(run)]
+    done = subprocess.run([sys.executable, "-c", full, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "recipe.toml' cannot be written: File too large; make room" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(run.iterdir()) == []
+
+
+def test_only_places_that_cannot_be_used_lose_their_traceback(monkeypatch, capsys):
+    import errno
+
+    from tinyaudio import cli
+
+    def outcome(error: Exception) -> str:
+        def fail(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "app", fail)
+        with pytest.raises((SystemExit, type(error))) as caught:
+            cli.main()
+        return capsys.readouterr().err if caught.type is SystemExit else "traceback"
+
+    assert outcome(OSError(errno.ENOSPC, "No space left on device")).startswith("tinyaudio: a file cannot be written")
+    assert "'/there' cannot be read or written: Read-only" in outcome(OSError(errno.EROFS, "Read-only", "/there"))
+    for bug in (
+        OSError("no errno"),
+        OSError(errno.EACCES, "no name"),
+        OSError(errno.ENOENT, "gone", "/x"),
+        KeyError(1),
+    ):
+        assert outcome(bug) == "traceback"

@@ -1,19 +1,47 @@
 """The roof: the `tinyaudio` command. Parse, call, print; nobody imports it.
 
 One verb per stage, in `cli_<verb>.py` where it needs more than a page. Heavy imports happen inside commands, so that
-`--help` answers at once. stdout carries results, stderr progress and messages. Errors of ours are one line and exit 1;
-usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
+`--help` answers at once. stdout carries results, stderr progress and messages. Errors of ours, and places that cannot
+be read or written, are one line and exit 1; usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
 """
 
+import errno
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tinyaudio import __version__
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNUSABLE = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+}
+
+
+class _Root(TyperGroup):
+    """All commands; says a word about Ctrl-C, which typer by itself turns into a silent exit 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+                print("tinyaudio: interrupted; the same command again goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Root,
     name="tinyaudio",
     help="Speech recognition out of a frozen encoder, a small trained projector and a frozen language model.",
     no_args_is_help=True,
@@ -71,13 +99,11 @@ def main() -> None:
     _quieten_libraries()
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("tinyaudio: interrupted; the same command again goes on", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
-        if not _is_ours(error):
+        message = str(error) if _is_ours(error) else _explain_place(error)
+        if message is None:
             raise
-        print(f"tinyaudio: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tinyaudio: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
 
 
@@ -87,3 +113,17 @@ def _is_ours(error: BaseException) -> bool:
     return bool(
         names & {"tinyaudio.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"}
     )
+
+
+def _explain_place(error: Exception) -> str | None:
+    """Say which file cannot be read or written and why; None for anything else, which is a bug."""
+    if not isinstance(error, OSError):
+        return None
+    name = None if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in _FULL:
+        return (
+            f"{'a file' if name is None else repr(name)} cannot be written: {error.strerror}; make room and try again"
+        )
+    if error.errno in _UNUSABLE and name is not None:
+        return f"{name!r} cannot be read or written: {error.strerror}; name another place, or make this one usable"
+    return None

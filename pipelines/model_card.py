@@ -4,7 +4,7 @@ No number is written here by hand. What the run did not measure is said to be un
 marked and kept out of the machine-readable results, and so is one of a part of a set or of stored features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -16,6 +16,7 @@ from pipelines.report_blocks import Block, Bullets, Code, Heading, Paragraph, Ta
 from pipelines.sources import is_loquacious
 from pipelines.summary import Score, Summary
 
+_MAX_NEW_TOKENS = 200  # of a model of ours; another number is said
 PIPELINE_TAG = "automatic-speech-recognition"
 _CITATION = """```bibtex
 @misc{tinyaudio,
@@ -82,7 +83,7 @@ def _part_of_set(summary: Summary) -> str | None:
     if scored.get("store_fingerprint") is not None:
         return "stored features"
     if scored.get("max_samples") is not None:
-        return "random sample"
+        return f"sample of {scored['max_samples']:,}"
     return "one source" if scored.get("source") is not None else None
 
 
@@ -110,6 +111,25 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
     ]
 
 
+def one_of_each(evaluations: Mapping[str, Summary]) -> dict[str, Summary]:
+    """Keep one evaluation of each set by each system with each decoding: the largest, of those the last.
+
+    Args:
+        evaluations: by name, oldest first.
+    """
+    kept: dict[tuple[str, ...], str] = {}
+    for name, one in evaluations.items():
+        system = "ours" if one.settings.provider == "tinyaudio" else one.name  # a renamed run is the same model
+        key = (set_name(one), system, _decoding(one))
+        if key not in kept or _size(one) >= _size(evaluations[kept[key]]):
+            kept[key] = name
+    return {name: one for name, one in evaluations.items() if name in kept.values()}
+
+
+def _size(summary: Summary) -> int:
+    return summary.headline.word_errors.utterances
+
+
 def _decoding(summary: Summary) -> str:
     """Say how answers were searched for, with all that tells two evaluations of one model apart."""
     decoding = summary.settings.model.get("decoding", "the service's own decoding")
@@ -117,6 +137,8 @@ def _decoding(summary: Summary) -> str:
         return str(decoding)
     beams = decoding.get("num_beams", "its own")
     parts = ["greedy" if beams == 1 else f"{beams} beams"]
+    if decoding.get("max_new_tokens") not in (None, _MAX_NEW_TOKENS):
+        parts.append(f"at most {decoding['max_new_tokens']} tokens")
     if decoding.get("length_penalty") not in (None, 1.0):
         parts.append(f"length penalty {decoding['length_penalty']:g}")
     if summary.settings.scored.get("store_fingerprint") is not None:

@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from pipelines.errors import PublishError
-from pipelines.model_card import CardFacts, make_card
+from pipelines.model_card import CardFacts, make_card, one_of_each
 from pipelines.model_facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
 from pipelines.predictions import read_predictions, replace_text
 from pipelines.recipes import Recipe, load_recipe
@@ -120,8 +120,8 @@ def _facts(
     run: Path, repo_id: str, model: ModelFacts, power_watts: float | None, grams_per_kwh: float | None
 ) -> CardFacts:
     training, summaries = read_training(run), _evaluations(run)
-    ours = [summary for summary in summaries.values() if summary.settings.provider == "tinyaudio"]
-    for summary in ours:
+    ours = {name: one for name, one in summaries.items() if one.settings.provider == "tinyaudio"}
+    for summary in ours.values():
         _check_weights(summary, model)
     energy = None
     if power_watts is not None and training.seconds is not None:
@@ -131,16 +131,25 @@ def _facts(
         model=model,
         training=training,
         recipe=_recipe(run),
-        evaluations=ours,
+        evaluations=list(ours.values()),
         controls=[summary for summary in summaries.values() if summary.settings.provider != "tinyaudio"],
-        samples=[sample for name, one in summaries.items() if one in ours for sample in _samples(run, name, one)],
+        samples=[sample for name in _one_of_each_set(ours) for sample in _samples(run, name, ours[name])],
         energy=energy,
     )
 
 
 def _evaluations(run: Path) -> dict[str, Summary]:
-    paths = sorted((run / "eval").glob("*/summary.json"))
-    return {path.parent.name: load_summary(path) for path in paths}
+    """Read the evaluations worth a row each, in the order of their names."""
+    paths = sorted((run / "eval").glob("*/summary.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+    kept = one_of_each({path.parent.name: load_summary(path) for path in paths})
+    return {name: kept[name] for name in sorted(kept)}
+
+
+def _one_of_each_set(evaluations: dict[str, Summary]) -> list[str]:
+    """Name the largest evaluation of each set, of those the first: the same sentences are shown once."""
+    largest = sorted(evaluations, key=lambda name: -evaluations[name].headline.word_errors.utterances)
+    first = {set_name(evaluations[name]): name for name in reversed(largest)}
+    return sorted(first.values())
 
 
 def _check_weights(summary: Summary, model: ModelFacts) -> None:

@@ -152,7 +152,7 @@ def test_failures_and_samples_stay_out_of_the_model_index_and_are_marked(run: Pa
     assert card.data.eval_results is not None
     assert {one.dataset_split for one in card.data.eval_results} == {"test"}
     assert "0.00 %\\*" in card.text
-    assert "(random sample)" in card.text
+    assert "| 10 (sample of 10) |" in card.text
     assert "rate is that of the others" in card.text
 
 
@@ -175,6 +175,26 @@ def test_two_evaluations_of_one_split_are_told_apart_in_the_model_index(run: Pat
     assert "| tinyaudio, greedy, stored features |" in card.text
     assert "10 (stored features)" in card.text
     assert "10 (one source)" in card.text
+
+
+def test_the_card_has_one_row_of_a_set_a_system_and_a_decoding(run: Path) -> None:
+    whole = {"corpus": "corpus", "split": "test", "max_samples": None, "seed": None}
+    add_evaluation(run, "a-sample", [prediction(1, "a b c d", "a b c x")], scored={**whole, "max_samples": 1})
+    answers = [prediction(i, f"sentence number {i}", f"sentence numbers {i}") for i in range(50)]
+    digest = read_model(run).projector_digest
+    renamed = {"name": "renamed", "projector_digest": digest, "decoding": {"num_beams": 4, "guard": True}}
+    add_evaluation(run, "a-newer", answers, scored=whole, model=renamed)
+    greedy = {"name": "run", "projector_digest": digest, "decoding": {"num_beams": 1, "guard": True}}
+    add_evaluation(run, "greedy", answers, scored=whole, model=greedy)
+    done = publish(run, "someone/tiny", dry_run=True)
+    card = ModelCard.load(done.folder / "README.md")
+    assert card.text.count("| tinyaudio, 4 beams | recipe |") == 1
+    assert card.text.count("| tinyaudio, greedy | recipe |") == 1
+    assert "12.50 %" not in card.text, "the older of two as large"
+    assert "sample of 1" not in card.text, "the smaller"
+    assert {name.split("/")[1] for name in done.files if name.startswith("evaluations/")} == {"a-newer", "greedy"}
+    references = [json.loads(line)["reference"] for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    assert len(references) == len(set(references)) == 5
 
 
 def test_another_system_stands_beside_the_model(run: Path) -> None:

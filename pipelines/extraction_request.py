@@ -17,7 +17,7 @@ from cache import Calibration, FeatureStore, find_faults
 from cache.errors import CacheError
 from cache.plan import plan_digest
 from pipelines.corpora import Corpus, open_corpus
-from pipelines.errors import CorpusError, RunError
+from pipelines.errors import CorpusError, FetchError, RunError
 from pipelines.extract_report import ExtractReport
 from pipelines.hub_files import is_commit, patiently
 from pipelines.planning import Plan, corpus_fingerprint
@@ -66,7 +66,7 @@ def pinned(recipe: Recipe, store: Path) -> Recipe:
     """Replace branch names by commits: those of the store if it was asked for the same, else what the hub says now.
 
     Raises:
-        CorpusError: a data set or model that cannot be found.
+        CorpusError: a data set or model that cannot be found. FetchError: no way to the hub.
     """
     recorded = _read(store)
     is_same = recorded.get("revisions") == _revisions(recipe)
@@ -102,6 +102,8 @@ def _model_commit(model_id: str, revision: str | None, patience_s: float) -> str
             f"model {model_id!r}",
             patience_s,
         )
+    except FetchError:
+        raise
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorpusError(

@@ -8,6 +8,7 @@ disk; whole files go to the cache of huggingface_hub, which resumes them.
 
 import io
 import logging
+import os
 import random
 import re
 import threading
@@ -29,6 +30,8 @@ _LATER = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that pass
 # The HTTP client under huggingface_hub changed twice (requests, httpx, httpx2); its errors are the parents of theirs.
 _CLIENT_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 _log = logging.getLogger("tinyaudio")
+if "HF_HUB_VERBOSITY" not in os.environ:  # two lines for each try of its own; `patiently` says it once
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 Result = TypeVar("Result")
 _giving_up = threading.Event()
@@ -84,12 +87,14 @@ def patiently(call: Callable[[], Result], what: str, patience_s: float) -> Resul
             if not is_passing(error):
                 raise
             wait_s = _wait_s(error, attempt)
-            if _giving_up.is_set() or time.monotonic() - begun + wait_s > patience_s:
+            spent_s = time.monotonic() - begun
+            if _giving_up.is_set() or spent_s + wait_s > patience_s:
                 raise FetchError(
-                    f"{what}: {_reason(error)}; tried {attempt + 1} times in {time.monotonic() - begun:.0f} s. Check "
-                    "the network and type the same again: it goes on where it stopped"
+                    f"{what}: {_failure(error)}; tried {attempt + 1} times in {spent_s:.0f} s. Check the network and "
+                    "type the same again: it goes on where it stopped"
                 ) from error
-            _log.warning("%s: %s; trying again in %.1f s", what, _reason(error), wait_s)
+            left_s = patience_s - spent_s
+            _log.warning("%s: %s; trying again in %.1f s, for %.0f s more", what, _failure(error), wait_s, left_s)
             _giving_up.wait(wait_s)
             attempt += 1
 
@@ -114,6 +119,11 @@ def _asked_s(headers: Mapping[str, str]) -> float | None:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def _failure(error: BaseException) -> str:
+    """Tell an answer that refuses from no answer at all."""
+    return _reason(error) if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({_reason(error)})"
 
 
 class HubFile(io.RawIOBase):
@@ -222,7 +232,7 @@ def resolve_dataset(name: str, config: str | None, revision: str | None, patienc
     """List the files of every split of a data set, each pinned to the commit that the revision means now.
 
     Raises:
-        CorpusError: no such data set, config or revision, or no way to reach it.
+        CorpusError: no such data set, config or revision. FetchError: no way to the hub for `patience_s` seconds.
     """
     from datasets import load_dataset_builder
 
@@ -232,6 +242,8 @@ def resolve_dataset(name: str, config: str | None, revision: str | None, patienc
             f"data set {name!r}",
             patience_s,
         )
+    except FetchError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         cure = "check the name, the network and HF_TOKEN, or set corpus.path to a local copy"

@@ -7,6 +7,7 @@ the replica changes its faults.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,15 @@ for name, arguments in json.loads(sys.argv[1]):
         code = stop.code
     print(f"<<{name} {code}>>", flush=True)
     print(f"<<{name}>>", file=sys.stderr, flush=True)
+"""
+
+UNREACHABLE = """
+import sys, time
+from tinyaudio import cli, cli_extract
+time.sleep = lambda seconds: None  # the hub client's own pauses; ours wait on an event
+cli_extract.PLAN_PATIENCE_S = 2.5
+sys.argv = ["tinyaudio", "extract", "--recipe", "loquacious-small", "--store", "store", "--plan"]
+cli.main()
 """
 
 
@@ -192,6 +202,20 @@ def test_whole_files_come_through_faults_too(world):
     ids = other.index["utterance_id"].to_pylist()
     assert sorted(ids) == sorted(one.index["utterance_id"].to_pylist())
     assert all(np.array_equal(one.get(i), other.get(i)) for i in ids)
+
+
+def test_a_plan_without_a_network_gives_up_soon_although_the_recipe_waits_for_half_a_day(tmp_path):
+    assert load_recipe("loquacious-small").corpus.fetch_patience_s > 3600
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {**kept, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "no_proxy": "127.0.0.1"}
+    command = [sys.executable, "-c", UNREACHABLE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 1
+    *tries, last = done.stderr.splitlines()
+    assert "the hub cannot be reached (" in last
+    assert tries
+    assert all(re.search(r"trying again in [\d.]+ s, for \d+ s more$", line) for line in tries), done.stderr
 
 
 def test_passing_faults_change_nothing_that_is_stored(world, tmp_path):

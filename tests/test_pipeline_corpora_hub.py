@@ -81,7 +81,10 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
     hub_files.resume()
     assert hub_files.patiently(answer, "a file", 5.0) == 7
     monkeypatch.setattr(hub_files, "_wait_s", lambda *_: 0.2)
-    with pytest.raises(FetchError, match=r"a file: ConnectionError: gone; tried 1 times .*type the same again"):
+    with pytest.raises(
+        FetchError,
+        match=r"a file: the hub cannot be reached \(ConnectionError: gone\); tried 1 times .*type the same again",
+    ):
         hub_files.patiently(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
     with pytest.raises(KeyError, match="no"):
         hub_files.patiently(lambda: {}["no"], "a file", 5.0)

@@ -11,6 +11,7 @@ import typer
 from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
 
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
+PLAN_PATIENCE_S = 60.0  # seconds to keep trying for an answer of the hub: somebody waits for the plan
 _UNSEALED = (
     "{store} is not complete: living processes elsewhere are writing the shards that are missing. Type the same again "
     "when they are done; training wants a sealed store"
@@ -123,7 +124,9 @@ def _plan(recipe: Any, path: Path, split: str | None, device: str, part: tuple[i
     from pipelines.extraction_request import pinned
     from pipelines.forecast import forecast
 
-    fixed = pinned(recipe, path)
+    patience_s = min(recipe.corpus.fetch_patience_s, PLAN_PATIENCE_S)
+    corpus_section = recipe.corpus.model_copy(update={"fetch_patience_s": patience_s})
+    fixed = pinned(recipe.model_copy(update={"corpus": corpus_section}), path)
     corpus = open_corpus(fixed.corpus)
     found = forecast(fixed, corpus, planned(fixed, corpus, _splits(fixed, path, split), path), path, device, part)
     print(found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import RecipeError
 
@@ -23,9 +23,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and closed to keys it does not know."""
+    """A part of a recipe: frozen, and closed to keys it does not know and to numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Section):
@@ -109,10 +109,20 @@ class ExtractSection(Section):
     disk_patience_s: Annotated[float, Field(ge=0)] = 0.0  # seconds to wait for room before giving up
 
 
+def _known_projector(kind: str) -> str:
+    from tinyaudio.projectors import PROJECTORS  # here, for it brings torch
+
+    if kind not in PROJECTORS:
+        close = difflib.get_close_matches(kind, PROJECTORS, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{hint}expected one of {', '.join(PROJECTORS)}")
+    return kind
+
+
 class ProjectorSection(Section):
     """The trained part."""
 
-    kind: str = "mlp"
+    kind: Annotated[str, AfterValidator(_known_projector)] = "mlp"
     stack_factor: PositiveInt = 5
     hidden_size: PositiveInt = 2048
     whiten: bool = False  # start from an input layer that whitens the store's own mean and standard deviation

@@ -3,6 +3,7 @@
 import pytest
 
 from pipelines.errors import RecipeError
+from pipelines.grids import load_grid
 from pipelines.hub_files import is_commit
 from pipelines.recipes import CorpusSection, differing_keys, load_recipe, recipe_names
 
@@ -60,6 +61,9 @@ def test_saved_recipe_is_a_recipe(tmp_path):
         ("store.encoding=float8", "float16.*int8"),
         ("steps=3", "section.key=value"),
         ("train.steps", "section.key=value"),
+        ("projector.kind=mlpp", "projector.kind: did you mean 'mlp'[?] expected one of mlp, linear, .*; found 'mlpp'"),
+        ("train.learning_rate=inf", "train.learning_rate: .*finite"),
+        ("corpus.max_duration_s=nan", "corpus.max_duration_s: .*finite"),
     ],
 )
 def test_wrong_settings_are_named(override, message):
@@ -108,3 +112,9 @@ def test_silence_is_taught_unless_a_recipe_says_otherwise():
 def test_a_calibration_for_half_precision_is_refused():
     with pytest.raises(RecipeError, match="calibration is for encoding 'int8'"):
         load_recipe("demo", ["store.calibration=elsewhere"])
+
+
+def test_a_grid_with_one_unknown_projector_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "grid.toml").write_text('[axes]\n"projector.kind" = ["linear", "mlpp"]\n')
+    with pytest.raises(RecipeError, match="did you mean 'mlp'"):
+        load_grid(str(tmp_path / "grid.toml"))

@@ -195,3 +195,25 @@ def test_only_places_that_cannot_be_used_lose_their_traceback(monkeypatch, capsy
         KeyError(1),
     ):
         assert outcome(bug) == "traceback"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["export", "store", "small", "--ids", "binary"], 2, "'binary' is not UTF-8 text (byte 0)"),
+        (["export", "store", "small", "--split", "nosuch"], 2, "expected one of dev, train"),
+        (["export", "store", "./store"], 2, "'store' is the source"),
+        (["info", "run"], 1, "'run' is a run, not a feature store; it was trained on 'data/mine'"),
+    ],
+    ids=["binary ids", "unknown split", "onto itself", "a run"],
+)
+def test_what_a_store_command_cannot_take_is_named(arguments, exit_code, words, recipe_file, tmp_path):
+    assert tinyaudio("extract", "--recipe", recipe_file, "--store", "store", cwd=tmp_path).returncode == 0
+    (tmp_path / "binary").write_bytes(b"\xff\x00")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"store": "data/mine"}')
+    done = tinyaudio("store", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (exit_code, ""), done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "small").exists()

@@ -9,7 +9,19 @@ import typer
 
 from tinyaudio.cli_options import JsonOption, say
 
-StoreArgument = Annotated[Path, typer.Argument(help="Feature store.", metavar="STORE")]
+
+def _not_a_run(path: Path) -> Path:
+    """Refuse the folder of a run, naming the store it was trained on."""
+    if (path / "run.json").is_file():
+        from pipelines.errors import RunError
+        from pipelines.runs import Run
+
+        made_from = Run(path).state.get("store", "data/<recipe>")
+        raise RunError(f"{str(path)!r} is a run, not a feature store; it was trained on {made_from!r}, name that")
+    return path
+
+
+StoreArgument = Annotated[Path, typer.Argument(help="Feature store.", metavar="STORE", callback=_not_a_run)]
 
 SHOWN_IDS = 10  # of those that are not there
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
@@ -122,6 +134,14 @@ def export(
     """Copy some utterances into a smaller store, for quick ablations; frames stay bit for bit the same."""
     from cache import store_export, store_info, unknown_ids
 
+    if destination.resolve() == source.resolve():
+        raise typer.BadParameter(
+            f"{str(destination)!r} is the source; expected another folder", param_hint="DESTINATION"
+        )
+    if split is not None and split not in (held := sorted(store_info(source).splits)):
+        raise typer.BadParameter(
+            f"{split!r} is not in {str(source)!r}; expected one of {', '.join(held)}", param_hint="--split"
+        )
     wanted = None if ids is None else _read_ids(ids)
     if wanted is not None and (unknown := unknown_ids(source, wanted)):
         shown = ", ".join(unknown[:SHOWN_IDS]) + (", ..." if len(unknown) > SHOWN_IDS else "")
@@ -144,4 +164,10 @@ def _cache_error() -> type[Exception]:
 def _read_ids(path: Path) -> list[str]:
     if not path.is_file():
         raise typer.BadParameter(f"{str(path)!r} does not exist; expected a file of utterance ids", param_hint="--ids")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(
+            f"{str(path)!r} is not UTF-8 text (byte {error.start}); expected utterance ids, one a line",
+            param_hint="--ids",
+        ) from error

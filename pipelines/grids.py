@@ -17,7 +17,8 @@ Every cell of the grid has a name made of its settings, which is its run's folde
 import itertools
 import re
 import tomllib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -88,7 +89,9 @@ def load_grid(name_or_path: str, overrides: Sequence[str] = ()) -> Grid:
         raise RecipeError(f"{str(path)!r} is not TOML: {error}") from error
     except ValidationError as error:
         raise RecipeError(f"grid {name_or_path!r}: {explain(error, GridFile)}") from error
-    cells = [_cell(found, settings, overrides) for settings in _combinations(found)]
+    combinations = _combinations(found)
+    short = _short_keys({key for settings in combinations for key in settings})
+    cells = [_cell(found, settings, overrides, short) for settings in combinations]
     unique = {cell.name: cell for cell in cells}
     stores = {encoding: Path(store) for encoding, store in found.stores.items()}
     return Grid(name=path.stem, cells=tuple(unique.values()), stores=stores)
@@ -110,10 +113,16 @@ def _combinations(found: GridFile) -> list[dict[str, Value]]:
     return sorted(combinations, key=lambda one: seeds.index(one[SEED]) if SEED in one and one[SEED] in seeds else 0)
 
 
-def _cell(found: GridFile, settings: dict[str, Value], overrides: Sequence[str]) -> Cell:
+def _short_keys(keys: Set[str]) -> dict[str, str]:
+    """Give each setting its last part as name, or all of it where two settings would share a name."""
+    times = Counter(key.split(".")[-1] for key in keys)
+    return {key: key if times[last := key.split(".")[-1]] > 1 else last for key in keys}
+
+
+def _cell(found: GridFile, settings: dict[str, Value], overrides: Sequence[str], short: Mapping[str, str]) -> Cell:
     common = [f"{key}={_toml(value)}" for key, value in found.settings.items()]
     own = [f"{key}={_toml(value)}" for key, value in settings.items()]
-    name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())
+    name = "_".join(f"{short[key]}-{value}" for key, value in settings.items())
     recipe = load_recipe(found.recipe, [*common, *overrides, *own])
     return Cell(name=re.sub(r"[^A-Za-z0-9_.-]", "-", name), settings=settings, recipe=recipe)
 

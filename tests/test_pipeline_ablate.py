@@ -212,6 +212,17 @@ def test_counter_sees_an_encoder_that_runs(model, noise, processor):
     assert count.passes == 1
 
 
+def test_settings_with_the_same_last_name_give_cells_of_different_names(recipe_file, tmp_path):
+    axes = '"encoder.compile" = [true, false]\n"train.compile" = [true, false]\n"train.seed" = [0]'
+    cells = load_grid(write_grid(tmp_path / "grid.toml", recipe_file, axes)).cells
+    assert [cell.name for cell in cells] == [
+        "encoder.compile-True_train.compile-True_seed-0",
+        "encoder.compile-True_train.compile-False_seed-0",
+        "encoder.compile-False_train.compile-True_seed-0",
+        "encoder.compile-False_train.compile-False_seed-0",
+    ]
+
+
 def test_shipped_grid_has_four_projectors_and_two_seeds():
     (path,) = GRIDS.glob("*.toml")
     cells = load_grid(path.stem).cells

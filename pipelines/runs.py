@@ -3,6 +3,7 @@
 runs/<name>/recipe.toml        the resolved recipe; itself a recipe
 runs/<name>/run.json           store, its fingerprint, commits of the frozen parts, whether it is finished
 runs/<name>/metrics.jsonl      one JSON object per logged step
+runs/<name>/not_finite.txt     of a run that ended on a loss or a weight that was not finite: its utterances
 runs/<name>/tensorboard/       the same for TensorBoard
 runs/<name>/checkpoints/       what --resume goes on from
 runs/<name>/eval/              evaluations

@@ -29,6 +29,8 @@ from tinyaudio.loss import load_liger
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 
 PROGRESS = "progress.json"  # in a checkpoint: what the run had gone through
+NOT_FINITE = "not_finite.txt"  # in a run's folder: the utterances on which it ended
+NAMED = 5  # utterances in an error
 STAGING = "partial"  # beside the checkpoints: the one being written
 
 
@@ -90,7 +92,7 @@ class ProjectorTrainer(Trainer):
             step, utterance_ids, loss = self._unchecked.pop(0)
             if not torch.isfinite(loss):
                 raise RunError(
-                    f"loss is {loss.item()} at step {step}, on utterances {', '.join(utterance_ids)}; nothing was "
+                    f"loss is {loss.item()} at step {step}, on utterances {self._named(utterance_ids)}; nothing was "
                     "saved since the last checkpoint. Look at these utterances, or lower train.learning_rate"
                 )
 
@@ -105,10 +107,17 @@ class ProjectorTrainer(Trainer):
         if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             step, utterance_ids = self._newest
             raise RunError(
-                f"projector weights are not finite after step {step}, on utterances {', '.join(utterance_ids)}: their "
+                f"projector weights are not finite after step {step}, on utterances {self._named(utterance_ids)}: their "
                 "loss was finite and its gradient was not; nothing was saved since the last checkpoint. Look at these "
                 "utterances, or lower train.learning_rate"
             )
+
+    def _named(self, utterance_ids: list[str]) -> str:
+        """Name the first few, and where all of them are left."""
+        path = Path(self.args.output_dir).parent / NOT_FINITE
+        path.write_text("".join(f"{one}\n" for one in utterance_ids))
+        more = len(utterance_ids) - NAMED
+        return ", ".join(utterance_ids[:NAMED]) + (f" and {more} more (all in {str(path)!r})" if more > 0 else "")
 
     # ------------------------------------------------------------------------------------- metrics
 

@@ -63,8 +63,9 @@ def test_loss_that_is_not_finite_stops_with_the_utterances(recipe_file, store, t
     monkeypatch.setattr(Dequantizer, "__call__", lambda self, batch: batch["features"].float())
     monkeypatch.setattr(trainer_module.Dequantizer, "__call__", poison)
     monkeypatch.setattr("pipelines.train.DevSet.open", lambda *_: None)
-    with pytest.raises(RunError, match=r"loss is nan at step \d+, on utterances .*train/017.wav"):
+    with pytest.raises(RunError, match=r"loss is nan at step \d+, on utterances (\S+ ){5}and \d+ more \(all in "):
         stage_two(recipe_file, store, tmp_path / "run")
+    assert "train/017.wav" in (tmp_path / "run" / "not_finite.txt").read_text().splitlines()
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
         assert all(torch.isfinite(w).all() for w in load_file(checkpoint / "model.safetensors").values())
 
@@ -97,6 +98,15 @@ def test_what_cannot_be_had_is_refused_before_anything_is_loaded(
 def test_a_gpu_by_its_number_is_refused_with_what_to_do(recipe_file, store, tmp_path):
     with pytest.raises(RunError, match=r"device 'cuda:1'; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES=1"):
         train(load_recipe(str(recipe_file)), store, Run(tmp_path / "run"), device="cuda:1", say=print)
+
+
+def test_the_reported_loss_is_that_of_the_last_steps(recipe_file, store, tmp_path):
+    report = stage_two(recipe_file, store, tmp_path / "every", "train.log_every=1")
+    losses = logged(tmp_path / "every", "loss")
+    sparse = stage_two(recipe_file, store, tmp_path / "sparse", "train.log_every=4")
+    assert report.loss == losses[6]
+    assert list(logged(tmp_path / "sparse", "loss")) == [4, 6]
+    assert sparse.loss == pytest.approx((losses[5] + losses[6]) / 2, rel=1e-4)
 
 
 def test_latest_is_a_link_in_runs_and_nowhere_else(recipe_file, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.errors import EvaluationError
 from pipelines.providers import Clip
-from pipelines.recipes import CorpusSection
+from pipelines.recipes import CorpusSection, load_recipe, recipe_names
 from pipelines.sources import source_of
 from tinyaudio.audio import load_audio
 from tinyaudio.errors import AudioError
@@ -54,12 +55,11 @@ class EvalSet:
 
     @property
     def corpus_name(self) -> str:
-        """Hub id, or a local folder's own name: where it lies changes nothing."""
-        return self.section.name or Path(str(self.section.path)).expanduser().resolve().name
+        return corpus_name(self.section)
 
     @property
     def name(self) -> str:
-        """Name the set as folders do: "corpus-test", with the sample's size and seed if it is one."""
+        """Name the set as folders do: "demo-test", with the sample's size and seed if it is one."""
         parts = [self.corpus_name.split("/")[-1], self.section.config, self.split, self.source]
         if self.max_samples is not None:
             parts.append(f"{self.max_samples}-seed{self.seed}")
@@ -99,6 +99,20 @@ class EvalSet:
 
 
 Window = list[tuple[Utterance, Clip | AudioError]]
+
+
+def corpus_name(section: CorpusSection) -> str:
+    """Name a corpus: its hub id, the recipe that it ships with, or its folder's own name; where it lies is not said."""
+    if section.name is not None:
+        return section.name
+    folder = Path(str(section.path)).expanduser().resolve()
+    return _shipped_corpora().get(folder, folder.name)
+
+
+@cache
+def _shipped_corpora() -> dict[Path, str]:
+    sections = {name: load_recipe(name).corpus for name in recipe_names()}
+    return {Path(section.path).resolve(): name for name, section in sections.items() if section.path is not None}
 
 
 def named_sections() -> dict[str, CorpusSection]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pipelines.eval_sets import corpus_name
 from pipelines.model_facts import Energy, ModelFacts, TrainingFacts, is_hub_id, public_name
 from pipelines.recipes import Recipe
 from pipelines.report import METHOD, headline, mark, percent, set_name, span
@@ -220,8 +221,7 @@ def _training(facts: CardFacts) -> list[Block]:
     if recipe is not None:
         corpus, settings = recipe.corpus, recipe.train
         lines += [
-            f"data: {' '.join(filter(None, (corpus.name or public_name(str(corpus.path)), corpus.config)))}, "
-            f"split {corpus.train_split}",
+            f"data: {' '.join(filter(None, (corpus_name(corpus), corpus.config)))}, split {corpus.train_split}",
             f"optimizer: AdamW, learning rate {settings.learning_rate:g}, {settings.warmup_steps} warm-up steps, "
             f"cosine, weight decay {settings.weight_decay:g}, gradient norm clipped at {settings.max_grad_norm:g}",
             f"batches: {settings.batch_tokens} decoder positions, {settings.accumulate} in a step",

@@ -1,6 +1,7 @@
 """`tinyaudio eval`: what is scored, compared, refused and paid for, from raw audio and from a store."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import typer
 from evaluations import NUM_CLIPS, answers, noise_clips, numbers, run_eval
 
+from pipelines import eval_sets
 from pipelines.errors import EvaluationError
 from pipelines.recipes import Columns, Recipe, load_recipe
-from tinyaudio import cli_eval
+from tinyaudio import cli_eval, cli_tour
 
 
 @pytest.fixture
@@ -101,6 +103,20 @@ def test_other_decoding_settings_go_to_another_folder(corpus: Path, checkpoint: 
         result = run_eval(*common, *asked)
         assert result.exit_code == 0, result.output
         assert Path(numbers(result)["output"]).name == name
+
+
+def test_what_the_tour_evaluated_is_not_decoded_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_default(checkpoint, max_new_tokens=4, num_beams=cli_tour.BEAMS)
+    recipe = load_recipe("demo")
+    recipe.save(checkpoint / "recipe.toml")
+    monkeypatch.setattr(eval_sets, "open_eval_set", partial(eval_sets.open_eval_set, max_samples=2))
+    for num_beams in (1, cli_tour.BEAMS):
+        cli_tour._score(recipe, checkpoint, "test_unseen", num_beams)
+    names = {"demo-test_unseen-2-seed0", "demo-test_unseen-2-seed0-beams1"}
+    assert {path.name for path in (checkpoint / "eval").iterdir()} == names
+    result = run_eval(str(checkpoint), "--split", "test_unseen", "--max-samples", "2")
+    assert "holds every answer already" in result.output
+    assert "on demo test_unseen" in result.output
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

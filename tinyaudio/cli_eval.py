@@ -178,12 +178,12 @@ class _Request:
 
     @property
     def trained_on(self) -> str | None:
+        from pipelines.eval_sets import corpus_name
         from pipelines.recipes import load_recipe
 
         if self.own is None or self.provider != "tinyaudio":
             return None
-        corpus = load_recipe(self.own).corpus
-        return corpus.name or Path(str(corpus.path)).name
+        return corpus_name(load_recipe(self.own).corpus)
 
     def eval_set(
         self, split: str | None, max_samples: int | None, seed: int, source: str | None, store: Path | None

@@ -112,12 +112,13 @@ def _evaluate(recipe: Any, folder: Path) -> dict[str, float]:
 
 def _score(recipe: Any, model: Path, split: str, num_beams: int) -> Any:
     from pipelines.eval_sets import open_eval_set
-    from pipelines.evaluate import evaluate
+    from pipelines.evaluate import evaluate, evaluation_name
     from pipelines.providers import ProviderOptions, open_provider
 
     options = ProviderOptions(model=str(model), num_beams=num_beams, batch_size=32)
     eval_set = open_eval_set(recipe.corpus, split=split)
-    done = evaluate(open_provider("tinyaudio", options), eval_set, model / "eval" / f"demo-{split}-beams{num_beams}")
+    folder = model / "eval" / evaluation_name("tinyaudio", eval_set, options)  # where `tinyaudio eval` looks
+    done = evaluate(open_provider("tinyaudio", options), eval_set, folder)
     say(f"   {split}, {num_beams} beam{'s' * (num_beams > 1)}: {done.word_errors}")
     return done.word_errors
 

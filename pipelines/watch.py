@@ -74,6 +74,8 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
         elif self._is_due(state):
             self._evaluate(kwargs["model"], state, control)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # so that the report's loss is that of the end, whatever `log_every`
         if state.global_step == self.stop_after:
             control.should_save = control.should_training_stop = True
 

@@ -10,6 +10,7 @@ counted and never scored as text. Scores are made from the first two files alone
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +108,22 @@ def evaluate(
     return Evaluation(output=output, predictions=predictions, summary=summary, num_resumed=num_resumed)
 
 
+def check_output(output: Path) -> None:
+    """Find out whether a folder can be written, or made, before a model is loaded for it; nothing stays there.
+
+    Raises:
+        EvaluationError: it cannot.
+    """
+    try:
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=".tinyaudio-"):
+            pass
+    except OSError as error:
+        raise EvaluationError(
+            f"{str(output)!r} cannot be written ({error.strerror}); name another folder with --output"
+        ) from error
+
+
 def evaluation_name(provider: str, eval_set: EvalSet, options: ProviderOptions) -> str:
     """Name an evaluation's folder by the set and by what is asked for differently from the model's own defaults.
 
@@ -177,8 +194,10 @@ def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
         scoring: how.
 
     Raises:
-        EvaluationError: no predictions there, no such normaliser, or a comparison with another set or with itself.
+        EvaluationError: no predictions there, no such normaliser, a comparison with another set or with itself, or a
+            folder that cannot be written.
     """
+    check_output(output)
     settings, predictions = read_evaluation(source)
     other = _open_other(scoring, source)
     summary = summarize(

@@ -11,8 +11,10 @@ from evaluations import NUM_CLIPS, answers, noise_clips, numbers, run_eval
 
 from pipelines import eval_sets
 from pipelines.errors import EvaluationError
+from pipelines.evaluate import check_output
 from pipelines.recipes import Columns, Recipe, load_recipe
 from tinyaudio import cli_eval, cli_tour
+from tinyaudio.errors import MissingModelError
 
 
 @pytest.fixture
@@ -117,6 +119,30 @@ def test_what_the_tour_evaluated_is_not_decoded_again(checkpoint: Path, monkeypa
     result = run_eval(str(checkpoint), "--split", "test_unseen", "--max-samples", "2")
     assert "holds every answer already" in result.output
     assert "on demo test_unseen" in result.output
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pipelines.providers.open_provider", lambda *_: pytest.fail("loaded"))
+    result = run_eval(str(checkpoint), "--corpus", str(corpus), "--output", str(tmp_path / "file" / "x"))
+    with pytest.raises(EvaluationError, match=r"file/x' cannot be written \(Not a directory\).*--output"):
+        raise result.exception
+
+
+def test_a_check_of_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_output(tmp_path / "not" / "there")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_model_eval_names_no_option_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TINYAUDIO_MODEL", raising=False)
+    result = run_eval()
+    with pytest.raises(MissingModelError, match="name a run's folder or a hub id") as raised:
+        raise result.exception
+    assert "--model" not in str(raised.value)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

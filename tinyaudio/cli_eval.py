@@ -256,9 +256,11 @@ def _is_evaluation(path: Path) -> bool:
 def _run(
     request: _Request, options: Any, eval_set: Any, folder: Path, scoring: Any, retry_failed: bool, yes: bool
 ) -> Any:
+    from pipelines.evaluate import check_output
     from pipelines.evaluate import evaluate as stage
     from pipelines.providers import open_provider
 
+    check_output(folder)
     opened: Any = open_provider(request.provider, options)
     if hasattr(eval_set, "encoder_weights"):
         opened.check_store(eval_set.encoder_weights)

@@ -264,11 +264,14 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[int]:
     """Hold a kernel lock on a file while names are being put in place: milliseconds.
 
     Dies with its process. Where the file system knows no locks, which is said once, claims and `link` still keep
     writers apart.
+
+    Yields:
+        The descriptor of the file.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -276,7 +279,7 @@ def exclusive(path: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:
             _warn_of_missing_locks(path.parent, error.strerror)
-        yield
+        yield fd
     finally:
         os.close(fd)
 

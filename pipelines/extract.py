@@ -7,6 +7,7 @@ utterance ends up stored or in quarantine with a reason. Knows nothing of projec
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -245,8 +246,29 @@ def planned(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store_path: P
     return plan or plan_corpus(recipe, corpus, splits, store_path)
 
 
-def _preparing(store_path: Path) -> contextlib.AbstractContextManager[None]:
-    return exclusive(store_path.absolute().parent / f".{store_path.name}.preparing")
+@contextlib.contextmanager
+def _preparing(store_path: Path) -> Iterator[None]:
+    """Hold a lock beside the store, which may not be there yet, and take the file away at the end.
+
+    Whoever has waited for a file that is gone by then tries again with the next one, so that one at a time is in here.
+    """
+    path = store_path.absolute().parent / f".{store_path.name}.preparing"
+    while True:
+        with exclusive(path) as held:
+            if not _is_at(path, held):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _open_store(recipe: Recipe, path: Path, corpus: Corpus, plan: Plan, encoder: LoadedEncoder) -> FeatureStore:

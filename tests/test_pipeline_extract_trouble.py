@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from extractions import same_content, stage_one
 from cache import FeatureStore, ShardWriter
 from cache.errors import DiskFullError
 from pipelines import disk_room, shard_line
-from pipelines.errors import DiskError
+from pipelines.errors import CorpusError, DiskError
+from pipelines.extract import _preparing as preparing
 from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
@@ -197,3 +199,27 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_one_at_a_time_prepares_a_store_and_no_lock_is_left(tmp_path):
+    inside, most = [], []
+
+    def enter(number: int) -> None:
+        for _ in range(20):
+            with preparing(tmp_path / "store"):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(enter, range(8)))
+    assert len(most) == 160
+    assert max(most) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extraction_that_fails_before_there_is_a_store_leaves_nothing_beside_it(recipe_file, tmp_path):
+    with pytest.raises(CorpusError, match="nothing to store"):
+        stage_one(recipe_file, tmp_path / "store", "corpus.max_duration_s=0.2")
+    assert not list(tmp_path.glob(".store*"))

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines import kept_scans
 from pipelines.corpora import SCAN_SCHEMA, open_corpus
 from pipelines.errors import CorpusError
 from pipelines.extraction_request import pinned
@@ -144,8 +145,14 @@ def test_a_plan_with_too_many_bad_rows_says_so_before_anything_runs(tmp_path):
     assert "MORE than the 1 % of bad rows allowed" in str(found)
 
 
-def test_a_corpus_is_listed_once_for_plan_and_extraction(tmp_path):
+def test_a_corpus_listed_quickly_leaves_nothing_beside_the_store(tmp_path):
+    plan_corpus(load_recipe("demo"), Listed([("u", 2.0, "words")]), ["train"], tmp_path / "data" / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_is_listed_once_for_plan_and_extraction(tmp_path, monkeypatch):
     """And again if other columns are asked for, or the data are others."""
+    monkeypatch.setattr(kept_scans, "KEEP_FROM_S", 0.0)
     corpus, recipe = Listed([("u", 2.0, "words")]), load_recipe("demo")
     plans = [plan_corpus(recipe, corpus, ["train"], tmp_path / "store") for _ in range(2)]
     assert plans[0].table.equals(plans[1].table)

@@ -12,6 +12,7 @@ from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOpt
 
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
 PLAN_PATIENCE_S = 60.0  # seconds to keep trying for an answer of the hub: somebody waits for the plan
+_PLAN_HELP = "Say what would be done, and stop. A list of the corpus that took long is kept beside the store."
 _UNSEALED = (
     "{store} is not complete: living processes elsewhere are writing the shards that are missing. Type the same again "
     "when they are done; training wants a sealed store"
@@ -35,7 +36,7 @@ def extract(
     store: StoreOption = None,
     split: Annotated[str | None, typer.Option("--split", help="Only this split; default train and dev.")] = None,
     set_: SetOption = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help=_PLAN_HELP)] = False,
     shard: Annotated[str, typer.Option("--shard", help="i/N: only every N-th shard from the i-th on.")] = "0/1",
     max_bad: Annotated[
         float | None,

@@ -24,7 +24,6 @@ def _not_a_run(path: Path) -> Path:
 StoreArgument = Annotated[Path, typer.Argument(help="Feature store.", metavar="STORE", callback=_not_a_run)]
 
 SHOWN_IDS = 10  # of those that are not there
-LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
 
 store = typer.Typer(help="Look into, check, compare, join and cut out feature stores.", no_args_is_help=True)
 
@@ -62,15 +61,8 @@ def verify(
 
     opened = FeatureStore.open(path)
     faults = []
-    pause_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
-    with tqdm(
-        total=len(opened.committed_shards()),
-        unit=" shards",
-        file=sys.stderr,
-        disable=not deep,
-        mininterval=pause_s,
-        maxinterval=LOG_EVERY_S,
-    ) as bar:
+    is_shown = deep and sys.stderr.isatty()
+    with tqdm(total=len(opened.committed_shards()), unit=" shards", file=sys.stderr, disable=not is_shown) as bar:
         for fault in find_faults(opened, deep=deep, progress=lambda _: bar.update()):
             faults.append(fault)
             tqdm.write(fault.message, file=sys.stdout)

@@ -107,9 +107,9 @@ class ProjectorTrainer(Trainer):
         if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             step, utterance_ids = self._newest
             raise RunError(
-                f"projector weights are not finite after step {step}, on utterances {self._named(utterance_ids)}: their "
-                "loss was finite and its gradient was not; nothing was saved since the last checkpoint. Look at these "
-                "utterances, or lower train.learning_rate"
+                f"projector weights are not finite after step {step}, on utterances {self._named(utterance_ids)}: "
+                "their loss was finite and its gradient was not; nothing was saved since the last checkpoint. Look at "
+                "these utterances, or lower train.learning_rate"
             )
 
     def _named(self, utterance_ids: list[str]) -> str:

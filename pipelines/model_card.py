@@ -6,6 +6,7 @@ marked and kept out of the machine-readable results, and so is one of a part of 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -118,13 +119,20 @@ def one_of_each(evaluations: Mapping[str, Summary]) -> dict[str, Summary]:
     Args:
         evaluations: by name, oldest first.
     """
-    kept: dict[tuple[str, ...], str] = {}
+    kept: dict[tuple[Any, ...], str] = {}
     for name, one in evaluations.items():
         system = "ours" if one.settings.provider == "tinyaudio" else one.name  # a renamed run is the same model
-        key = (set_name(one), system, _decoding(one))
+        key = (set_key(one), system, _decoding(one))
         if key not in kept or _size(one) >= _size(evaluations[kept[key]]):
             kept[key] = name
     return {name: one for name, one in evaluations.items() if name in kept.values()}
+
+
+def set_key(summary: Summary) -> tuple[Any, ...]:
+    """Tell sets apart: by what their files hold where that is known, since a folder may be named anew."""
+    scored = summary.settings.scored
+    origin = (scored.get("provenance") or {}).get("files_digest") or summary.settings.corpus_name
+    return (origin, *(scored.get(name) for name in ("config", "split", "source")))
 
 
 def _size(summary: Summary) -> int:
@@ -258,7 +266,7 @@ def _results(facts: CardFacts) -> list[Block]:
                 "* Some utterances have no answer; the rate is that of the others, not of the whole set.", "warning"
             )
         )
-    blocks += [Paragraph(f"{set_name(one)}: {headline(one)}") for one in facts.evaluations]
+    blocks += [Paragraph(f"{_what_was_scored(one)}: {headline(one)}") for one in facts.evaluations]
     if any(summary.settings.provider == "ctc" for summary in facts.controls):
         blocks.append(
             Paragraph("ctc is the encoder's own head without projector and language model: what it lacks, they add.")
@@ -272,6 +280,11 @@ def _results(facts: CardFacts) -> list[Block]:
         )
     )
     return blocks
+
+
+def _what_was_scored(summary: Summary) -> str:
+    part = _part_of_set(summary)
+    return f"{set_name(summary)}{f' ({part})' if part else ''}, {_decoding(summary)}"
 
 
 def _result_rows(summary: Summary) -> list[list[str]]:

@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from pipelines.errors import PublishError
-from pipelines.model_card import CardFacts, make_card, one_of_each
+from pipelines.model_card import CardFacts, make_card, one_of_each, set_key
 from pipelines.model_facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
 from pipelines.predictions import read_predictions, replace_text
 from pipelines.recipes import Recipe, load_recipe
@@ -148,7 +148,7 @@ def _evaluations(run: Path) -> dict[str, Summary]:
 def _one_of_each_set(evaluations: dict[str, Summary]) -> list[str]:
     """Name the largest evaluation of each set, of those the first: the same sentences are shown once."""
     largest = sorted(evaluations, key=lambda name: -evaluations[name].headline.word_errors.utterances)
-    first = {set_name(evaluations[name]): name for name in reversed(largest)}
+    first = {set_key(evaluations[name]): name for name in reversed(largest)}
     return sorted(first.values())
 
 

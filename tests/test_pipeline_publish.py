@@ -178,7 +178,12 @@ def test_two_evaluations_of_one_split_are_told_apart_in_the_model_index(run: Pat
 
 
 def test_the_card_has_one_row_of_a_set_a_system_and_a_decoding(run: Path) -> None:
-    whole = {"corpus": "corpus", "split": "test", "max_samples": None, "seed": None}
+    known = {"provenance": {"files_digest": "0" * 64}}
+    whole = {"corpus": "demo", **known, "split": "test", "max_samples": None, "seed": None}
+    for path in (run / "eval" / "test").iterdir():
+        path.unlink()
+    older = [prediction(i, "the cat sat on the mat", "the cat sat") for i in range(50)]
+    add_evaluation(run, "a-older", older, scored={**whole, "corpus": "its-former-name"})
     add_evaluation(run, "a-sample", [prediction(1, "a b c d", "a b c x")], scored={**whole, "max_samples": 1})
     answers = [prediction(i, f"sentence number {i}", f"sentence numbers {i}") for i in range(50)]
     digest = read_model(run).projector_digest
@@ -190,7 +195,8 @@ def test_the_card_has_one_row_of_a_set_a_system_and_a_decoding(run: Path) -> Non
     card = ModelCard.load(done.folder / "README.md")
     assert card.text.count("| tinyaudio, 4 beams | recipe |") == 1
     assert card.text.count("| tinyaudio, greedy | recipe |") == 1
-    assert "12.50 %" not in card.text, "the older of two as large"
+    assert "its-former-name" not in card.text, "the older of two as large"
+    assert "demo test, 4 beams: WER 33.33 %" in card.text
     assert "sample of 1" not in card.text, "the smaller"
     assert {name.split("/")[1] for name in done.files if name.startswith("evaluations/")} == {"a-newer", "greedy"}
     references = [json.loads(line)["reference"] for line in (done.folder / "samples.jsonl").read_text().splitlines()]

@@ -1,7 +1,8 @@
 """What a corpus listed, kept beside the store that will be made of it: 25,000 hours are 10,000 files to ask for.
 
-`--plan` on Friday afternoon and the extraction on Friday evening ask the hub once. Kept until the store has its plan,
-and only what took a while; never for a folder of recordings, whose lengths may change without its list.
+`--plan` on Friday afternoon and the extraction on Friday evening ask the hub once. Kept until the store has its plan.
+Of local Parquet files only what took long is kept, of a folder of recordings nothing: their lengths may change without
+its list.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.corpora_schema import SCAN_SCHEMA, Corpus
 from pipelines.recipes import Columns
 
-KEEP_FROM_S = 10.0  # listing again what took less is no loss, and `--plan` leaves nothing behind
+KEEP_LOCAL_FROM_S = 10.0  # listing again what took less is no loss, and `--plan` leaves nothing behind
 
 
 def scan_once(corpus: Corpus, columns: Columns, split: str, store: Path) -> pa.Table:
@@ -34,7 +35,7 @@ def scan_once(corpus: Corpus, columns: Columns, split: str, store: Path) -> pa.T
         pass
     begun = time.monotonic()
     table = corpus.scan(split)
-    if time.monotonic() - begun < KEEP_FROM_S:
+    if provenance["kind"] == "parquet" and time.monotonic() - begun < KEEP_LOCAL_FROM_S:
         return table
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")

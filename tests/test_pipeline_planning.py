@@ -18,6 +18,8 @@ from pipelines.transcripts import prepare_transcript
 class Listed:
     """A corpus that is its list."""
 
+    kind = "list"
+
     def __init__(self, rows: list[tuple[str, float | None, str | None]]) -> None:
         names = ("utterance_id", "duration_s", "transcript")
         full = [{**dict(zip(names, row, strict=True)), "source_id": f"train:{i}"} for i, row in enumerate(rows)]
@@ -33,7 +35,7 @@ class Listed:
         return None
 
     def provenance(self, split: str) -> dict[str, str]:
-        return {"kind": "list", "split": split}
+        return {"kind": self.kind, "split": split}
 
 
 def plan_of(rows, *overrides: str):
@@ -145,14 +147,18 @@ def test_a_plan_with_too_many_bad_rows_says_so_before_anything_runs(tmp_path):
     assert "MORE than the 1 % of bad rows allowed" in str(found)
 
 
-def test_a_corpus_listed_quickly_leaves_nothing_beside_the_store(tmp_path):
-    plan_corpus(load_recipe("demo"), Listed([("u", 2.0, "words")]), ["train"], tmp_path / "data" / "store")
+def test_local_files_listed_quickly_leave_nothing_beside_the_store(tmp_path, monkeypatch):
+    corpus, recipe = Listed([("u", 2.0, "words")]), load_recipe("demo")
+    corpus.kind = "parquet"
+    plan_corpus(recipe, corpus, ["train"], tmp_path / "data" / "store")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(kept_scans, "KEEP_LOCAL_FROM_S", 0.0)
+    plan_corpus(recipe, corpus, ["train"], tmp_path / "data" / "store")
+    assert len(list((tmp_path / "data").glob(".store.scan-*"))) == 1
 
 
-def test_a_corpus_is_listed_once_for_plan_and_extraction(tmp_path, monkeypatch):
+def test_a_corpus_is_listed_once_for_plan_and_extraction(tmp_path):
     """And again if other columns are asked for, or the data are others."""
-    monkeypatch.setattr(kept_scans, "KEEP_FROM_S", 0.0)
     corpus, recipe = Listed([("u", 2.0, "words")]), load_recipe("demo")
     plans = [plan_corpus(recipe, corpus, ["train"], tmp_path / "store") for _ in range(2)]
     assert plans[0].table.equals(plans[1].table)

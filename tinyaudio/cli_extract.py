@@ -12,7 +12,7 @@ from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOpt
 
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
 PLAN_PATIENCE_S = 60.0  # seconds to keep trying for an answer of the hub: somebody waits for the plan
-_PLAN_HELP = "Say what would be done, and stop. A list of the corpus that took long is kept beside the store."
+_PLAN_HELP = "Say what would be done, and stop. A hub data set's list is kept beside the store, for the extraction."
 _UNSEALED = (
     "{store} is not complete: living processes elsewhere are writing the shards that are missing. Type the same again "
     "when they are done; training wants a sealed store"

@@ -133,7 +133,7 @@ def default_model() -> str:
         return str(LATEST_RUN)
     raise MissingModelError(
         f"no model: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} holds none; "
-        "name a run's folder or a hub id, or make the demo's with `make demo`"
+        "name a run's folder or a hub id (transcribe: --model), or make the demo's with `make demo`"
     )
 
 

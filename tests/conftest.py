@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,9 @@ from tinyaudio.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.prompt import prompt_ids
+
+# Started in the background of a shell, a suite ignores SIGINT, and so would every command that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ENCODER_DIM, DECODER_DIM = 32, 48
 

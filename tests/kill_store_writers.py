@@ -50,8 +50,8 @@ def open_store(path: Path) -> FeatureStore:
     return create(path, features(), dim=DIM, rows_per_shard=ROWS)
 
 
-def write(path: Path, at_work: Connection) -> None:
-    """Work on the store until it is finished, as one writer of several."""
+def write(path: Path, at_work: Connection, held: int) -> None:
+    """Work on the store until it is finished, as one writer of several; `held` shards at a time, 1 or 2."""
     expected = features()
     store = open_store(path)
     with contextlib.suppress(BrokenPipeError):
@@ -70,16 +70,18 @@ def write(path: Path, at_work: Connection) -> None:
                 if before is not None:
                     before.result()
                 before = committing.submit(writer.__exit__, None, None, None)
+                if held == 1:
+                    before.result()
             if before is not None:
                 before.result()
             time.sleep(0.005)
 
 
-def start(path: Path, patience_s: float = 60) -> ForkServerProcess:
+def start(path: Path, held: int, patience_s: float = 60) -> ForkServerProcess:
     """Start a writer, and wait for it to be at work, but for no longer than this."""
     context = multiprocessing.get_context("forkserver")
     parent, child = context.Pipe(duplex=False)
-    process = context.Process(target=write, args=(path, child))
+    process = context.Process(target=write, args=(path, child, held))
     process.start()
     child.close()
     parent.poll(patience_s)
@@ -130,12 +132,15 @@ def finish(store: FeatureStore) -> dict[str, int]:
     }
 
 
-def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+def run(kills: int, seed: int, folder: Path, held: int = 2) -> dict[str, Any]:
     """Kill writers until `kills` of them died at work.
+
+    Args:
+        held: shards a writer has begun at a time; 2 is one being filled and one being committed, as in an extraction.
 
     Returns:
         Counts, all of which should be zero but for kills, stores and `redone_per_kill`: how many kills left so many
-        shards half done, at most the one being committed and the one being filled.
+        shards half done, at most those held.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the fork server imports for all: a writer starts in 0.1 s
     multiprocessing.get_context("forkserver").set_forkserver_preload(["cache", "cache_stores", "kill_store_writers"])
@@ -146,7 +151,7 @@ def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             "kills",
             "stores",
             "committed_bad",
-            "more_than_two_shards_redone",
+            "more_than_held_redone",
             "wrong_utterances",
             "missing_utterances",
             "faults_at_the_end",
@@ -156,7 +161,7 @@ def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     )
     while seen["kills"] < kills:
         path = folder / f"store{seen['stores']}"
-        writers = [start(path, patience_s=0), start(path)]
+        writers = [start(path, held, patience_s=0), start(path, held)]
         while seen["kills"] < kills and is_unfinished(path):
             time.sleep(rng.uniform(0.0, 0.15))
             victim = rng.randrange(2)
@@ -168,9 +173,9 @@ def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
                 store = FeatureStore.open(path)
                 lost = len(unfinished_of(store, killed.pid or 0))
                 redone[lost] += killed.exitcode == -9
-                seen["more_than_two_shards_redone"] += lost > 2
+                seen["more_than_held_redone"] += lost > held
                 seen["committed_bad"] += len(committed_bad(store))
-            writers[victim] = start(path, patience_s=60 if rng.random() < 0.9 else rng.uniform(0.0, 0.5))
+            writers[victim] = start(path, held, patience_s=60 if rng.random() < 0.9 else rng.uniform(0.0, 0.5))
         for writer in writers:
             writer.join()
             assert writer.exitcode == 0, writer.exitcode
@@ -186,10 +191,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500, help="writers to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they die")
+    parser.add_argument("--held", type=int, choices=(1, 2), default=2, help="shards a writer has begun at a time")
     options = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-store-") as folder:
-        seen = run(options.kills, options.seed, Path(folder))
+        seen = run(options.kills, options.seed, Path(folder), options.held)
     print(json.dumps(seen | {"seconds": round(time.monotonic() - begun)}))
 
 

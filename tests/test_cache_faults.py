@@ -361,3 +361,14 @@ def test_faults_become_json(tmp_path: Path) -> None:
     store.layout.array("features", 2).unlink()
     (fault,) = store_verify(store)
     assert Fault(**json.loads(json.dumps(fault.to_dict()))) == fault
+
+
+def test_a_record_altered_under_the_seal_is_not_believed(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    path = store.layout.sealed_commits
+    before = path.read_bytes()
+    altered = before.replace(b'"num_clamped":0', b'"num_clamped":1', 1)  # sound JSON, of the same length
+    assert altered != before
+    path.write_bytes(altered)
+    with pytest.raises(CorruptShardError, match="digest"):
+        FeatureReader(store.path)

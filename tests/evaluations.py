@@ -9,7 +9,7 @@ import soundfile
 import typer
 from typer.testing import CliRunner
 
-from tinyaudio import cli_eval
+from tinyaudio.cli import evaluate as cli_eval
 
 NUM_CLIPS = 12
 

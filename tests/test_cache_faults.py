@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cache import FeatureReader, FeatureStore, find_faults, store_repair, store_verify
 from cache.errors import CorruptShardError, StoreNotFoundError
 from cache.verify import Fault
-from tinyaudio.cli import app
+from tinyaudio.cli.app import app
 
 FEATURES = make_features([30] * 8)
 

@@ -27,7 +27,7 @@ from cache import (
 )
 from cache.blocks import Rows, read_rows
 from cache.errors import CorruptShardError, StoreMismatchError
-from tinyaudio.cli import app
+from tinyaudio.cli.app import app
 
 FEATURES = make_features([30] * 7 + [65, 20])
 SPLITS = ["train"] * 6 + ["dev"] * 3

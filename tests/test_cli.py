@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
     """Every command and sub-command that the app has, found by walking it."""
     import typer
 
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     found: list[list[str]] = [[]]
 
@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
 def test_every_command_explains_itself(command):
     from typer.testing import CliRunner
 
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -175,7 +175,7 @@ def test_a_run_that_cannot_be_written_is_one_line_and_leaves_no_torn_recipe(reci
 def test_only_places_that_cannot_be_used_lose_their_traceback(monkeypatch, capsys):
     import errno
 
-    from tinyaudio import cli
+    from tinyaudio.cli import app as cli
 
     def outcome(error: Exception) -> str:
         def fail(**_: object) -> None:

@@ -13,7 +13,8 @@ from pipelines import eval_sets
 from pipelines.errors import EvaluationError
 from pipelines.evaluate import check_output
 from pipelines.recipes import Columns, Recipe, load_recipe
-from tinyaudio import cli_eval, cli_tour
+from tinyaudio.cli import evaluate as cli_eval
+from tinyaudio.cli import tour as cli_tour
 from tinyaudio.errors import MissingModelError
 
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from tinyaudio.cli import app
+from tinyaudio.cli.app import app
 from tinyaudio.errors import MissingModelError
 from tinyaudio.transcribe import Transcriber
 
@@ -304,7 +304,7 @@ def test_missing_model_says_the_next_step(talk, monkeypatch, tmp_path):
 
 def test_help_loads_no_torch():
     script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom tinyaudio.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom tinyaudio.cli.app import app\n"
         "assert CliRunner().invoke(app, ['transcribe', '--help']).exit_code == 0\n"
         "print([m for m in ('torch', 'numpy', 'transformers', 'soundfile') if m in sys.modules])"
     )

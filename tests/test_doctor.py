@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tinyaudio import doctor
-from tinyaudio.cli import app
+from tinyaudio.cli.app import app
 
 
 @pytest.fixture(scope="module")

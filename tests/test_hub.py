@@ -43,7 +43,7 @@ for name, arguments in json.loads(sys.argv[1]):
 
 UNREACHABLE = """
 import sys, time
-from tinyaudio import cli, cli_extract
+from tinyaudio.cli import app as cli, extract as cli_extract
 time.sleep = lambda seconds: None  # the hub client's own pauses; ours wait on an event
 cli_extract.PLAN_PATIENCE_S = 2.5
 sys.argv = ["tinyaudio", "extract", "--recipe", "loquacious-small", "--store", "store", "--plan"]

@@ -73,7 +73,7 @@ def test_command_asks_for_gradio_before_it_loads_a_model(monkeypatch):
 
     from typer.testing import CliRunner
 
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = CliRunner().invoke(app, ["demo", "-m", "/nonexistent/model"])
@@ -121,7 +121,7 @@ def test_space_folder_has_what_a_space_needs():
 
 
 def test_command_and_space_offer_the_same_examples():
-    from tinyaudio.cli_demo import _examples
+    from tinyaudio.cli.demo import _examples
 
     assert [path.name for path in _examples()] == [
         "five-sentences.opus",

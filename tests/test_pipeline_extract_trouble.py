@@ -20,7 +20,7 @@ from pipelines.extract import _preparing as preparing
 from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
-from tinyaudio import cli
+from tinyaudio.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,7 +24,7 @@ from pipelines.paid_jobs import Job, Ledger, Patience, quote
 from pipelines.predictions import read_predictions, write_predictions
 from pipelines.provider_assemblyai import JOBS_FILE, AssemblyAIProvider
 from pipelines.providers import Answer, Clip, ProviderOptions
-from tinyaudio import cli_eval
+from tinyaudio.cli import evaluate as cli_eval
 
 HTML = b"<html><body>Maintenance</body></html>"
 HURRY = Patience(first_s=0.01, most_s=0.05, attempts=4, poll_first_s=0.01, poll_most_s=0.02, give_up_s=5.0)

@@ -84,7 +84,7 @@ def test_a_few_utterances_are_learnt_by_heart(tmp_path):
 def invoke(*arguments):
     from typer.testing import CliRunner
 
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     return CliRunner().invoke(app, ["train", *map(str, arguments)])
 

@@ -71,7 +71,7 @@ class Machine:
 
 def documents() -> list[Path]:
     """List the files that may tell somebody to type torchrun."""
-    found = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *REMOTE.iterdir(), *ROOT.glob("tinyaudio/cli*.py")]
+    found = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *REMOTE.iterdir(), *ROOT.glob("tinyaudio/cli/*.py")]
     return [path for path in sorted(found) if "torchrun --" in path.read_text()]
 
 
@@ -82,7 +82,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def check_command(words: list[str]) -> None:
     """Parse a `tinyaudio ...` command line with the real command, without running it."""
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]

@@ -9,13 +9,14 @@ import pytest
 import soundfile
 
 from tinyaudio.audio import load_audio
+from tinyaudio.cli.inputs import find_inputs
 from tinyaudio.errors import AudioError
-from tinyaudio.inputs import find_inputs
 
 # The decoder always has something to say, and says it soundly: what comes out empty was never asked of it.
 SCRIPT = """
 import resource, sys
-from tinyaudio.cli import _quieten_libraries, main
+from tinyaudio.cli import main
+from tinyaudio.cli.app import _quieten_libraries
 _quieten_libraries()
 import av, soundfile, torch, tinyaudio.transcribe
 from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration as Model
@@ -77,7 +78,7 @@ def test_broken_inputs_end_in_one_line_each_and_the_right_code(broken, checkpoin
 def test_one_input_alone_has_its_code_and_its_line(broken, checkpoint, name):
     from typer.testing import CliRunner
 
-    from tinyaudio.cli import app
+    from tinyaudio.cli.app import app
 
     if name == "disk-error.wav" and not (broken / name).exists():
         pytest.skip("needs /proc/self/mem, which cannot be read at its beginning")

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyaudio.inputs import STDIN, FoundInput, OutputClashError, OutputError, exists, plan_outputs, write_atomically
+from tinyaudio.cli.inputs import (
+    STDIN,
+    FoundInput,
+    OutputClashError,
+    OutputError,
+    exists,
+    plan_outputs,
+    write_atomically,
+)
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:

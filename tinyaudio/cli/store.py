@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tinyaudio.cli_options import JsonOption, say
+from tinyaudio.cli.options import JsonOption, say
 
 
 def _not_a_run(path: Path) -> Path:

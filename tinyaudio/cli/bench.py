@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import DeviceOption, JsonOption, say
+from tinyaudio.cli.options import DeviceOption, JsonOption, say
 
 FullSizeOption = Annotated[
     bool, typer.Option("--full-size", help="HuBERT-large and SmolLM3-3B shapes with random weights.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
+from tinyaudio.cli.options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
 
 
 def add_to(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import say
+from tinyaudio.cli.options import say
 
 TEST_SPLITS = {"test": "new sentences, known voices", "test_unseen": "new sentences, voices never heard"}
 BEAMS = 4

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import ANY_SPELLING
-from tinyaudio.cli_outputs import (
+from tinyaudio.cli.inputs import FoundInput, exists, find_inputs
+from tinyaudio.cli.options import ANY_SPELLING
+from tinyaudio.cli.transcribe_output import (
     Bar,
     Desk,
     Outcome,
@@ -29,7 +30,6 @@ from tinyaudio.cli_outputs import (
     spare,
     usage,
 )
-from tinyaudio.inputs import FoundInput, exists, find_inputs
 from tinyaudio.subtitles import Layout
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The roof: the `tinyaudio` command. Parse, call, print; nobody imports it.
 
-One verb per stage, in `cli_<verb>.py` where it needs more than a page. Heavy imports happen inside commands, so that
+One verb per stage, in a module of its own. Heavy imports happen inside commands, so that
 `--help` answers at once. stdout carries results, stderr progress and messages. Errors of ours, and places that cannot
 be read or written, are one line and exit 1; usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
 """
@@ -68,16 +68,10 @@ def _root(
 
 
 def _add_commands() -> None:
-    from tinyaudio import cli_bench, cli_demo, cli_eval, cli_extract, cli_store, cli_tour, cli_train, cli_transcribe
+    from tinyaudio.cli import bench, demo, evaluate, extract, publish, store, tour, train, transcribe
 
-    cli_extract.add_to(app)
-    cli_train.add_to(app)
-    cli_eval.add_to(app)
-    cli_tour.add_to(app)
-    cli_transcribe.add_to(app)
-    cli_demo.add_to(app)
-    cli_store.add_to(app)
-    cli_bench.add_to(app)
+    for module in (extract, train, evaluate, publish, tour, transcribe, demo, store, bench):
+        module.add_to(app)
 
 
 _add_commands()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli_options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
+from tinyaudio.cli.options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
 
 LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
 PLAN_PATIENCE_S = 60.0  # seconds to keep trying for an answer of the hub: somebody waits for the plan

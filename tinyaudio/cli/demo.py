@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tinyaudio.cli_options import ANY_SPELLING, say
+from tinyaudio.cli.options import ANY_SPELLING, say
 
 
 def add_to(app: typer.Typer) -> None:

@@ -25,8 +25,8 @@ from cache import FeatureReader, FeatureStore
 from cache.order import NUM_STREAMS, WINDOW_BLOCKS, EpochOrder, epoch_order
 from pipelines.derived import remembered
 from pipelines.errors import RunError
-from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
-from tinyaudio.prompt import many_transcript_ids, prompt_ids
+from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
+from tinyaudio.model.prompt import many_transcript_ids, prompt_ids
 
 BATCHES_AHEAD = 2  # batches made while the model works; a batch of 4,096 positions is 40 MB and takes some 20 ms
 BLOCKS_AHEAD = 16  # batches of which the blocks are read in advance, so that a new window of blocks is no stall

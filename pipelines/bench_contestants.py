@@ -21,8 +21,8 @@ from cache import FeatureReader
 from pipelines import bench_losses as losses
 from pipelines.batches import BATCHES_AHEAD, Dequantizer, TrainingBatches, collate, pad_labels
 from pipelines.bench_parts import Parts
-from tinyaudio.audio import SAMPLING_RATE
-from tinyaudio.encoder import encoder_inputs
+from tinyaudio.model.audio import SAMPLING_RATE
+from tinyaudio.model.encoder import encoder_inputs
 
 OURS, LIVE, PLAIN = "this stage two", "encoder in the loop", "plain transformers loop"
 

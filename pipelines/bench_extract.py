@@ -36,9 +36,9 @@ from pipelines.identity import LoadedEncoder, pick_device
 from pipelines.planning import Plan, plan_corpus
 from pipelines.recipes import RECIPES, Recipe, load_recipe
 from pipelines.shard_line import ShardLine
-from tinyaudio.audio import SAMPLING_RATE, Samples, load_audio, num_frames
-from tinyaudio.encoder import encode, give_back_free_memory, load_encoder, load_feature_extractor
-from tinyaudio.frozen import freeze
+from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio, num_frames
+from tinyaudio.model.encoder import encode, give_back_free_memory, load_encoder, load_feature_extractor
+from tinyaudio.model.frozen import freeze
 
 PADDED_BATCH = 8  # recordings in a batch of (b)
 STAND_IN_S, FULL_SIZE_S, GPU_S = 600.0, 100.0, 30_000.0  # seconds of audio in one round; a GPU's is some ten seconds

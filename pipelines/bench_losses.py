@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyaudio.loss import liger_cross_entropy, summed_cross_entropy
-from tinyaudio.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
-from tinyaudio.prompt import assemble, pad_right
+from tinyaudio.model.loss import liger_cross_entropy, summed_cross_entropy
+from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
+from tinyaudio.model.prompt import assemble, pad_right
 
 Batch = dict[str, Any]
 Loss = Callable[[TinyAudioForConditionalGeneration, Batch], Tensor]

@@ -20,12 +20,12 @@ from pipelines.batches import Targets, tokenize
 from pipelines.build import load_tokenizer
 from pipelines.corpora import open_corpus
 from pipelines.recipes import load_recipe
-from tinyaudio.audio import SAMPLING_RATE, load_audio
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.encoder import encoder_inputs, load_encoder, load_feature_extractor
-from tinyaudio.frozen import load_decoder
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.prompt import end_of_text_id, prompt_ids
+from tinyaudio.model.audio import SAMPLING_RATE, load_audio
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import encoder_inputs, load_encoder, load_feature_extractor
+from tinyaudio.model.frozen import load_decoder
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.prompt import end_of_text_id, prompt_ids
 
 NUM_UTTERANCES = 192
 ENCODINGS: tuple[Encoding, ...] = ("float16", "int8")

@@ -20,8 +20,8 @@ from pipelines.bench_store_races import drop_from_page_cache
 from pipelines.errors import RunError
 from pipelines.identity import pick_device
 from pipelines.peak_memory import CountFlops, measuring_peak
-from tinyaudio.loss import summed_cross_entropy
-from tinyaudio.modeling_tinyaudio import IGNORED_LABEL
+from tinyaudio.model.loss import summed_cross_entropy
+from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
 
 TURNS, STEPS_A_TURN = 5, 3
 LOADER_STEPS = 32  # in one stretch, for the share of waiting

@@ -24,11 +24,11 @@ from transformers import pipeline
 
 from pipelines.bench_parts import full_size_model
 from pipelines.build import load_tokenizer
-from tinyaudio.audio import SAMPLING_RATE, Samples, load_audio
-from tinyaudio.encoder import load_feature_extractor
-from tinyaudio.errors import ModelError
-from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
+from tinyaudio.model.encoder import load_feature_extractor
+from tinyaudio.model.errors import ModelError
+from tinyaudio.model.pipeline_tinyaudio import TinyAudioPipeline
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
 DEMO = Path(__file__).parent / "demo"
@@ -168,7 +168,7 @@ def measure_full_size(device: str) -> TranscribeBench:
     )
     name = "HuBERT-large and SmolLM3-3B at random weights"
     # What random weights write trips the guard, and would be decoded twice.
-    with patch("tinyaudio.recognize.judge", return_value=None):
+    with patch("tinyaudio.model.recognize.judge", return_value=None):
         return _race(name, Transcriber(model, processor), work, compares_texts=False)
 
 

@@ -12,13 +12,13 @@ from pipelines.errors import RunError
 from pipelines.identity import is_local
 from pipelines.recipes import Recipe
 from pipelines.whitening import feature_statistics, fold_whitening
-from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.encoder import load_feature_extractor
-from tinyaudio.frozen import load_decoder, load_frozen, resolved_revision, weights_digest
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
-from tinyaudio.prompt import end_of_text_id, prompt_ids
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import load_feature_extractor
+from tinyaudio.model.frozen import load_decoder, load_frozen, resolved_revision, weights_digest
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.prompt import end_of_text_id, prompt_ids
 
 
 def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:

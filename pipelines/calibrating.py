@@ -12,7 +12,7 @@ from pipelines.errors import CorpusError
 from pipelines.identity import LoadedEncoder
 from pipelines.planning import Plan
 from pipelines.recipes import Recipe
-from tinyaudio.audio import Samples
+from tinyaudio.model.audio import Samples
 
 ROUND_UTTERANCES = 2_000  # spread evenly over the plan; more rounds follow until it is enough
 DECODED_UTTERANCES = 64  # decoded at once

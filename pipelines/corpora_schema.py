@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from tinyaudio.audio import SAMPLING_RATE, iter_audio
-from tinyaudio.errors import AudioError
+from tinyaudio.model.audio import SAMPLING_RATE, iter_audio
+from tinyaudio.model.errors import AudioError
 
 SCAN_SCHEMA = pa.schema(
     [

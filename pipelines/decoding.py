@@ -23,8 +23,8 @@ import numpy as np
 from pipelines.corpora_schema import Corpus
 from pipelines.errors import PipelineError, SourceError
 from pipelines.no_speech import is_no_speech, no_speech_samples
-from tinyaudio.audio import SAMPLING_RATE, Samples, iter_audio
-from tinyaudio.errors import AudioError
+from tinyaudio.model.audio import SAMPLING_RATE, Samples, iter_audio
+from tinyaudio.model.errors import AudioError
 
 THREADS = 4  # libsndfile and soxr release the interpreter lock
 MAX_PROCESSES = 8

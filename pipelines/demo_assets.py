@@ -32,7 +32,7 @@ from pipelines.demo_corpus import (
 )
 from pipelines.demo_decoder import save_decoder, train_decoder, train_tokenizer
 from pipelines.demo_encoder import ctc_transcripts, save_encoder, train_encoder
-from tinyaudio.audio import SAMPLING_RATE, Samples
+from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 NUM_DECODER_SENTENCES = 30_000
 NUM_EXTRA_UTTERANCES = 6_000

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import soundfile as sf
 import soxr
 
-from tinyaudio.audio import SAMPLING_RATE, Samples
+from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 OPUS_COMPRESSION_LEVEL = 0.988
 """About 12 kbit/s: the lowest step at which libopus still keeps 4 to 8 kHz (one step lower drops it)."""

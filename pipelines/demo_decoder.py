@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
 from pipelines.demo_training import Log, TrainingPlan, save_weights, update
-from tinyaudio.prompt import PREFIX, SUFFIX
+from tinyaudio.model.prompt import PREFIX, SUFFIX
 
 EOS_TOKEN = "<|end_of_text|>"
 PAD_TOKEN = "<|finetune_right_pad_id|>"

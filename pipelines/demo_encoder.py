@@ -20,7 +20,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
 from pipelines.demo_training import Log, TrainingPlan, save_weights, update
-from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
 
 NUM_MEL_BANDS = 40
 CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")

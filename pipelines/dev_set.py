@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from cache import FeatureReader, FeatureStore
 from pipelines.batches import Dequantizer, Targets, collate, cut_by_budget, stored_targets
 from pipelines.recipes import Recipe
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 BATCH_FRAMES = 40_000  # encoder frames in one batch of generation, padding included
 LISTENING_UTTERANCES = 64  # enough to tell 0.1 nats a token

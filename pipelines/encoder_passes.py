@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 
 @dataclass

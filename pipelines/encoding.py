@@ -24,8 +24,8 @@ from cache import Calibration
 from cache.blocks import Rows
 from cache.quantize import CODE_MAX
 from pipelines.identity import LoadedEncoder
-from tinyaudio.audio import SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
-from tinyaudio.encoder import encode, encoder_inputs
+from tinyaudio.model.audio import SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
+from tinyaudio.model.encoder import encode, encoder_inputs
 
 CPU_BATCH_S = 15.0  # seconds; 15 to 120 are alike within noise, and the activations of every line grow with it
 MAX_LINES = 8  # batches side by side on a CPU: each of HuBERT-large holds about a gigabyte of activations

@@ -1,7 +1,7 @@
 """Where the errors are: alignments, confusions, rates of outputs that went wrong as a whole, and breakdowns.
 
-Works on pairs that are normalised already. Loops and refusals are judged by `tinyaudio.guard`, the judge that decoding
-uses, on the text as scored; an utterance whose reference reads like that itself is not counted.
+Works on pairs that are normalised already. Loops and refusals are judged by `tinyaudio.model.guard`, the judge that
+decoding uses, on the text as scored; an utterance whose reference reads like that itself is not counted.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import kaldialign
 
 from pipelines.predictions import Prediction
 from pipelines.scoring import Interval, WordErrors, align_words, count_word_errors, wer_interval
-from tinyaudio.guard import EVENTS, judge
+from tinyaudio.model.guard import EVENTS, judge
 
 BUCKET_EDGES_S = (2.0, 5.0, 10.0, 20.0)
 NUM_WORST, NUM_CONFUSIONS = 20, 20
@@ -70,7 +70,7 @@ class Rates:
 
     Args:
         empty: no word where the reference has some.
-        looping, refusing: as `tinyaudio.guard.judge` finds them in the text as scored.
+        looping, refusing: as `tinyaudio.model.guard.judge` finds them in the text as scored.
         guarded: answers that our guard warned about or repaired; `guard_codes` says how often each way.
         provider_codes: what else a provider said about its answers, such as that another model gave them.
         leading_deletions, trailing_deletions: answers that lack the first (last) word of their reference.

@@ -19,8 +19,8 @@ from pipelines.errors import EvaluationError
 from pipelines.providers import Clip
 from pipelines.recipes import CorpusSection, load_recipe, recipe_names
 from pipelines.sources import source_of
-from tinyaudio.audio import load_audio
-from tinyaudio.errors import AudioError
+from tinyaudio.model.audio import load_audio
+from tinyaudio.model.errors import AudioError
 
 NAMED = Path(__file__).parent / "eval_sets.toml"
 WINDOW_S = 1_200.0  # seconds of audio held in memory at once: 77 MB of float32 samples

@@ -20,7 +20,7 @@ from pipelines.eval_sets import EvalSet, Utterance, Window, choose, unique_names
 from pipelines.providers import Clip
 from pipelines.recipes import CorpusSection
 from pipelines.sources import source_of
-from tinyaudio.errors import AudioError
+from tinyaudio.model.errors import AudioError
 
 _PLANNED = ["utterance_id", "duration_s", "transcript", "speaker", "sex", "source", "reason"]
 

@@ -32,7 +32,7 @@ from pipelines.providers import Answer, Provider, ProviderOptions
 from pipelines.report import write_reports
 from pipelines.scoring import WordErrors
 from pipelines.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize
-from tinyaudio.errors import AudioError
+from tinyaudio.model.errors import AudioError
 
 OnProgress = Callable[[int, int], None]
 OnMissing = Callable[[Sequence[Utterance]], None]

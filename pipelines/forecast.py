@@ -29,8 +29,8 @@ from pipelines.identity import LoadedEncoder, pick_device
 from pipelines.planning import Plan
 from pipelines.recipes import Recipe
 from pipelines.shard_line import memory_bound
-from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, load_audio
-from tinyaudio.frozen import freeze, load_config
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, load_audio
+from tinyaudio.model.frozen import freeze, load_config
 
 FRAME_BYTES = {"float16": 2, "int8": 1}  # per feature; int8 adds a float16 scale per frame
 PROBE_UTTERANCES = 30

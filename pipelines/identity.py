@@ -12,8 +12,8 @@ from pipelines.errors import RunError
 from pipelines.extraction_request import encoder_name, is_local
 from pipelines.hub_files import patiently
 from pipelines.recipes import EncoderSection
-from tinyaudio.encoder import load_encoder, load_feature_extractor
-from tinyaudio.frozen import resolved_revision, weights_digest
+from tinyaudio.model.encoder import load_encoder, load_feature_extractor
+from tinyaudio.model.frozen import resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
 
 OPENING_PATIENCE_S = 30.0  # seconds to keep trying, where somebody waits at the terminal
@@ -47,7 +47,7 @@ def pick_device(device: str = "auto") -> torch.device:
 def open_encoder(
     section: EncoderSection, device: torch.device, patience_s: float = OPENING_PATIENCE_S
 ) -> LoadedEncoder:
-    """Load the encoder of a recipe; errors as `tinyaudio.encoder.load_encoder`; FetchError: no way to the hub."""
+    """Load the encoder of a recipe; errors as `tinyaudio.model.encoder.load_encoder`; FetchError: no way to the hub."""
     what = f"encoder {section.id!r}"
     model = patiently(lambda: load_encoder(section.id, section.revision), what, patience_s)
     extractor = patiently(lambda: load_feature_extractor(section.id, section.revision), what, patience_s)

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from pipelines.errors import PublishError
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.frozen import weights_digest
-from tinyaudio.projectors import build_projector
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.projectors import build_projector
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.corpora_schema import SCAN_SCHEMA
-from tinyaudio.audio import SAMPLING_RATE, Samples
+from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 PREFIX = "no-speech"
 LEVELS_DB = (-70, -60, -50, -40, -30, -20)  # root mean square against full scale: from a good room to a loud street

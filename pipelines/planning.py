@@ -20,7 +20,7 @@ from pipelines.kept_scans import scan_once
 from pipelines.no_speech import is_no_speech, no_speech_rows
 from pipelines.recipes import CorpusSection, Recipe
 from pipelines.transcripts import prepare_transcript
-from tinyaudio.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
+from tinyaudio.model.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
 
 SCAN_ROWS = 100_000  # utterances whose text is in Python's hands at once
 TEXT_GRACE_S = 1.0  # very short clips may be dense: "twenty-five percent" in 0.6 s

@@ -16,10 +16,10 @@ from pipelines.errors import EvaluationError
 from pipelines.identity import encoder_name, pick_device
 from pipelines.provider_tinyaudio import local_environment
 from pipelines.providers import Answer, Clip, ProviderOptions, in_batches
-from tinyaudio.audio import num_frames
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.encoder import encoder_inputs, load_feature_extractor
-from tinyaudio.frozen import freeze, load_frozen, resolved_revision, weights_digest
+from tinyaudio.model.audio import num_frames
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor
+from tinyaudio.model.frozen import freeze, load_frozen, resolved_revision, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

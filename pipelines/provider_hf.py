@@ -19,8 +19,8 @@ from pipelines.errors import EvaluationError
 from pipelines.identity import pick_device
 from pipelines.provider_tinyaudio import local_environment, model_name
 from pipelines.providers import Answer, Clip, ProviderOptions, length_batches
-from tinyaudio.audio import SAMPLING_RATE
-from tinyaudio.errors import MissingModelError
+from tinyaudio.model.audio import SAMPLING_RATE
+from tinyaudio.model.errors import MissingModelError
 
 LANGUAGE = "en"  # of every corpus here
 

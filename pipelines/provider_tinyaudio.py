@@ -17,7 +17,7 @@ import tinyaudio
 from pipelines.errors import EvaluationError
 from pipelines.identity import encoder_name
 from pipelines.providers import Answer, Clip, ProviderOptions, length_batches
-from tinyaudio.frozen import weights_digest
+from tinyaudio.model.frozen import weights_digest
 from tinyaudio.transcribe import Transcriber
 
 _DECODING = ("num_beams", "max_new_tokens", "length_penalty")

@@ -17,7 +17,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from pipelines.errors import EvaluationError
-from tinyaudio.audio import SAMPLING_RATE, Samples
+from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

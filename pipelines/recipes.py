@@ -110,7 +110,7 @@ class ExtractSection(Section):
 
 
 def _known_projector(kind: str) -> str:
-    from tinyaudio.projectors import PROJECTORS  # here, for it brings torch
+    from tinyaudio.model.projectors import PROJECTORS  # here, for it brings torch
 
     if kind not in PROJECTORS:
         close = difflib.get_close_matches(kind, PROJECTORS, 1)

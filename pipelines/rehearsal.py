@@ -21,8 +21,8 @@ from pipelines.recipes import Recipe
 from pipelines.runs import Run
 from pipelines.train import train
 from pipelines.trainer import num_processes
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 STEPS = 2
 OFTEN = {"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1}

@@ -37,8 +37,8 @@ from pipelines.hub_files import give_up, pause, resume
 from pipelines.identity import LoadedEncoder
 from pipelines.no_speech import is_no_speech
 from pipelines.recipes import Recipe
-from tinyaudio.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames
-from tinyaudio.encoder import give_back_free_memory
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames
+from tinyaudio.model.encoder import give_back_free_memory
 
 AHEAD_SHARDS, AHEAD_SHARDS_GPU = 1, 3  # submitted to decoding while one is encoded
 AHEAD_BATCHES = 2

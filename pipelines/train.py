@@ -36,7 +36,7 @@ from pipelines.trainer import (
     training_arguments,
 )
 from pipelines.watch import Watch, stop_on_sigterm
-from tinyaudio.frozen import weights_digest
+from tinyaudio.model.frozen import weights_digest
 
 Say = Callable[[str], None]
 OVERFIT_WER = 0.05  # what "near zero" means for `train.overfit_utterances`

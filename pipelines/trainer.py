@@ -25,8 +25,8 @@ from pipelines.errors import RunError
 from pipelines.meter import Meter
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
-from tinyaudio.loss import load_liger
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.loss import load_liger
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 PROGRESS = "progress.json"  # in a checkpoint: what the run had gone through
 NOT_FINITE = "not_finite.txt"  # in a run's folder: the utterances on which it ended

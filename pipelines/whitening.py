@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cache import FeatureReader, feature_moments
 from pipelines.derived import remembered
 from pipelines.errors import RunError
-from tinyaudio.projectors import Projector
+from tinyaudio.model.projectors import Projector
 
 
 def feature_statistics(

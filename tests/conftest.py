@@ -24,10 +24,10 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
-from tinyaudio.prompt import prompt_ids
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.prompt import prompt_ids
 
 # Started in the background of a shell, a suite ignores SIGINT, and so would every command that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -163,7 +163,7 @@ def spoken() -> list[tuple[np.ndarray, str]]:
     """Twenty bundled test utterances: (samples at 16 kHz, transcript). Voice activity detection hears speech."""
     import pyarrow.parquet
 
-    from tinyaudio.audio import load_audio
+    from tinyaudio.model.audio import load_audio
 
     (path,) = (Path(__file__).parent.parent / "pipelines/demo/corpus").glob("test-0*.parquet")
     rows = pyarrow.parquet.read_table(path).slice(0, 20).to_pylist()

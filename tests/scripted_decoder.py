@@ -2,7 +2,7 @@
 
 import torch
 
-from tinyaudio.recognize import Recognizer
+from tinyaudio.model.recognize import Recognizer
 
 
 class ScriptedDecoder:

@@ -14,8 +14,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyaudio.audio import SAMPLING_RATE, iter_audio, load_audio, num_frames, pad_to_window, probe_duration_s
-from tinyaudio.errors import AudioError
+from tinyaudio.model.audio import SAMPLING_RATE, iter_audio, load_audio, num_frames, pad_to_window, probe_duration_s
+from tinyaudio.model.errors import AudioError
 
 
 def sweep(duration_s=1.0, rate=16_000):
@@ -271,7 +271,7 @@ def test_frames_are_counted_by_the_one_formula():
 
 
 def test_decoding_needs_neither_torch_nor_a_system_package():
-    script = "import sys; from tinyaudio.audio import load_audio; load_audio; print('torch' in sys.modules)"
+    script = "import sys; from tinyaudio.model.audio import load_audio; load_audio; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"PATH": ""}, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
 

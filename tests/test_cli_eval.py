@@ -15,7 +15,7 @@ from pipelines.evaluate import check_output
 from pipelines.recipes import Columns, Recipe, load_recipe
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.cli import tour as cli_tour
-from tinyaudio.errors import MissingModelError
+from tinyaudio.model.errors import MissingModelError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app
-from tinyaudio.errors import MissingModelError
+from tinyaudio.model.errors import MissingModelError
 from tinyaudio.transcribe import Transcriber
 
 FEW = ["--num-beams", "1", "--max-new-tokens", "4"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyaudio.guard import CODES, cut_loop, find_loop, judge, token_budget
+from tinyaudio.model.guard import CODES, cut_loop, find_loop, judge, token_budget
 
 
 @pytest.mark.parametrize(

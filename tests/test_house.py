@@ -49,7 +49,9 @@ def test_imports_only_go_down(module, path):
     if is_roof(module):
         return
     floor = module.split(".")[0]
-    upward = {n for n in imported_names(path, floor) if n.split(".")[0] in FORBIDDEN[floor] or is_roof(n)}
+    upward = {
+        n for n in imported_names(path, module.rpartition(".")[0]) if n.split(".")[0] in FORBIDDEN[floor] or is_roof(n)
+    }
     assert not upward, f"{module} imports {sorted(upward)}, which is above it"
 
 

@@ -17,12 +17,12 @@ from transformers import (
     pipeline,
 )
 
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.encoder import encode, encoder_inputs
-from tinyaudio.errors import MissingModelError, ModelError
-from tinyaudio.frozen import weights_digest
-from tinyaudio.modeling_tinyaudio import TRAVELLING, TinyAudioForConditionalGeneration
-from tinyaudio.prompt import transcript_ids
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import encode, encoder_inputs
+from tinyaudio.model.errors import MissingModelError, ModelError
+from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.modeling_tinyaudio import TRAVELLING, TinyAudioForConditionalGeneration
+from tinyaudio.model.prompt import transcript_ids
 from tinyaudio.transcribe import Transcriber
 
 TRANSCRIPTS = ["the cat sat", "a dog", "", "the cat and a dog on the mat"]
@@ -197,7 +197,7 @@ def test_checkpoint_holds_the_projector_and_nothing_frozen(checkpoint):
 def test_travelling_modules_are_a_closed_set_with_soft_dependencies_only():
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    import tinyaudio.modeling_tinyaudio as entry
+    import tinyaudio.model.modeling_tinyaudio as entry
 
     needed = {Path(f).name for f in get_relative_import_files(entry.__file__)} | {Path(entry.__file__).name}
     assert needed == set(TRAVELLING)
@@ -248,7 +248,7 @@ def test_missing_checkpoint_and_missing_parts_are_one_line(checkpoint, tmp_path)
 def test_encoder_with_other_frames_is_refused(tmp_path, feature_extractor):
     from conftest import tiny_hubert_config
 
-    from tinyaudio.encoder import load_encoder
+    from tinyaudio.model.encoder import load_encoder
 
     HubertModel(tiny_hubert_config(conv_stride=(5, 2, 2, 2, 2, 2, 1))).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="hop 160"):

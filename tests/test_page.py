@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tinyaudio.errors import TinyAudioError
+from tinyaudio.model.errors import TinyAudioError
 from tinyaudio.page import build_page, describe_recording, follow_recording, open_page
 from tinyaudio.transcribe import Transcriber
 

@@ -22,7 +22,7 @@ from pipelines.grids import GRIDS, load_grid
 from pipelines.recipes import load_recipe
 from pipelines.run_table import compare_runs, list_runs
 from pipelines.runs import Run
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pipelines.bench_contestants import OURS, PLAIN, Contestant
 from pipelines.bench_train import format_table, loss_memory_vs_full
 from pipelines.errors import RunError
 from pipelines.peak_memory import CountFlops, measuring_peak
-from tinyaudio.prompt import transcript_ids
+from tinyaudio.model.prompt import transcript_ids
 
 CPU = torch.device("cpu")
 TRANSCRIPTS = ["the cat sat", "", "a dog", "on the mat"]

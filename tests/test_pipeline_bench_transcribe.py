@@ -6,8 +6,8 @@ import pytest
 
 from pipelines import bench_transcribe
 from pipelines.bench_transcribe import format_table, measure, measure_full_size
-from tinyaudio.errors import ModelError
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.errors import ModelError
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 
 def test_one_model_is_loaded_for_both_ways(checkpoint, monkeypatch):

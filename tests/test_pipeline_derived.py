@@ -15,7 +15,7 @@ from pipelines import whitening
 from pipelines.batches import stored_targets, tokenize
 from pipelines.derived import remembered
 from pipelines.whitening import feature_statistics
-from tinyaudio.prompt import transcript_ids
+from tinyaudio.model.prompt import transcript_ids
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9] * 4
 

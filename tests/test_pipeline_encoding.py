@@ -9,7 +9,7 @@ from cache.quantize import quantize
 from pipelines.encoding import EncoderLine, cut_batches, quantize_tensor
 from pipelines.identity import open_encoder
 from pipelines.recipes import EncoderSection
-from tinyaudio.encoder import encode, encoder_inputs
+from tinyaudio.model.encoder import encode, encoder_inputs
 
 
 def test_batches_side_by_side_give_what_one_thread_gives_and_leave_the_threads_as_they_were(encoder_folder, noise):

@@ -19,7 +19,7 @@ from pipelines.providers import Answer, Clip, ProviderOptions
 from pipelines.recipes import CorpusSection
 from pipelines.summary import load_summary, summarize
 from tinyaudio.cli import evaluate as cli_eval
-from tinyaudio.errors import TinyAudioError
+from tinyaudio.model.errors import TinyAudioError
 
 WORDS = ["the cat sat", "a dog ran off", "", "one", "two three four five", "it rained on the hill"]
 

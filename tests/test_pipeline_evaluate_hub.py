@@ -19,7 +19,7 @@ from hub_replica import Fault, Hub
 
 from pipelines.eval_sets import named_sections, open_eval_set
 from pipelines.recipes import Columns, CorpusSection, load_recipe
-from tinyaudio.audio import Samples
+from tinyaudio.model.audio import Samples
 
 ESB, COMMON_VOICE = "hf-audio/esb-datasets-test-only-sorted", "fixie-ai/common_voice_17_0"
 

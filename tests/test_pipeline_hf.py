@@ -6,7 +6,7 @@ import soundfile
 import torch
 from transformers import pipeline
 
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.transcribe import Transcriber
 
 FEW = {"num_beams": 1, "max_new_tokens": 4}

@@ -19,7 +19,7 @@ from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
 from pipelines.trainer import ProjectorTrainer
-from tinyaudio.errors import ModelError
+from tinyaudio.model.errors import ModelError
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tinyaudio.errors import ModelError
-from tinyaudio.loss import liger_cross_entropy, summed_cross_entropy
+from tinyaudio.model.errors import ModelError
+from tinyaudio.model.loss import liger_cross_entropy, summed_cross_entropy
 
 
 def parts(rows: int, width: int, vocabulary: int):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tinyaudio.errors import ModelError
-from tinyaudio.projectors import PROJECTORS, build_projector, num_projected, stack_frames
+from tinyaudio.model.errors import ModelError
+from tinyaudio.model.projectors import PROJECTORS, build_projector, num_projected, stack_frames
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5, 6, 49, 50])

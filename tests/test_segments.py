@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tinyaudio.audio import SAMPLING_RATE
-from tinyaudio.segments import _Cutter, cut, join_texts, reach, rules
-from tinyaudio.voice import FRAME_LENGTH, VoiceActivity
+from tinyaudio.model.audio import SAMPLING_RATE
+from tinyaudio.model.segments import _Cutter, cut, join_texts, reach, rules
+from tinyaudio.model.voice import FRAME_LENGTH, VoiceActivity
 
 
 def silence(duration_s):

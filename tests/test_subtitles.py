@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyaudio.model.transcript import Segment, Transcript
 from tinyaudio.subtitles import WRITERS, Layout, cues
-from tinyaudio.transcript import Segment, Transcript
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYOUT = Layout()

@@ -13,11 +13,11 @@ import soundfile
 import torch
 from scripted_decoder import is_retry, scripted
 
-from tinyaudio import audio, recognize
-from tinyaudio.errors import AudioError, MissingModelError, ModelError
-from tinyaudio.guard import EVENTS
-from tinyaudio.recognize import Options, Recognizer, batches_by_length
-from tinyaudio.segments import Piece
+from tinyaudio.model import audio, recognize
+from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
+from tinyaudio.model.guard import EVENTS
+from tinyaudio.model.recognize import Options, Recognizer, batches_by_length
+from tinyaudio.model.segments import Piece
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
 FEW = {"max_new_tokens": 3, "num_beams": 1}
@@ -296,11 +296,11 @@ import re, sys
 import numpy as np, pyarrow.parquet, torch
 from pathlib import Path
 from pipelines.build import load_tokenizer
-from tinyaudio.audio import load_audio
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.encoder import load_feature_extractor
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.recognize import Options, Recognizer
+from tinyaudio.model.audio import load_audio
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import load_feature_extractor
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.recognize import Options, Recognizer
 
 demo = Path(sys.argv[1])
 tokenizer = load_tokenizer(str(demo / "decoder"))

@@ -8,9 +8,9 @@ import fuzz_inputs
 import pytest
 import soundfile
 
-from tinyaudio.audio import load_audio
 from tinyaudio.cli.inputs import find_inputs
-from tinyaudio.errors import AudioError
+from tinyaudio.model.audio import load_audio
+from tinyaudio.model.errors import AudioError
 
 # The decoder always has something to say, and says it soundly: what comes out empty was never asked of it.
 SCRIPT = """
@@ -19,7 +19,7 @@ from tinyaudio.cli import main
 from tinyaudio.cli.app import _quieten_libraries
 _quieten_libraries()
 import av, soundfile, torch, tinyaudio.transcribe
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration as Model
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration as Model
 ids = torch.tensor([[int(i) for i in sys.argv.pop(1).split(",")]])
 Model.generate = lambda self, num_frames, **_: ids.expand(len(num_frames), -1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,8 +4,8 @@ import pytest
 import torch
 from scripted_decoder import is_retry, scripted
 
-from tinyaudio.recognize import Options, _ended
-from tinyaudio.segments import Piece
+from tinyaudio.model.recognize import Options, _ended
+from tinyaudio.model.segments import Piece
 
 
 def test_loop_is_decoded_again_and_the_clean_output_stands(model, processor, spoken):

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from tinyaudio.audio import SAMPLING_RATE, load_audio
+from tinyaudio.model.audio import SAMPLING_RATE, load_audio
 
 ROOT = Path(__file__).parent.parent
 JOINED = 10  # utterances

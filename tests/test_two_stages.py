@@ -18,9 +18,9 @@ from pipelines.extract import cut_batches, extract, wanted_splits
 from pipelines.recipes import load_recipe
 from pipelines.runs import Run
 from pipelines.train import train
-from tinyaudio.audio import load_audio
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.audio import load_audio
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 
 def stage_one(recipe_file: Path, store: Path, *overrides: str, split: str | None = None, part=(0, 1)):

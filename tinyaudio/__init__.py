@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "AudioError": "errors",
-    "MissingModelError": "errors",
-    "ModelError": "errors",
-    "TinyAudioError": "errors",
-    "TinyAudioConfig": "configuration_tinyaudio",
-    "TinyAudioForConditionalGeneration": "modeling_tinyaudio",
-    "TinyAudioPipeline": "pipeline_tinyaudio",
-    "TinyAudioProcessor": "processing_tinyaudio",
+    "AudioError": "model.errors",
+    "MissingModelError": "model.errors",
+    "ModelError": "model.errors",
+    "TinyAudioError": "model.errors",
+    "TinyAudioConfig": "model.configuration_tinyaudio",
+    "TinyAudioForConditionalGeneration": "model.modeling_tinyaudio",
+    "TinyAudioPipeline": "model.pipeline_tinyaudio",
+    "TinyAudioProcessor": "model.processing_tinyaudio",
     "Transcriber": "transcribe",
     "Transcript": "transcribe",
-    "load_audio": "audio",
-    "num_frames": "audio",
+    "load_audio": "model.audio",
+    "num_frames": "model.audio",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tinyaudio.audio import load_audio, num_frames  # noqa: F401
-    from tinyaudio.configuration_tinyaudio import TinyAudioConfig  # noqa: F401
-    from tinyaudio.errors import AudioError, MissingModelError, ModelError, TinyAudioError  # noqa: F401
-    from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration  # noqa: F401
-    from tinyaudio.pipeline_tinyaudio import TinyAudioPipeline  # noqa: F401
-    from tinyaudio.processing_tinyaudio import TinyAudioProcessor  # noqa: F401
+    from tinyaudio.model.audio import load_audio, num_frames  # noqa: F401
+    from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig  # noqa: F401
+    from tinyaudio.model.errors import AudioError, MissingModelError, ModelError, TinyAudioError  # noqa: F401
+    from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration  # noqa: F401
+    from tinyaudio.model.pipeline_tinyaudio import TinyAudioPipeline  # noqa: F401
+    from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor  # noqa: F401
     from tinyaudio.transcribe import Transcriber, Transcript  # noqa: F401
 
 

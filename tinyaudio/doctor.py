@@ -115,7 +115,7 @@ def _formats() -> Iterator[Finding]:
         import numpy as np
         import soundfile
 
-        from tinyaudio.audio import load_audio
+        from tinyaudio.model.audio import load_audio
 
         readable = []
         for kind in ("WAV", "AIFF", "FLAC", "MP3", "OGG"):
@@ -140,7 +140,7 @@ def _voice_activity() -> Finding:
     try:
         import numpy as np
 
-        from tinyaudio.voice import VoiceActivity
+        from tinyaudio.model.voice import VoiceActivity
 
         VoiceActivity().feed(np.zeros(512, np.float32))
     except Exception as error:  # any failure is the finding
@@ -171,8 +171,8 @@ def _hub() -> Finding:
 
 
 def _default_model() -> Finding:
-    from tinyaudio.errors import MissingModelError
-    from tinyaudio.frozen import is_folder_or_hub_id
+    from tinyaudio.model.errors import MissingModelError
+    from tinyaudio.model.frozen import is_folder_or_hub_id
     from tinyaudio.transcribe import MODEL_VARIABLE, default_model
 
     try:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyaudio.errors import TinyAudioError
-from tinyaudio.guard import CODES, RETRIED
+from tinyaudio.model.errors import TinyAudioError
+from tinyaudio.model.guard import CODES, RETRIED
 
 if TYPE_CHECKING:
     from tinyaudio.transcribe import Transcriber

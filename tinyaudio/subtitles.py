@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinyaudio.transcript import Segment, Transcript
+from tinyaudio.model.transcript import Segment, Transcript
 
 _SENTENCE_END, _CLAUSE_END = re.compile(r"[.?!][\"')]*$"), re.compile(r"[,;:][\"')]*$")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")

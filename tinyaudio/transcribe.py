@@ -18,15 +18,15 @@ import torch
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from tinyaudio import __version__
-from tinyaudio.audio import AudioSource
-from tinyaudio.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.errors import AudioError, MissingModelError, ModelError
-from tinyaudio.frozen import resolved_revision
-from tinyaudio.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.processing_tinyaudio import TinyAudioProcessor
-from tinyaudio.reader import Input
-from tinyaudio.recognize import OnProgress, Options, Recognizer
-from tinyaudio.transcript import Segment, Transcript
+from tinyaudio.model.audio import AudioSource
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
+from tinyaudio.model.frozen import resolved_revision
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.reader import Input
+from tinyaudio.model.recognize import OnProgress, Options, Recognizer
+from tinyaudio.model.transcript import Segment, Transcript
 
 __all__ = ["Segment", "Transcriber", "Transcript", "default_model", "pick_device"]
 

@@ -105,7 +105,7 @@ def _is_ours(error: BaseException) -> bool:
     """Tell our error trees apart from bugs, without importing what did not run."""
     names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     return bool(
-        names & {"tinyaudio.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"}
+        names & {"tinyaudio.model.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"}
     )
 
 

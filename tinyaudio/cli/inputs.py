@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyaudio.errors import TinyAudioError
+from tinyaudio.model.errors import TinyAudioError
 
 STDIN = "-"
 # What is looked for in folders; files named one by one are tried whatever they are called.

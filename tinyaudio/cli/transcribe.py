@@ -157,7 +157,7 @@ def _run(
     desk: "Desk",
 ) -> None:
     """Transcribe what is to be done, in order; failures are collected."""
-    from tinyaudio.transcript import Transcript
+    from tinyaudio.model.transcript import Transcript
 
     tries = [item for item, _ in todo if item.problem is None]
     transcripts: Iterator[Transcript] = iter(())

@@ -19,7 +19,7 @@ from tinyaudio.cli.inputs import (
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:
-    from tinyaudio.transcript import Transcript
+    from tinyaudio.model.transcript import Transcript
 
 
 def _printable(text: str) -> str:
@@ -162,7 +162,7 @@ class Desk:
 
 
 def _warning_lines(transcript: "Transcript") -> Iterator[str]:
-    from tinyaudio.guard import CODES, RETRIED
+    from tinyaudio.model.guard import CODES, RETRIED
 
     def explain(code: str) -> str:
         base = code.removesuffix(RETRIED)
@@ -184,7 +184,7 @@ class Bar:
             return
         from tqdm import tqdm
 
-        from tinyaudio.audio import probe_duration_s
+        from tinyaudio.model.audio import probe_duration_s
 
         lengths = [None if item.path is None else probe_duration_s(item.path) for item in inputs]
         known = [length for length in lengths if length is not None]

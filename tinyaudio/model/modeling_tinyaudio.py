@@ -42,26 +42,7 @@ GENERATION_DEFAULTS = {"num_beams": 4, "max_new_tokens": 200, "length_penalty": 
 
 IGNORED_LABEL = -100
 # Files that a checkpoint carries: this module and everything it imports relatively (a test compares the two).
-TRAVELLING = (
-    "audio.py",
-    "configuration_tinyaudio.py",
-    "encoder.py",
-    "errors.py",
-    "frozen.py",
-    "guard.py",
-    "loss.py",
-    "modeling_tinyaudio.py",
-    "pipeline_tinyaudio.py",
-    "processing_tinyaudio.py",
-    "projectors.py",
-    "prompt.py",
-    "reader.py",
-    "recognize.py",
-    "segments.py",
-    "transcript.py",
-    "truncation.py",
-    "voice.py",
-)
+TRAVELLING = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
 # Every class is named through this one module: transformers copies each entry file of a local folder into a package of
 # its own, and two entries would mean two TinyAudioConfig classes that are not each other.
 _HERE = "modeling_tinyaudio"

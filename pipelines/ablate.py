@@ -23,9 +23,10 @@ import torch
 from cache import FeatureStore
 from pipelines.ablation_report import Outcome, plot, tabulate, tabulate_runs
 from pipelines.errors import RunError
+from pipelines.files import write_text
 from pipelines.grids import Cell, Grid
 from pipelines.run_table import Table
-from pipelines.runs import Run, write_atomically
+from pipelines.runs import Run
 from pipelines.train import TrainReport, train
 
 Say = Callable[[str], None]
@@ -116,8 +117,8 @@ def ablate(
             raise RunError(f"{report.run} was stopped at step {report.steps}; the same command again goes on")
     outcomes = tuple(_outcome(task) for task in tasks if task.cell.name not in failed)
     table = tabulate(outcomes, failed)
-    write_atomically(output / "table.md", table.to_markdown())
-    write_atomically(output / "table.csv", tabulate_runs(outcomes).to_csv())
+    write_text(output / "table.md", table.to_markdown())
+    write_text(output / "table.csv", tabulate_runs(outcomes).to_csv())
     if outcomes:
         plot(outcomes, output / "plot.png")
     say(f"done in {time.monotonic() - started:.0f} s")

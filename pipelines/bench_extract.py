@@ -31,8 +31,8 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from cache import FeatureStore
 from pipelines.corpora import Corpus, open_corpus
+from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.extract_report import ExtractReport
-from pipelines.identity import LoadedEncoder, pick_device
 from pipelines.planning import Plan, plan_corpus
 from pipelines.recipes import RECIPES, Recipe, load_recipe
 from pipelines.shard_line import ShardLine

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pipelines.bench_contestants import LIVE, OURS, PLAIN, Batch, Contestant, contestants, our_batches
 from pipelines.bench_parts import Parts, build_parts
 from pipelines.bench_store_races import drop_from_page_cache
+from pipelines.encoders import pick_device
 from pipelines.errors import RunError
-from pipelines.identity import pick_device
 from pipelines.peak_memory import CountFlops, measuring_peak
 from tinyaudio.model.loss import summed_cross_entropy
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from cache import FeatureReader, FeatureStore
+from pipelines.encoders import is_local
 from pipelines.errors import RunError
-from pipelines.identity import is_local
 from pipelines.recipes import Recipe
 from pipelines.whitening import feature_statistics, fold_whitening
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE

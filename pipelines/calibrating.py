@@ -7,9 +7,9 @@ import numpy as np
 from cache import Calibration, Moments
 from pipelines.corpora import Corpus
 from pipelines.decoding import Decoder
+from pipelines.encoders import LoadedEncoder
 from pipelines.encoding import EncoderLine, cut_batches
 from pipelines.errors import CorpusError
-from pipelines.identity import LoadedEncoder
 from pipelines.planning import Plan
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import Samples

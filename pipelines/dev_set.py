@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureReader, FeatureStore
 from pipelines.batches import Dequantizer, Targets, collate, cut_by_budget, stored_targets
+from pipelines.processes import gather, rank, world_size
 from pipelines.recipes import Recipe
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
@@ -98,7 +99,7 @@ class DevSet:
                 break
             tokens = model.generate(features=dequantize(batch), num_frames=batch["num_frames"], num_beams=1)
             found |= dict(zip(positions, self.processor.decode_transcripts(tokens), strict=True))
-        for other in _gather(found):
+        for other in gather(found):
             found |= other
         if len(found) < len(self.positions):
             return None
@@ -121,7 +122,7 @@ class DevSet:
                 assert output.num_targets is not None
                 sums[i] += float(output.loss)
             sums[2] += output.num_targets
-        own, other, count = (sum(column) for column in zip(sums, *_gather(sums), strict=True))
+        own, other, count = (sum(column) for column in zip(sums, *gather(sums), strict=True))
         return Listening(own=own / count, other=other / count) if count else None
 
     def _batches(
@@ -142,22 +143,3 @@ class DevSet:
 def chosen_for_overfitting(num_utterances: int, wanted: int) -> NDArray[np.int64]:
     """Choose the few utterances of `train.overfit_utterances`."""
     return np.sort(np.random.default_rng(0).permutation(num_utterances)[:wanted])
-
-
-def world_size() -> int:
-    """Count the processes of this run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number this process among those of the run; 0 speaks and writes."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _gather(mine: Any) -> list[Any]:
-    """Collect what the other processes have."""
-    if world_size() == 1:
-        return []
-    everyones: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    return [one for i, one in enumerate(everyones) if i != rank()]

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from cache import FeatureStore
 from cache.claims import is_free
 from cache.errors import DiskFullError
-from pipelines.hub_files import pause
 from pipelines.recipes import Recipe
+from pipelines.retry import pause
 
 POLL_S = 60.0  # between looks at a disk that has no room
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from cache import Calibration
 from cache.blocks import Rows
 from cache.quantize import CODE_MAX
-from pipelines.identity import LoadedEncoder
+from pipelines.encoders import LoadedEncoder
 from tinyaudio.model.audio import SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
 from tinyaudio.model.encoder import encode, encoder_inputs
 

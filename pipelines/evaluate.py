@@ -18,16 +18,9 @@ from typing import Any
 
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance
+from pipelines.files import write_text
 from pipelines.normalizers import open_normalizer, text_policy
-from pipelines.predictions import (
-    Prediction,
-    appending,
-    claimed,
-    drop_torn_line,
-    read_predictions,
-    replace_text,
-    write_predictions,
-)
+from pipelines.predictions import Prediction, appending, claimed, drop_torn_line, read_predictions, write_predictions
 from pipelines.providers import Answer, Provider, ProviderOptions
 from pipelines.report import write_reports
 from pipelines.scoring import WordErrors
@@ -208,7 +201,7 @@ def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
     write_reports(output, summary)
     counts = summary.headline.word_errors.to_dict()
     finite = {key: value if math.isfinite(value) else None for key, value in counts.items()}
-    replace_text(output / "eval.json", json.dumps(finite, indent=2) + "\n")
+    write_text(output / "eval.json", json.dumps(finite, indent=2) + "\n")
     return summary
 
 

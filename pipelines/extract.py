@@ -20,6 +20,7 @@ from cache.skeleton import compare_fields
 from pipelines.calibrating import calibrate
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.disk_room import is_disk_full, wait_for_room
+from pipelines.encoders import LoadedEncoder, open_encoder, pick_device
 from pipelines.encoding import cut_batches
 from pipelines.errors import DiskError, TooManyBadError
 from pipelines.extract_report import ExtractReport, Quarantine, faults_of_plan, listed, planned_out
@@ -32,13 +33,12 @@ from pipelines.extraction_request import (
     save_request,
     wanted_splits,
 )
-from pipelines.hub_files import resume
-from pipelines.identity import LoadedEncoder, open_encoder, pick_device
 from pipelines.kept_scans import forget_scans
 from pipelines.planning import Plan, audio_fingerprint, corpus_fingerprint, plan_corpus
+from pipelines.processes import Place, wait_for_all
 from pipelines.recipes import Recipe
+from pipelines.retry import resume
 from pipelines.shard_line import Progress, ShardLine
-from pipelines.torchrun import Place, wait_for_all
 
 __all__ = [
     "ExtractReport",

@@ -17,23 +17,16 @@ from cache import Calibration, FeatureStore, find_faults
 from cache.errors import CacheError
 from cache.plan import plan_digest
 from pipelines.corpora import Corpus, open_corpus
+from pipelines.encoders import encoder_name, is_local
 from pipelines.errors import CorpusError, FetchError, RunError
 from pipelines.extract_report import ExtractReport
-from pipelines.hub_files import is_commit, patiently
+from pipelines.hub_files import is_commit
 from pipelines.planning import Plan, corpus_fingerprint
 from pipelines.recipes import Recipe
+from pipelines.retry import patiently
 
 REQUEST, RECIPE = "request.json", "recipe.toml"  # inside the store
 _ENCODER_FILES = ("*.json", "*.safetensors", "*.bin")
-
-
-def is_local(model_id: str) -> bool:
-    return Path(model_id).is_dir()
-
-
-def encoder_name(encoder_id: str) -> str:
-    """Name an encoder in a fingerprint: its hub id, or a local folder's own name (weights tell folders apart)."""
-    return Path(encoder_id).resolve().name if is_local(encoder_id) else encoder_id
 
 
 # ------------------------------------------------------------------------------------------- splits and revisions

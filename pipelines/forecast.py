@@ -23,9 +23,9 @@ from cache import FeatureStore
 from cache.errors import CacheError
 from pipelines.corpora import Corpus
 from pipelines.decoding import THREADS, default_workers
+from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.encoding import EncoderLine, cut_batches
 from pipelines.extract_report import faults_of_plan
-from pipelines.identity import LoadedEncoder, pick_device
 from pipelines.planning import Plan
 from pipelines.recipes import Recipe
 from pipelines.shard_line import memory_bound

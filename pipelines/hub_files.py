@@ -9,121 +9,26 @@ disk; whole files go to the cache of huggingface_hub, which resumes them.
 import io
 import logging
 import os
-import random
 import re
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipelines.errors import CorpusError, FetchError
+from pipelines.retry import ShortAnswerError, patiently, reason
 
-MIN_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between two attempts, whatever the server says
 TIMEOUT_S = 30.0  # without a single byte
-_LATER = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that pass
 
-# The HTTP client under huggingface_hub changed twice (requests, httpx, httpx2); its errors are the parents of theirs.
-_CLIENT_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-_log = logging.getLogger("tinyaudio")
 if "HF_HUB_VERBOSITY" not in os.environ:  # two lines for each try of its own; `patiently` says it once
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
-
-Result = TypeVar("Result")
-_giving_up = threading.Event()
-
-
-def give_up() -> None:
-    """Let nobody in this process wait any longer: somebody pressed Ctrl-C, or another part failed."""
-    _giving_up.set()
-
-
-def resume() -> None:
-    """Be patient again."""
-    _giving_up.clear()
-
-
-def pause(seconds: float) -> bool:
-    """Wait, but no longer than until somebody gives up; whether somebody has."""
-    return _giving_up.wait(seconds)
 
 
 def is_commit(revision: str | None) -> bool:
     """Say whether a revision is a whole commit id, which means the same for ever."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
-
-
-class ShortAnswerError(ConnectionError):
-    """Fewer bytes came than were asked for."""
-
-
-def is_passing(error: BaseException | None) -> bool:
-    """Say whether trying again may help, by the error or by what caused it."""
-    if error is None or constants.HF_HUB_OFFLINE:
-        return False
-    if isinstance(error, HfHubHTTPError):
-        response = getattr(error, "response", None)
-        return response is not None and response.status_code in _LATER
-    kinds = (LocalEntryNotFoundError, ConnectionError, TimeoutError, *_CLIENT_ERRORS)  # the first: no way to the hub
-    return isinstance(error, kinds) or is_passing(error.__cause__)
-
-
-def patiently(call: Callable[[], Result], what: str, patience_s: float) -> Result:
-    """Call until it works, waiting longer and longer after failures that may pass.
-
-    Raises:
-        FetchError: it failed for `patience_s` seconds.
-        Exception: whatever `call` raised that waiting cannot cure.
-    """
-    begun, attempt = time.monotonic(), 0
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            wait_s = _wait_s(error, attempt)
-            spent_s = time.monotonic() - begun
-            if _giving_up.is_set() or spent_s + wait_s > patience_s:
-                raise FetchError(
-                    f"{what}: {_failure(error)}; tried {attempt + 1} times in {spent_s:.0f} s. Check the network and "
-                    "type the same again: it goes on where it stopped"
-                ) from error
-            left_s = patience_s - spent_s
-            _log.warning("%s: %s; trying again in %.1f s, for %.0f s more", what, _failure(error), wait_s, left_s)
-            _giving_up.wait(wait_s)
-            attempt += 1
-
-
-def _wait_s(error: Exception, attempt: int) -> float:
-    """Wait as the server says, else twice as long each time, with jitter so that workers do not all come at once."""
-    asked_s = _asked_s(getattr(getattr(error, "response", None), "headers", None) or {})
-    if asked_s is not None:
-        return min(max(asked_s, MIN_WAIT_S), MAX_WAIT_S)
-    return max(MIN_WAIT_S, min(2.0**attempt, MAX_WAIT_S) * random.uniform(0.5, 1.0))
-
-
-def _asked_s(headers: Mapping[str, str]) -> float | None:
-    """Read how long the server wants to be left alone: Retry-After, or the hub's `RateLimit: "resolve";r=0;t=55`."""
-    after = str(headers.get("Retry-After", ""))
-    if after.isdigit():
-        return float(after)
-    limit = re.search(r";\s*r=0\s*;\s*t=(\d+)", str(headers.get("RateLimit", "")))
-    return float(limit[1]) if limit else None
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
-def _failure(error: BaseException) -> str:
-    """Tell an answer that refuses from no answer at all."""
-    return _reason(error) if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({_reason(error)})"
 
 
 class HubFile(io.RawIOBase):
@@ -178,7 +83,7 @@ class HubFile(io.RawIOBase):
             raise
         except Exception as error:
             raise FetchError(
-                f"{self.name}: {_reason(error)}; check HF_TOKEN and that the file is still there"
+                f"{self.name}: {reason(error)}; check HF_TOKEN and that the file is still there"
             ) from error
 
     def _get_once(self, range_: str, length: int) -> bytes:
@@ -215,9 +120,7 @@ def fetch_whole(repo: str, path: str, revision: str, *, patience_s: float) -> Pa
     except FetchError:
         raise
     except OSError as error:
-        raise FetchError(
-            f"{repo}/{path}: {_reason(error)}; check the disk of HF_HOME, HF_TOKEN and the name"
-        ) from error
+        raise FetchError(f"{repo}/{path}: {reason(error)}; check the disk of HF_HOME, HF_TOKEN and the name") from error
 
 
 def _is_refused(error: BaseException | None) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.errors import EvaluationError
+from pipelines.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +145,4 @@ def appending(path: Path) -> Iterator[PredictionLog]:
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Replace a predictions file in one step."""
-    replace_text(path, "".join(one.to_line() for one in predictions))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step: a temporary neighbour, then rename."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with neighbour.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    neighbour.replace(path)
+    write_text(path, "".join(one.to_line() for one in predictions))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from pipelines.encoders import encoder_name, pick_device
 from pipelines.errors import EvaluationError
-from pipelines.identity import encoder_name, pick_device
 from pipelines.provider_tinyaudio import local_environment
 from pipelines.providers import Answer, Clip, ProviderOptions, in_batches
 from tinyaudio.model.audio import num_frames

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import pipeline
 
+from pipelines.encoders import pick_device
 from pipelines.errors import EvaluationError
-from pipelines.identity import pick_device
 from pipelines.provider_tinyaudio import local_environment, model_name
 from pipelines.providers import Answer, Clip, ProviderOptions, length_batches
 from tinyaudio.model.audio import SAMPLING_RATE

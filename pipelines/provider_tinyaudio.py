@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import tinyaudio
+from pipelines.encoders import encoder_name
 from pipelines.errors import EvaluationError
-from pipelines.identity import encoder_name
 from pipelines.providers import Answer, Clip, ProviderOptions, length_batches
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.transcribe import Transcriber

@@ -23,9 +23,10 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from pipelines.errors import PublishError
+from pipelines.files import write_text
 from pipelines.model_card import CardFacts, make_card, one_of_each, set_key
 from pipelines.model_facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
-from pipelines.predictions import read_predictions, replace_text
+from pipelines.predictions import read_predictions
 from pipelines.recipes import Recipe, load_recipe
 from pipelines.report import set_name
 from pipelines.summary import Summary, load_summary, save_summary
@@ -190,10 +191,10 @@ def _stage(run: Path, folder: Path, model: ModelFacts, facts: CardFacts) -> None
         save_summary(target / "summary.json", summary)
         shutil.copyfile(run / "eval" / name / "report.md", target / "report.md")
     lines = [{"set": name, "reference": reference, "output": output} for name, reference, output in facts.samples]
-    replace_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     card = make_card(facts)
     check_card(card)
-    replace_text(folder / "README.md", str(card))
+    write_text(folder / "README.md", str(card))
 
 
 def _rewrite_config(path: Path, model: ModelFacts) -> None:
@@ -201,7 +202,7 @@ def _rewrite_config(path: Path, model: ModelFacts) -> None:
     settings: dict[str, Any] = json.loads(path.read_text())
     settings |= {"encoder_id": public_name(model.encoder_id), "decoder_id": public_name(model.decoder_id)}
     settings.pop("_name_or_path", None)
-    replace_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _anonymous(recipe: Recipe) -> Recipe:
@@ -229,7 +230,7 @@ def check_card(card: ModelCard) -> None:
 def _checksum(folder: Path) -> Sequence[str]:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in files]
-    replace_text(folder / "SHA256SUMS", "".join(lines))
+    write_text(folder / "SHA256SUMS", "".join(lines))
     return [*files, "SHA256SUMS"]
 
 

@@ -15,8 +15,8 @@ from cache import FeatureStore, store_repair
 from pipelines.errors import PipelineError
 from pipelines.extract import join, prepare, read_report
 from pipelines.extract_report import ExtractReport
+from pipelines.processes import use_all_cores
 from pipelines.recipes import Recipe
-from pipelines.torchrun import use_all_cores
 
 SHARDS_PER_CALL = 4  # so that an actor decodes the next shard while it encodes one
 DEVICES = ("auto", "cpu", "cuda")

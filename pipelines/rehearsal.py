@@ -15,12 +15,12 @@ import torch
 
 from cache import FeatureReader, FeatureStore
 from pipelines.batches import Dequantizer, collate, stored_targets
+from pipelines.encoders import pick_device
 from pipelines.errors import RunError
-from pipelines.identity import pick_device
+from pipelines.processes import num_processes
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
 from pipelines.train import train
-from pipelines.trainer import num_processes
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.comparison import Comparison
 from pipelines.error_analysis import Slice
-from pipelines.predictions import replace_text
+from pipelines.files import write_text
 from pipelines.report_blocks import (
     TOO_FEW,
     Alignments,
@@ -35,8 +35,8 @@ METHOD = (
 def write_reports(folder: Path, summary: Summary) -> None:
     """Write report.md and report.html."""
     blocks = report_blocks(summary)
-    replace_text(folder / "report.md", to_markdown(blocks))
-    replace_text(folder / "report.html", to_html(blocks, title=f"{summary.name} on {set_name(summary)}"))
+    write_text(folder / "report.md", to_markdown(blocks))
+    write_text(folder / "report.html", to_html(blocks, title=f"{summary.name} on {set_name(summary)}"))
 
 
 def report_blocks(summary: Summary) -> list[Block]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import RunError
+from pipelines.files import write_text
 from pipelines.recipes import Recipe, differing_keys, load_recipe
 
 RUNS = Path("runs")
@@ -72,7 +73,7 @@ class Run:
         """Make the folder and say what will be done in it; errors as `check_free`."""
         self.check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "recipe.toml", recipe.to_toml())
+        write_text(self.folder / "recipe.toml", recipe.to_toml())
         self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
         self.point_latest_here()
 
@@ -128,7 +129,7 @@ class Run:
     def rewind_metrics(self, step: int) -> None:
         """Drop what was written after a step: the run goes on from there and will write it again."""
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
-        write_atomically(self.folder / "metrics.jsonl", "".join(kept))
+        write_text(self.folder / "metrics.jsonl", "".join(kept))
 
     @staticmethod
     def progress(path: Path) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Run:
 
     def update(self, state: dict[str, Any]) -> None:
         """Merge into run.json, replacing the file as a whole."""
-        write_atomically(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
+        write_text(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
 
     def point_latest_here(self) -> None:
         """Make runs/latest a link to this run, if it lies in runs/."""
@@ -161,19 +162,3 @@ class Run:
 def _counts(key: str) -> bool:
     """Say whether a setting may not differ when a run goes on."""
     return key in _CORPUS_COUNTS if key.startswith("corpus.") else key not in _FREE_TO_CHANGE
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
-
-    Raises:
-        OSError: naming the file; a full disk's own error does not.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -30,13 +30,13 @@ from cache.errors import LostClaimError
 from pipelines.corpora_schema import Corpus
 from pipelines.decoding import Decoder, Piece, default_workers
 from pipelines.disk_room import DiskRoom, wait_for_room
+from pipelines.encoders import LoadedEncoder
 from pipelines.encoding import Encoded, EncoderLine, Inputs, Stored, cut_batches
 from pipelines.errors import DiskError
 from pipelines.extract_report import ExtractReport
-from pipelines.hub_files import give_up, pause, resume
-from pipelines.identity import LoadedEncoder
 from pipelines.no_speech import is_no_speech
 from pipelines.recipes import Recipe
+from pipelines.retry import give_up, pause, resume
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames
 from tinyaudio.model.encoder import give_back_free_memory
 

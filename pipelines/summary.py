@@ -18,8 +18,9 @@ import tinyaudio
 from pipelines.comparison import Comparison, Side, compare
 from pipelines.error_analysis import Analysis, Pair, analyse
 from pipelines.errors import EvaluationError
+from pipelines.files import write_text
 from pipelines.normalizers import Normalizer, open_normalizer
-from pipelines.predictions import Prediction, replace_text
+from pipelines.predictions import Prediction
 from pipelines.recipes import CorpusSection
 from pipelines.scoring import (
     REPLICATIONS,
@@ -152,7 +153,7 @@ _SETTINGS, _SUMMARY = TypeAdapter(Settings), TypeAdapter(Summary)
 
 
 def save_settings(path: Path, settings: Settings) -> None:
-    replace_text(path, _SETTINGS.dump_json(settings, indent=2).decode() + "\n")
+    write_text(path, _SETTINGS.dump_json(settings, indent=2).decode() + "\n")
 
 
 def load_settings(path: Path) -> Settings:
@@ -162,7 +163,7 @@ def load_settings(path: Path) -> Settings:
 
 
 def save_summary(path: Path, summary: Summary) -> None:
-    replace_text(path, _SUMMARY.dump_json(summary, indent=2).decode() + "\n")
+    write_text(path, _SUMMARY.dump_json(summary, indent=2).decode() + "\n")
 
 
 def load_summary(path: Path) -> Summary:

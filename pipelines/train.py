@@ -19,18 +19,17 @@ from pipelines.batches import TrainingBatches, longest_batch, open_training_read
 from pipelines.build import build_model
 from pipelines.dev_set import DevSet, chosen_for_overfitting
 from pipelines.encoder_passes import counting_encoder_passes
+from pipelines.encoders import check_encoder, pick_device
 from pipelines.errors import RunError
-from pipelines.identity import check_encoder, pick_device
 from pipelines.meter import peak_memory_bytes
+from pipelines.processes import is_main_process, num_processes
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
 from pipelines.trainer import (
     PROGRESS,
     ProjectorTrainer,
     check_settings,
-    is_main_process,
     last_checkpoint,
-    num_processes,
     step_of,
     tensorboard,
     training_arguments,

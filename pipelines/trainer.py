@@ -20,9 +20,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from pipelines.batches import Dequantizer, TrainingBatches
-from pipelines.dev_set import world_size
 from pipelines.errors import RunError
 from pipelines.meter import Meter
+from pipelines.processes import is_main_process, num_processes
 from pipelines.recipes import Recipe
 from pipelines.runs import Run
 from tinyaudio.model.loss import load_liger
@@ -274,13 +274,3 @@ def _check_reporters(recipe: Recipe) -> None:
             f"train.report_to names {', '.join(missing)}, which is not installed; expected some of "
             f"{', '.join(sorted(available))} (pip install {' '.join(missing)} adds it)"
         )
-
-
-def is_main_process() -> bool:
-    """Whether this process writes; before the processes have met, too."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def num_processes() -> int:
-    """Count the processes that torchrun or accelerate started."""
-    return max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))

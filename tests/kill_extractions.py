@@ -53,9 +53,9 @@ def _attempts(folder: Path, kills: int, chance: random.Random) -> None:
     import transformers  # noqa: F401
 
     import pipelines.extract  # noqa: F401
-    from pipelines import hub_files
+    from pipelines import retry
 
-    hub_files.MIN_WAIT_S = 0.05  # the replica's faults pass at once
+    retry.MIN_WAIT_S = 0.05  # the replica's faults pass at once
     begun = time.monotonic()
     Child(folder, _extraction(folder / "undisturbed")).wait_for(0)
     whole_s = time.monotonic() - begun

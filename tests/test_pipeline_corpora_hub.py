@@ -8,7 +8,7 @@ import pytest
 from corpus_files import audio_of, loquacious, two_files, wav, write_parquet
 from hub_replica import Fault, Hub
 
-from pipelines import corpora_parquet, hub_files
+from pipelines import corpora_parquet, hub_files, retry
 from pipelines.corpora import HubCorpus
 from pipelines.decoding import decode_piece
 from pipelines.errors import CorpusError, FetchError
@@ -68,8 +68,8 @@ def test_a_branch_is_what_its_files_say_and_other_files_are_refused(monkeypatch)
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
-    monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", False)  # nothing here asks anybody
-    monkeypatch.setattr(hub_files, "_wait_s", lambda *_: 0.01)
+    monkeypatch.setattr(retry.constants, "HF_HUB_OFFLINE", False)  # nothing here asks anybody
+    monkeypatch.setattr(retry, "_wait_s", lambda *_: 0.01)
     answers = iter([ConnectionError("broken off"), TimeoutError("slow"), 7])
 
     def answer() -> int:
@@ -78,36 +78,36 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
             raise found
         return found
 
-    hub_files.resume()
-    assert hub_files.patiently(answer, "a file", 5.0) == 7
-    monkeypatch.setattr(hub_files, "_wait_s", lambda *_: 0.2)
+    retry.resume()
+    assert retry.patiently(answer, "a file", 5.0) == 7
+    monkeypatch.setattr(retry, "_wait_s", lambda *_: 0.2)
     with pytest.raises(
         FetchError,
         match=r"a file: the hub cannot be reached \(ConnectionError: gone\); tried 1 times .*type the same again",
     ):
-        hub_files.patiently(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
+        retry.patiently(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
     with pytest.raises(KeyError, match="no"):
-        hub_files.patiently(lambda: {}["no"], "a file", 5.0)
-    monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", True)
+        retry.patiently(lambda: {}["no"], "a file", 5.0)
+    monkeypatch.setattr(retry.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="at once"):
-        hub_files.patiently(lambda: (_ for _ in ()).throw(ConnectionError("at once")), "a file", 5.0)
+        retry.patiently(lambda: (_ for _ in ()).throw(ConnectionError("at once")), "a file", 5.0)
 
 
 def test_waiting_follows_the_server_and_else_doubles_up_to_a_minute():
     asked = SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": "7"}))
-    assert hub_files._wait_s(asked, 0) == 7
-    assert 2 <= hub_files._wait_s(ConnectionError(), 2) <= 4
-    assert 30 <= hub_files._wait_s(ConnectionError(), 50) <= 60
+    assert retry._wait_s(asked, 0) == 7
+    assert 2 <= retry._wait_s(ConnectionError(), 2) <= 4
+    assert 30 <= retry._wait_s(ConnectionError(), 50) <= 60
 
 
 @pytest.mark.parametrize("headers", [{"Retry-After": "0"}, {"RateLimit": '"resolve";r=0;t=0'}, {}])
 def test_no_server_can_make_us_ask_without_a_pause(headers):
-    assert hub_files._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == hub_files.MIN_WAIT_S
+    assert retry._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == retry.MIN_WAIT_S
 
 
 def test_the_hubs_own_rate_limit_is_heeded():
     headers = {"RateLimit": '"resolve";r=0;t=55'}
-    assert hub_files._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == 55
+    assert retry._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == 55
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ def near_hub(monkeypatch, tmp_path):
         monkeypatch.setattr(hub_files, "hf_hub_url", lambda repo, path, *, repo_type, revision: (
             f"{hub.endpoint}/{repo_type}s/{repo}/resolve/{revision}/{path}"
         ))  # fmt: skip
-        monkeypatch.setattr(hub_files, "MIN_WAIT_S", 0.05)
-        monkeypatch.setattr(hub_files.constants, "HF_HUB_OFFLINE", False)
-        hub_files.resume()
+        monkeypatch.setattr(retry, "MIN_WAIT_S", 0.05)
+        monkeypatch.setattr(retry.constants, "HF_HUB_OFFLINE", False)
+        retry.resume()
         listed = {"train": [f"hf://datasets/some/set@{commit}/{name}" for name in files]}
         yield hub, hub_corpus(monkeypatch, listed, revision=commit, fetch_patience_s=1.0)
 

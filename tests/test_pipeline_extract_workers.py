@@ -20,8 +20,8 @@ from cache.durable import Owner
 from cache.errors import StoreMismatchError
 from pipelines.errors import PipelineError
 from pipelines.extract import join
+from pipelines.processes import Place
 from pipelines.recipes import load_recipe
-from pipelines.torchrun import Place
 
 ROOT = Path(__file__).parents[1]
 

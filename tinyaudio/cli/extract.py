@@ -59,8 +59,8 @@ def extract(
     Typed again it goes on where it stopped; typed after damage it repairs exactly the damaged shards.
     """
     from pipelines.extraction_request import finished
+    from pipelines.processes import place
     from pipelines.recipes import load_recipe
-    from pipelines.torchrun import place
 
     part = _parse_part(shard)
     loaded = load_recipe(recipe, set_ or [])
@@ -88,7 +88,7 @@ def _work(
     recipe: Any, path: Path, split: str | None, part: tuple[int, int], max_bad: float | None, ray: int, device: str
 ) -> Any:
     """Extract, and give the report."""
-    from pipelines.torchrun import place, use_all_cores, wait_for_all
+    from pipelines.processes import place, use_all_cores, wait_for_all
 
     splits = _splits(recipe, path, split)
     if ray:

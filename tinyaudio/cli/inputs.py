@@ -178,7 +178,7 @@ def _place(item: FoundInput, output_dir: Path | None, keep_extension: bool) -> P
     return Path(name) if item.path is None else item.path.with_name(name)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary neighbour, then rename.
 
     Raises:

@@ -14,7 +14,7 @@ from tinyaudio.cli.inputs import (
     OutputError,
     exists,
     plan_outputs,
-    write_atomically,
+    write_text,
 )
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
@@ -139,7 +139,7 @@ class Desk:
         """Write files; the reason, on one line, if that fails."""
         for kind, path in files.items():
             try:
-                write_atomically(path, WRITERS[kind](transcript, self.layout))
+                write_text(path, WRITERS[kind](transcript, self.layout))
             except OSError as problem:
                 return f"{str(path)!r} cannot be written: {problem.strerror or problem}"
         return None

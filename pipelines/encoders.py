@@ -9,16 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
-from pipelines.extraction_request import encoder_name, is_local
-from pipelines.hub_files import patiently
 from pipelines.recipes import EncoderSection
+from pipelines.retry import patiently
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
 
 OPENING_PATIENCE_S = 30.0  # seconds to keep trying, where somebody waits at the terminal
-
-__all__ = ["LoadedEncoder", "check_encoder", "encoder_name", "is_local", "open_encoder", "pick_device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +87,12 @@ def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: P
             f"store {str(store)!r} was extracted with another encoder: {detail}; "
             "extract again into another --store, or set encoder.id to the one that made it"
         )
+
+
+def is_local(model_id: str) -> bool:
+    return Path(model_id).is_dir()
+
+
+def encoder_name(encoder_id: str) -> str:
+    """Name an encoder in a fingerprint: its hub id, or a local folder's own name (weights tell folders apart)."""
+    return Path(encoder_id).resolve().name if is_local(encoder_id) else encoder_id

@@ -1,12 +1,15 @@
-"""A process's place under torchrun: which part of the shards is its own, and waiting for the others at the end.
+"""The processes of one run under torchrun or accelerate: which one this is, how many there are, waiting for the others.
 
-Extraction needs no collective: shards are independent and claims keep two processes from one shard. Over gloo they only
-wait: for the first, which plans and makes the store, and at the end for the slowest.
+Extraction needs no collective: shards are independent, and claims keep two processes from one shard. Over gloo its
+processes only wait: for the first, which plans and creates the store, and at the end for the slowest.
 """
 
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 PATIENCE = datetime.timedelta(days=7)  # gloo's own is half an hour, and a shard of the slowest may take longer
 
@@ -36,8 +39,6 @@ def use_all_cores() -> None:
     torchrun and Ray give each process one thread. How many there are changes the last bits of a product on a CPU,
     and every process is to compute what one process alone would have computed.
     """
-    import torch
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
@@ -49,3 +50,32 @@ def wait_for_all() -> None:
         if not group.is_initialized():
             group.init_process_group("gloo", timeout=PATIENCE)
         group.barrier()
+
+
+def world_size() -> int:
+    """Count the processes of this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number this process among those of the run; 0 speaks and writes."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(mine: Any) -> list[Any]:
+    """Collect what the other processes have."""
+    if world_size() == 1:
+        return []
+    everyones: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(everyones, mine)
+    return [one for i, one in enumerate(everyones) if i != rank()]
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; before the processes have met, too."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def num_processes() -> int:
+    """Count the processes that torchrun or accelerate started."""
+    return max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))

@@ -20,9 +20,9 @@ from typing import Self
 
 import numpy as np
 
-from pipelines.corpora_schema import Corpus
+from pipelines.corpora.corpus import Corpus
+from pipelines.corpora.no_speech import is_no_speech, no_speech_samples
 from pipelines.errors import PipelineError, SourceError
-from pipelines.no_speech import is_no_speech, no_speech_samples
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, iter_audio
 from tinyaudio.model.errors import AudioError
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.corpora import Corpus, open_corpus
+from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
 from pipelines.providers import Clip
 from pipelines.recipes import CorpusSection, load_recipe, recipe_names
-from pipelines.sources import source_of
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.errors import AudioError
 

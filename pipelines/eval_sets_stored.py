@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from cache import FeatureReader, FeatureStore
 from cache.quantize import Quantized
+from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
 from pipelines.eval_sets import EvalSet, Utterance, Window, choose, unique_names, windows
 from pipelines.providers import Clip
 from pipelines.recipes import CorpusSection
-from pipelines.sources import source_of
 from tinyaudio.model.errors import AudioError
 
 _PLANNED = ["utterance_id", "duration_s", "transcript", "speaker", "sex", "source", "reason"]

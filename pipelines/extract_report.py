@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cache import FeatureStore
-from pipelines.no_speech import SOURCE
+from pipelines.corpora.no_speech import SOURCE
 
 SECONDS_PER_HOUR = 3600
 FILTERS = ("too_short", "too_long")  # reasons of a plan that are the recipe's wish; all others are faults of the data

@@ -17,10 +17,10 @@ from cache import Calibration, FeatureStore, find_faults
 from cache.errors import CacheError
 from cache.plan import plan_digest
 from pipelines.corpora import Corpus, open_corpus
+from pipelines.corpora.hub import is_commit
 from pipelines.encoders import encoder_name, is_local
 from pipelines.errors import CorpusError, FetchError, RunError
 from pipelines.extract_report import ExtractReport
-from pipelines.hub_files import is_commit
 from pipelines.planning import Plan, corpus_fingerprint
 from pipelines.recipes import Recipe
 from pipelines.retry import patiently

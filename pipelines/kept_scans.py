@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.corpora_schema import SCAN_SCHEMA, Corpus
+from pipelines.corpora.corpus import SCAN_SCHEMA, Corpus
 from pipelines.recipes import Columns
 
 KEEP_LOCAL_FROM_S = 10.0  # listing again what took less is no loss, and `--plan` leaves nothing behind

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 
+from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import EvaluationError
 from pipelines.recipes import CorpusSection
-from pipelines.transcripts import prepare_transcript
 
 NAMES = ("recipe", "whisper", "basic", "none")
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache import make_plan
-from pipelines.corpora_schema import Corpus
+from pipelines.corpora.corpus import Corpus
+from pipelines.corpora.no_speech import is_no_speech, no_speech_rows
+from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import CorpusError
 from pipelines.kept_scans import scan_once
-from pipelines.no_speech import is_no_speech, no_speech_rows
 from pipelines.recipes import CorpusSection, Recipe
-from pipelines.transcripts import prepare_transcript
 from tinyaudio.model.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
 
 SCAN_ROWS = 100_000  # utterances whose text is in Python's hands at once

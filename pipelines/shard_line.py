@@ -27,14 +27,14 @@ import pyarrow.parquet as pq
 from cache import FeatureStore, ShardWriter
 from cache.blocks import Rows
 from cache.errors import LostClaimError
-from pipelines.corpora_schema import Corpus
+from pipelines.corpora.corpus import Corpus
+from pipelines.corpora.no_speech import is_no_speech
 from pipelines.decoding import Decoder, Piece, default_workers
 from pipelines.disk_room import DiskRoom, wait_for_room
 from pipelines.encoders import LoadedEncoder
 from pipelines.encoding import Encoded, EncoderLine, Inputs, Stored, cut_batches
 from pipelines.errors import DiskError
 from pipelines.extract_report import ExtractReport
-from pipelines.no_speech import is_no_speech
 from pipelines.recipes import Recipe
 from pipelines.retry import give_up, pause, resume
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames

@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import tinyaudio
 from pipelines.comparison import Comparison, Side, compare
+from pipelines.corpora.sources import contamination_notes, source_of
 from pipelines.error_analysis import Analysis, Pair, analyse
 from pipelines.errors import EvaluationError
 from pipelines.files import write_text
@@ -32,7 +33,6 @@ from pipelines.scoring import (
     count_word_errors,
     wer_interval,
 )
-from pipelines.sources import contamination_notes, source_of
 
 FORMAT = 2
 MAX_FAILURES_LISTED = 100

@@ -1,4 +1,4 @@
-"""Parquet files as of LoquaciousSet, and what a corpus reads out of them, for the tests of `pipelines.corpora`."""
+"""Parquet files as of LoquaciousSet, and what a corpus reads out of them, for the tests of `pipelines.corpora.open`."""
 
 import io
 from pathlib import Path

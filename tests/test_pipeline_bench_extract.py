@@ -32,7 +32,7 @@ import re, sys
 from pathlib import Path
 import torch
 from pipelines import bench_extract as bench
-from pipelines.corpora import open_corpus
+from pipelines.corpora.open import open_corpus
 from pipelines.planning import plan_corpus
 from pipelines.recipes import load_recipe
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 from corpus_files import CELL, audio_of, loquacious, opened, two_files, wav, write_parquet
 
-from pipelines.corpora import SCAN_SCHEMA, FolderCorpus, LocalParquetCorpus, open_corpus
-from pipelines.corpora_parquet import read_footer
-from pipelines.corpora_schema import chunked, duration_of
+from pipelines.corpora import open_corpus
+from pipelines.corpora.corpus import SCAN_SCHEMA, chunked, duration_of
+from pipelines.corpora.folder import FolderCorpus
+from pipelines.corpora.parquet import LocalParquetCorpus, read_footer
 from pipelines.errors import CorpusError, SourceError
 from pipelines.planning import plan_corpus
 from pipelines.recipes import Columns, load_recipe

@@ -8,8 +8,10 @@ import pytest
 from corpus_files import audio_of, loquacious, two_files, wav, write_parquet
 from hub_replica import Fault, Hub
 
-from pipelines import corpora_parquet, hub_files, retry
-from pipelines.corpora import HubCorpus
+from pipelines import retry
+from pipelines.corpora import hub as hub_files
+from pipelines.corpora import parquet as corpora_parquet
+from pipelines.corpora.parquet import HubCorpus
 from pipelines.decoding import decode_piece
 from pipelines.errors import CorpusError, FetchError
 from pipelines.recipes import CorpusSection

@@ -7,7 +7,7 @@ import pytest
 from extractions import stage_one
 
 from cache import FeatureReader
-from pipelines.no_speech import LEVELS_DB, is_no_speech, no_speech_rows, no_speech_samples
+from pipelines.corpora.no_speech import LEVELS_DB, is_no_speech, no_speech_rows, no_speech_samples
 
 ROWS = no_speech_rows([1.0 + 0.1 * i for i in range(42)]).to_pylist()
 

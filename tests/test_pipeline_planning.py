@@ -5,14 +5,15 @@ import pyarrow as pa
 import pytest
 
 from pipelines import kept_scans
-from pipelines.corpora import SCAN_SCHEMA, open_corpus
+from pipelines.corpora import open_corpus
+from pipelines.corpora.corpus import SCAN_SCHEMA
+from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import CorpusError
 from pipelines.extraction_request import pinned
 from pipelines.forecast import forecast, spell_duration
 from pipelines.kept_scans import forget_scans
 from pipelines.planning import plan_corpus
 from pipelines.recipes import CorpusSection, load_recipe, recipe_names
-from pipelines.transcripts import prepare_transcript
 
 
 class Listed:

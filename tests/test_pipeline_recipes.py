@@ -2,9 +2,9 @@
 
 import pytest
 
+from pipelines.corpora.hub import is_commit
 from pipelines.errors import RecipeError
 from pipelines.grids import load_grid
-from pipelines.hub_files import is_commit
 from pipelines.recipes import CorpusSection, differing_keys, load_recipe, recipe_names
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.corpora_schema import SCAN_SCHEMA
+from pipelines.corpora.corpus import SCAN_SCHEMA
 from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 PREFIX = "no-speech"

@@ -8,13 +8,11 @@
 
 from pathlib import Path
 
-from pipelines.corpora_folder import FolderCorpus
-from pipelines.corpora_parquet import HubCorpus, LocalParquetCorpus, ParquetCorpus
-from pipelines.corpora_schema import SCAN_SCHEMA, Corpus
+from pipelines.corpora.corpus import Corpus
+from pipelines.corpora.folder import FolderCorpus
+from pipelines.corpora.parquet import HubCorpus, LocalParquetCorpus
 from pipelines.errors import CorpusError
 from pipelines.recipes import CorpusSection
-
-__all__ = ["SCAN_SCHEMA", "Corpus", "FolderCorpus", "HubCorpus", "LocalParquetCorpus", "ParquetCorpus", "open_corpus"]
 
 
 def open_corpus(section: CorpusSection) -> Corpus:

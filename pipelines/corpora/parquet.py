@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipelines.corpora_schema import SCAN_SCHEMA, digest_files, duration_of
+from pipelines.corpora.corpus import SCAN_SCHEMA, digest_files, duration_of
+from pipelines.corpora.hub import HubFile, fetch_whole, is_commit, resolve_dataset
 from pipelines.errors import CorpusError, FetchError, SourceError
-from pipelines.hub_files import HubFile, fetch_whole, is_commit, resolve_dataset
 from pipelines.recipes import Columns, CorpusSection
 
 READ_BYTES = 8 << 20  # of a column at once

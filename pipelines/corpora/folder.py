@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora_schema import SCAN_SCHEMA, chunked, digest_files, duration_of
+from pipelines.corpora.corpus import SCAN_SCHEMA, chunked, digest_files, duration_of
 from pipelines.errors import CorpusError
 
 PIECE_FILES = 64  # recordings that one decoding worker reads at once

@@ -25,9 +25,9 @@ from pipelines.ablation_report import Outcome, plot, tabulate, tabulate_runs
 from pipelines.errors import RunError
 from pipelines.files import write_text
 from pipelines.grids import Cell, Grid
-from pipelines.run_table import Table
-from pipelines.runs import Run
-from pipelines.train import TrainReport, train
+from pipelines.train.run_table import Table
+from pipelines.train.runs import Run
+from pipelines.train.stage import TrainReport, train
 
 Say = Callable[[str], None]
 

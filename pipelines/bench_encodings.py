@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 from cache import Calibration, FeatureReader, FeatureStore, Quantized
 from pipelines.ablate import ablate
 from pipelines.corpora import open_corpus
-from pipelines.decoding import Decoder
 from pipelines.encoders import open_encoder, pick_device
-from pipelines.encoding import EncoderLine
-from pipelines.eval_sets import open_eval_set
-from pipelines.evaluate import evaluate
-from pipelines.extract import cut_batches, extract, wanted_splits
+from pipelines.evaluate.eval_sets import open_eval_set
+from pipelines.evaluate.providers.base import ProviderOptions
+from pipelines.evaluate.providers.registry import open_provider
+from pipelines.evaluate.stage import evaluate
+from pipelines.extract.decode import Decoder
+from pipelines.extract.encode import EncoderLine
+from pipelines.extract.stage import cut_batches, extract, wanted_splits
 from pipelines.grids import Cell, Grid
-from pipelines.providers import ProviderOptions, open_provider
 from pipelines.recipes import Recipe, load_recipe
 
 Features = NDArray[np.float32]

@@ -32,10 +32,10 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from cache import FeatureStore
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.encoders import LoadedEncoder, pick_device
-from pipelines.extract_report import ExtractReport
-from pipelines.planning import Plan, plan_corpus
+from pipelines.extract.plan import Plan, plan_corpus
+from pipelines.extract.report import ExtractReport
+from pipelines.extract.shard_pipeline import ShardLine
 from pipelines.recipes import RECIPES, Recipe, load_recipe
-from pipelines.shard_line import ShardLine
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio, num_frames
 from tinyaudio.model.encoder import encode, give_back_free_memory, load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import freeze

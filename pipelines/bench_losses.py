@@ -1,6 +1,6 @@
 """The same loss computed the ways that others compute it: what `bench train` compares the model's own forward with.
 
-Each takes a batch of `pipelines.batches` (on the device, features already floating) and gives the mean loss in nats per
+Each takes a batch of `train.batches` (on the device, features already floating) and gives the mean loss in nats per
 target token; a test holds them equal to 1e-5. None of it is used in training: these are the ways that measured slower.
 """
 

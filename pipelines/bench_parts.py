@@ -16,10 +16,10 @@ from transformers import HubertConfig, HubertModel, SmolLM3Config, SmolLM3ForCau
 
 from cache import FeatureReader, FeatureStore, Moments, make_plan
 from cache.layout import Encoding
-from pipelines.batches import Targets, tokenize
-from pipelines.build import load_tokenizer
 from pipelines.corpora import open_corpus
 from pipelines.recipes import load_recipe
+from pipelines.train.batches import Targets, tokenize
+from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import SAMPLING_RATE, load_audio
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_encoder, load_feature_extractor

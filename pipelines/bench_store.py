@@ -28,7 +28,6 @@ from cache.commits import ArrayFile, Commit, PlainFile, root_digest
 from cache.index import encode_table
 from cache.layout import ROWS_PER_SHARD, zarr_metadata
 from cache.shards import crc32c, shard_size
-from pipelines.batches import BLOCKS_AHEAD, open_training_reader
 from pipelines.bench_store_races import (
     DIM,
     LENGTHS,
@@ -43,6 +42,7 @@ from pipelines.bench_store_races import (
     race_writers,
     ratio,
 )
+from pipelines.train.batches import BLOCKS_AHEAD, open_training_reader
 
 FRAME_RATE = 50  # Hz
 NUM_UTTERANCES = 6_000_000  # about LoquaciousSet large

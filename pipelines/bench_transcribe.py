@@ -23,7 +23,7 @@ import torch
 from transformers import pipeline
 
 from pipelines.bench_parts import full_size_model
-from pipelines.build import load_tokenizer
+from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.encoder import load_feature_extractor
 from tinyaudio.model.errors import ModelError

@@ -23,13 +23,13 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from pipelines.errors import PublishError
+from pipelines.evaluate.predictions import read_predictions
+from pipelines.evaluate.report.report import set_name
+from pipelines.evaluate.summary import Summary, load_summary, save_summary
 from pipelines.files import write_text
 from pipelines.model_card import CardFacts, make_card, one_of_each, set_key
 from pipelines.model_facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
-from pipelines.predictions import read_predictions
 from pipelines.recipes import Recipe, load_recipe
-from pipelines.report import set_name
-from pipelines.summary import Summary, load_summary, save_summary
 
 NUM_SAMPLES = 5  # of each set
 # What a checkpoint's folder may hold for others; run.json, metrics and optimizer states stay at home.

@@ -1,4 +1,4 @@
-"""Twelve clips, and `tinyaudio eval` on them, for the tests of `pipelines.evaluate`."""
+"""Twelve clips, and `tinyaudio eval` on them, for the tests of `pipelines.evaluate.stage`."""
 
 import json
 from pathlib import Path

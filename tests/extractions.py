@@ -1,4 +1,4 @@
-"""Stage one on the tiny parts, and what its stores hold, for the tests of `pipelines.extract`."""
+"""Stage one on the tiny parts, and what its stores hold, for the tests of `pipelines.extract.stage`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 from cache import FeatureReader
 from cache.quantize import Quantized
 from pipelines.corpora import open_corpus
-from pipelines.extract import extract, wanted_splits
+from pipelines.extract.stage import extract, wanted_splits
 from pipelines.recipes import load_recipe
 
 INT8 = "store.encoding='int8'"

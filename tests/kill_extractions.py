@@ -52,7 +52,7 @@ def _attempts(folder: Path, kills: int, chance: random.Random) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import pipelines.extract  # noqa: F401
+    import pipelines.extract.stage  # noqa: F401
     from pipelines import retry
 
     retry.MIN_WAIT_S = 0.05  # the replica's faults pass at once

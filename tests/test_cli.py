@@ -159,7 +159,7 @@ def test_a_run_that_cannot_be_written_is_one_line_and_leaves_no_torn_recipe(reci
     assert "file/run' cannot be read or written: Not a directory" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     full = (
-        "import resource, sys, tinyaudio.cli as cli, pipelines.runs as runs; begin = runs.Run.begin\n"
+        "import resource, sys, tinyaudio.cli as cli, pipelines.train.runs as runs; begin = runs.Run.begin\n"
         "def limited(*a):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); begin(*a)\n"
         "runs.Run.begin = limited; cli.main()"

@@ -9,9 +9,9 @@ import pytest
 import typer
 from evaluations import NUM_CLIPS, answers, noise_clips, numbers, run_eval
 
-from pipelines import eval_sets
 from pipelines.errors import EvaluationError
-from pipelines.evaluate import check_output
+from pipelines.evaluate import eval_sets
+from pipelines.evaluate.stage import check_output
 from pipelines.recipes import Columns, Recipe, load_recipe
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.cli import tour as cli_tour
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pipelines.providers.open_provider", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("pipelines.evaluate.providers.registry.open_provider", lambda *_: pytest.fail("loaded"))
     result = run_eval(str(checkpoint), "--corpus", str(corpus), "--output", str(tmp_path / "file" / "x"))
     with pytest.raises(EvaluationError, match=r"file/x' cannot be written \(Not a directory\).*--output"):
         raise result.exception
@@ -195,15 +195,15 @@ def test_a_corpus_that_is_nowhere_is_one_clear_line(checkpoint: Path) -> None:
 
 def extracted(recipe: Recipe, store: Path) -> None:
     from pipelines.corpora import open_corpus
-    from pipelines.extract import extract, wanted_splits
+    from pipelines.extract.stage import extract, wanted_splits
 
     splits, _ = wanted_splits(recipe, open_corpus(recipe.corpus), None)
     extract(recipe, store, splits=splits, device="cpu")
 
 
 def trained(recipe: Recipe, store: Path, run: Path) -> None:
-    from pipelines.runs import Run
-    from pipelines.train import train
+    from pipelines.train.runs import Run
+    from pipelines.train.stage import train
 
     train(recipe, store, Run(run), device="cpu", say=lambda _: None)
 

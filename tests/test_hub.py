@@ -20,7 +20,7 @@ import soundfile
 from hub_replica import CORPUS, DECODER, ENCODER, PINNED, Fault, Hub, fill
 
 from cache import FeatureReader, FeatureStore
-from pipelines.extract import extract
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 
 SESSION = """

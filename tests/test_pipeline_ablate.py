@@ -15,13 +15,13 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from pipelines import ablate as ablate_module
 from pipelines.ablate import ablate, gpus_for
 from pipelines.corpora import open_corpus
-from pipelines.encoder_passes import counting_encoder_passes
 from pipelines.errors import RecipeError, RunError
-from pipelines.extract import extract, wanted_splits
+from pipelines.extract.stage import extract, wanted_splits
 from pipelines.grids import GRIDS, load_grid
 from pipelines.recipes import load_recipe
-from pipelines.run_table import compare_runs, list_runs
-from pipelines.runs import Run
+from pipelines.train.encoder_passes import counting_encoder_passes
+from pipelines.train.run_table import compare_runs, list_runs
+from pipelines.train.runs import Run
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 

@@ -9,8 +9,8 @@ from cache_stores import create, fill, make_features
 from transformers import PreTrainedTokenizerFast
 
 from cache import FeatureReader, Quantized
-from pipelines.batches import Dequantizer, TrainingBatches, collate, cut_by_budget, positions_needed, tokenize
 from pipelines.errors import RunError
+from pipelines.train.batches import Dequantizer, TrainingBatches, collate, cut_by_budget, positions_needed, tokenize
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9, 40, 12, 55, 21] * 8

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from pipelines import bench_extract as bench
 from pipelines.corpora.open import open_corpus
-from pipelines.planning import plan_corpus
+from pipelines.extract.plan import plan_corpus
 from pipelines.recipes import load_recipe
 
 folder = Path(sys.argv[1])

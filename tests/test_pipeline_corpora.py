@@ -14,7 +14,7 @@ from pipelines.corpora.corpus import SCAN_SCHEMA, chunked, duration_of
 from pipelines.corpora.folder import FolderCorpus
 from pipelines.corpora.parquet import LocalParquetCorpus, read_footer
 from pipelines.errors import CorpusError, SourceError
-from pipelines.planning import plan_corpus
+from pipelines.extract.plan import plan_corpus
 from pipelines.recipes import Columns, load_recipe
 
 

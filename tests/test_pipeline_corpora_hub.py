@@ -12,8 +12,8 @@ from pipelines import retry
 from pipelines.corpora import hub as hub_files
 from pipelines.corpora import parquet as corpora_parquet
 from pipelines.corpora.parquet import HubCorpus
-from pipelines.decoding import decode_piece
 from pipelines.errors import CorpusError, FetchError
+from pipelines.extract.decode import decode_piece
 from pipelines.recipes import CorpusSection
 
 

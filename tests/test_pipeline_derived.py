@@ -10,11 +10,11 @@ import pytest
 from cache_stores import create, fill, make_features
 
 from cache import FeatureReader, FeatureStore
-from pipelines import batches as batches_module
-from pipelines import whitening
-from pipelines.batches import stored_targets, tokenize
-from pipelines.derived import remembered
-from pipelines.whitening import feature_statistics
+from pipelines.train import batches as batches_module
+from pipelines.train import whitening
+from pipelines.train.batches import stored_targets, tokenize
+from pipelines.train.derived import remembered
+from pipelines.train.whitening import feature_statistics
 from tinyaudio.model.prompt import transcript_ids
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9] * 4
@@ -116,7 +116,7 @@ import sys, time, uuid
 from pathlib import Path
 import numpy as np
 from cache import FeatureStore
-from pipelines.derived import remembered
+from pipelines.train.derived import remembered
 def work():
     (Path(sys.argv[2]) / uuid.uuid4().hex).touch()
     time.sleep(1.5)

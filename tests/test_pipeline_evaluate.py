@@ -12,12 +12,12 @@ import typer
 from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
-from pipelines.eval_sets import EvalSet, Utterance, open_eval_set, unique_names
-from pipelines.evaluate import Scoring, evaluate, read_evaluation, score_again
-from pipelines.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
-from pipelines.providers import Answer, Clip, ProviderOptions
+from pipelines.evaluate.eval_sets import EvalSet, Utterance, open_eval_set, unique_names
+from pipelines.evaluate.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
+from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
+from pipelines.evaluate.stage import Scoring, evaluate, read_evaluation, score_again
+from pipelines.evaluate.summary import load_summary, summarize
 from pipelines.recipes import CorpusSection
-from pipelines.summary import load_summary, summarize
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.model.errors import TinyAudioError
 
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(folder: Path, checkpoin
 
 
 def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from pipelines.provider_tinyaudio import TinyAudioProvider
+    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 
     texts = []
     for batch_size in (1, 4):
@@ -299,7 +299,7 @@ def test_a_row_without_id_goes_by_its_place(tmp_path: Path) -> None:
 
 
 def test_a_summary_says_what_was_computed_with_what(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from pipelines.provider_tinyaudio import TinyAudioProvider
+    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 
     options = ProviderOptions(model=str(checkpoint), device="cpu", num_beams=1, max_new_tokens=4)
     evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / "out")
@@ -313,7 +313,7 @@ def test_a_summary_says_what_was_computed_with_what(folder: Path, checkpoint: Pa
 
 
 def test_a_missing_model_is_one_clear_line() -> None:
-    from pipelines.provider_tinyaudio import TinyAudioProvider
+    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 
     with pytest.raises(TinyAudioError, match="no tinyaudio model at"):
         TinyAudioProvider.load(ProviderOptions(model="/nowhere/at/all"))

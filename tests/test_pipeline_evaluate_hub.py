@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import soundfile
 from hub_replica import Fault, Hub
 
-from pipelines.eval_sets import named_sections, open_eval_set
+from pipelines.evaluate.eval_sets import named_sections, open_eval_set
 from pipelines.recipes import Columns, CorpusSection, load_recipe
 from tinyaudio.model.audio import Samples
 

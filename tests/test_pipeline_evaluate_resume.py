@@ -20,9 +20,9 @@ def corpus(tmp_path: Path) -> Path:
 SLOW_SYSTEM = """
 import sys, time
 from pathlib import Path
-from pipelines.eval_sets import open_eval_set
-from pipelines.evaluate import evaluate
-from pipelines.providers import Answer
+from pipelines.evaluate.eval_sets import open_eval_set
+from pipelines.evaluate.stage import evaluate
+from pipelines.evaluate.providers.registry import Answer
 from pipelines.recipes import Columns, CorpusSection, Recipe, load_recipe
 
 class Slow:

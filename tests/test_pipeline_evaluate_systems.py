@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from pipelines.errors import EvaluationError
-from pipelines.eval_sets import open_eval_set
-from pipelines.evaluate import evaluate
-from pipelines.providers import Clip, ProviderOptions, open_provider, provider_names
+from pipelines.evaluate.eval_sets import open_eval_set
+from pipelines.evaluate.providers.base import Clip, ProviderOptions
+from pipelines.evaluate.providers.registry import open_provider, provider_names
+from pipelines.evaluate.stage import evaluate
 from pipelines.recipes import CorpusSection
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from extractions import INT8, same_content, stage_one
 
-from pipelines import calibrating
 from pipelines.errors import CorpusError, RunError
-from pipelines.extraction_request import finished
+from pipelines.extract import calibration as calibrating
+from pipelines.extract.request import finished
 from pipelines.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_finished_store_answers_without_torch(recipe_file, store):
     script = (
-        "import sys; from pathlib import Path; from pipelines.extraction_request import finished\n"
+        "import sys; from pathlib import Path; from pipelines.extract.request import finished\n"
         "from pipelines.recipes import load_recipe\n"
         f"report = finished(load_recipe({str(recipe_file)!r}), Path({str(store)!r}))\n"
         "assert report.is_complete and report.utterances == 48, report\n"
@@ -65,7 +65,7 @@ def test_extracting_again_repairs_exactly_the_damaged_shards(recipe_file, store,
 
 def test_an_unfinished_store_goes_on_without_listing_the_corpus_again(recipe_file, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 2))
-    monkeypatch.setattr("pipelines.extract.plan_corpus", lambda *_: pytest.fail("the corpus was listed again"))
+    monkeypatch.setattr("pipelines.extract.stage.plan_corpus", lambda *_: pytest.fail("the corpus was listed again"))
     assert stage_one(recipe_file, tmp_path / "store").is_complete
 
 

@@ -12,8 +12,9 @@ import pytest
 from extractions import content, spoil, stage_one
 
 from cache import FeatureStore
-from pipelines import decoding, shard_line
 from pipelines.errors import CorpusError, TooManyBadError
+from pipelines.extract import decode as decoding
+from pipelines.extract import shard_pipeline as shard_line
 
 
 def quarantine_of(store: Path) -> dict[str, str]:

@@ -14,12 +14,13 @@ from extractions import same_content, stage_one
 
 from cache import FeatureStore, ShardWriter
 from cache.errors import DiskFullError
-from pipelines import disk_room, shard_line
 from pipelines.errors import CorpusError, DiskError
-from pipelines.extract import _preparing as preparing
+from pipelines.extract import disk as disk_room
+from pipelines.extract import shard_pipeline as shard_line
+from pipelines.extract.stage import _preparing as preparing
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 from tinyaudio.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "recipe.toml")
 
-    monkeypatch.setattr("pipelines.extract.save_request", full)
+    monkeypatch.setattr("pipelines.extract.stage.save_request", full)
     with pytest.raises(DiskError, match=r"^No space left on device: 'recipe.toml'; make room"):
         stage_one(recipe_file, tmp_path / "store")
 
@@ -117,7 +118,7 @@ def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_f
 
 def test_training_on_a_store_that_is_not_complete_is_warned_of(recipe_file, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 3))
-    monkeypatch.setattr("pipelines.train._Stage", lambda *_: sys.exit("far enough"))
+    monkeypatch.setattr("pipelines.train.stage._Stage", lambda *_: sys.exit("far enough"))
     said = []
     with pytest.raises(SystemExit, match="far enough"):
         train(load_recipe(str(recipe_file)), tmp_path / "store", Run(tmp_path / "run"), device="cpu", say=said.append)
@@ -127,7 +128,7 @@ def test_training_on_a_store_that_is_not_complete_is_warned_of(recipe_file, tmp_
 def test_an_interrupt_ends_at_once_although_a_worker_waits_for_the_network(tmp_path):
     script = (
         "import os, signal, threading, time\n"
-        "from pipelines.decoding import Decoder\n"
+        "from pipelines.extract.decode import Decoder\n"
         "class Slow:\n"
         "    def pieces(self, source_ids): return [list(source_ids)]\n"
         "    def read_audio(self, source_ids): time.sleep(600); yield\n"
@@ -173,7 +174,7 @@ def test_decoding_processes_end_when_their_parent_is_killed(recipe_file, tmp_pat
     script = (
         "import multiprocessing, os, time\n"
         "from pipelines.corpora.open import open_corpus\n"
-        "from pipelines.decoding import Decoder\n"
+        "from pipelines.extract.decode import Decoder\n"
         "from pipelines.recipes import load_recipe\n"
         "if __name__ == '__main__':\n"
         f"    corpus = open_corpus(load_recipe({str(recipe_file)!r}).corpus)\n"

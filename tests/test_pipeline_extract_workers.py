@@ -19,7 +19,7 @@ from cache import store_merge
 from cache.durable import Owner
 from cache.errors import StoreMismatchError
 from pipelines.errors import PipelineError
-from pipelines.extract import join
+from pipelines.extract.stage import join
 from pipelines.processes import Place
 from pipelines.recipes import load_recipe
 
@@ -48,7 +48,9 @@ def test_helping_others_reports_shares_that_are_shares(recipe_file, tmp_path):
 def test_only_the_first_of_a_group_prepares_and_the_others_join(recipe_file, store, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "group", part=(0, 3))
     for what in ("prepare", "store_repair", "plan_corpus"):
-        monkeypatch.setattr(f"pipelines.extract.{what}", lambda *_, **__: pytest.fail("that is the first one's work"))
+        monkeypatch.setattr(
+            f"pipelines.extract.stage.{what}", lambda *_, **__: pytest.fail("that is the first one's work")
+        )
     assert stage_one(recipe_file, tmp_path / "group", group=Place(1, 2)).is_complete
     assert same_content(store, tmp_path / "group")
 
@@ -91,7 +93,7 @@ def test_torchrun_with_two_processes_stores_what_one_stores(recipe_file, store, 
 @pytest.fixture(scope="module")
 def ray_extract():
     pytest.importorskip("ray", reason="the optional extra `ray` is not installed")
-    from pipelines.ray_extract import ray_extract
+    from pipelines.extract.ray_cluster import ray_extract
 
     return ray_extract
 
@@ -136,14 +138,14 @@ def test_what_fails_in_an_actor_is_one_line(ray_extract, recipe_file, corpus_fol
 
 def test_ray_hands_out_devices_itself(recipe_file, tmp_path):
     pytest.importorskip("ray", reason="the optional extra `ray` is not installed")
-    from pipelines.ray_extract import ray_extract
+    from pipelines.extract.ray_cluster import ray_extract
 
     with pytest.raises(PipelineError, match="expected auto, cpu, cuda"):
         ray_extract(load_recipe(str(recipe_file)), tmp_path, splits=["train"], num_actors=1, device="cuda:1")
 
 
 def test_ray_absent_is_one_line(recipe_file, tmp_path, monkeypatch):
-    from pipelines.ray_extract import ray_extract
+    from pipelines.extract.ray_cluster import ray_extract
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PipelineError, match=r"tinyaudio\[ray\]"):

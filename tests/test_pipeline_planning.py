@@ -4,15 +4,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import kept_scans
 from pipelines.corpora import open_corpus
 from pipelines.corpora.corpus import SCAN_SCHEMA
 from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import CorpusError
-from pipelines.extraction_request import pinned
-from pipelines.forecast import forecast, spell_duration
-from pipelines.kept_scans import forget_scans
-from pipelines.planning import plan_corpus
+from pipelines.extract import kept_scans
+from pipelines.extract.forecast import forecast, spell_duration
+from pipelines.extract.kept_scans import forget_scans
+from pipelines.extract.plan import plan_corpus
+from pipelines.extract.request import pinned
 from pipelines.recipes import CorpusSection, load_recipe, recipe_names
 
 

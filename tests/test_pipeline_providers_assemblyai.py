@@ -20,10 +20,10 @@ from fake_assemblyai import FakeAssemblyAI, Reply, error, serving
 from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
-from pipelines.paid_jobs import Job, Ledger, Patience, quote
-from pipelines.predictions import read_predictions, write_predictions
-from pipelines.provider_assemblyai import JOBS_FILE, AssemblyAIProvider
-from pipelines.providers import Answer, Clip, ProviderOptions
+from pipelines.evaluate.predictions import read_predictions, write_predictions
+from pipelines.evaluate.providers.assemblyai import JOBS_FILE, AssemblyAIProvider
+from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
+from pipelines.evaluate.providers.paid_jobs import Job, Ledger, Patience, quote
 from tinyaudio.cli import evaluate as cli_eval
 
 HTML = b"<html><body>Maintenance</body></html>"

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from trainings import extracted, stage_two, tiny_recipe
 
-from pipelines import train as train_module
-from pipelines.batches import TrainingBatches
-from pipelines.dev_set import DevSet
 from pipelines.errors import RunError
-from pipelines.extract import extract
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
-from pipelines.rehearsal import rehearse
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train import stage as train_module
+from pipelines.train.batches import TrainingBatches
+from pipelines.train.dev_run import rehearse
+from pipelines.train.dev_set import DevSet
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_rehearsal_trains_and_evaluates_on_what_takes_most_memory(recipe_file, s
     make, transcribe = TrainingBatches.__init__, DevSet.transcribe
     monkeypatch.setattr(TrainingBatches, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1])
     monkeypatch.setattr(DevSet, "transcribe", lambda self, *a: (heard.append(self), transcribe(self, *a))[1])
-    monkeypatch.setattr("pipelines.dev_set.BATCH_FRAMES", 120)
+    monkeypatch.setattr("pipelines.train.dev_set.BATCH_FRAMES", 120)
     rehearse(load_recipe(str(recipe_file)), store, device="cpu", say=lambda _: None)
     batches, dev = made[0], heard[0]
     left_out = np.setdiff1d(np.arange(len(batches.reader)), batches.chosen)

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from pipelines.comparison import Side, compare
 from pipelines.corpora.sources import contamination_notes, source_of
-from pipelines.error_analysis import Pair, align_pair, analyse, bucket_name
 from pipelines.errors import EvaluationError
-from pipelines.evaluate import Scoring, score_again
-from pipelines.predictions import Prediction, write_predictions
-from pipelines.report import comparison_line, headline
-from pipelines.report_blocks import align_lines
-from pipelines.report_plots import nice_ticks
-from pipelines.summary import Settings, Summary, load_summary, save_settings, summarize
+from pipelines.evaluate.comparison import Side, compare
+from pipelines.evaluate.error_analysis import Pair, align_pair, analyse, bucket_name
+from pipelines.evaluate.predictions import Prediction, write_predictions
+from pipelines.evaluate.report.blocks import align_lines
+from pipelines.evaluate.report.plots import nice_ticks
+from pipelines.evaluate.report.report import comparison_line, headline
+from pipelines.evaluate.stage import Scoring, score_again
+from pipelines.evaluate.summary import Settings, Summary, load_summary, save_settings, summarize
 
 SETTINGS = Settings(provider="tinyaudio", model={"name": "a"}, scored={"corpus": "corpus", "split": "test"})
 

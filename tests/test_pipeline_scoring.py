@@ -5,7 +5,7 @@ import kaldialign
 import pytest
 
 from pipelines.errors import EvaluationError
-from pipelines.normalizers import NAMES, open_normalizer
+from pipelines.evaluate.normalizers import NAMES, open_normalizer
 from pipelines.recipes import CorpusSection
 from pipelines.scoring import (
     MIN_ERRORS,

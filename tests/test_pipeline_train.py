@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from trainings import extracted, logged, stage_two, tiny_recipe
 
 from cache import FeatureReader, FeatureStore
-from pipelines import train as train_module
-from pipelines import trainer as trainer_module
-from pipelines.batches import Dequantizer
 from pipelines.errors import RunError
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
-from pipelines.trainer import ProjectorTrainer
+from pipelines.train import stage as train_module
+from pipelines.train import trainer as trainer_module
+from pipelines.train.batches import Dequantizer
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
+from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.model.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def test_loss_that_is_not_finite_stops_with_the_utterances(recipe_file, store, t
 
     monkeypatch.setattr(Dequantizer, "__call__", lambda self, batch: batch["features"].float())
     monkeypatch.setattr(trainer_module.Dequantizer, "__call__", poison)
-    monkeypatch.setattr("pipelines.train.DevSet.open", lambda *_: None)
+    monkeypatch.setattr("pipelines.train.stage.DevSet.open", lambda *_: None)
     with pytest.raises(RunError, match=r"loss is nan at step \d+, on utterances (\S+ ){5}and \d+ more \(all in "):
         stage_two(recipe_file, store, tmp_path / "run")
     assert "train/017.wav" in (tmp_path / "run" / "not_finite.txt").read_text().splitlines()
@@ -151,7 +151,7 @@ def test_reporter_that_is_not_installed_is_one_line(recipe_file, store, tmp_path
 
 
 def test_deaf_model_is_warned_about_once_after_60000_utterances(recipe_file, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.watch.CLICK_UTTERANCES", 20)
+    monkeypatch.setattr("pipelines.train.callback.CLICK_UTTERANCES", 20)
     lines: list[str] = []
     stage_two(recipe_file, store, tmp_path / "run", lines=lines)
     (warning,) = [line for line in lines if line.startswith("warning")]
@@ -160,14 +160,14 @@ def test_deaf_model_is_warned_about_once_after_60000_utterances(recipe_file, sto
 
 
 def test_without_a_dev_split_it_says_so_once_and_the_loss_tells_who_is_deaf(recipe_file, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.watch.CLICK_UTTERANCES", 20)
+    monkeypatch.setattr("pipelines.train.callback.CLICK_UTTERANCES", 20)
     lines: list[str] = []
     report = stage_two(recipe_file, store, tmp_path / "run", "corpus.dev_split=absent", lines=lines)
     assert report.is_finished
     assert report.dev_wer is None
     assert len([line for line in lines if "nothing will be evaluated" in line]) == 1
     assert len([line for line in lines if "hardly depend on the audio" in line]) == 1
-    monkeypatch.setattr("pipelines.watch.CLICK_LOSS", 100.0)
+    monkeypatch.setattr("pipelines.train.callback.CLICK_LOSS", 100.0)
     lines.clear()
     stage_two(recipe_file, store, tmp_path / "heard", "corpus.dev_split=absent", lines=lines)
     assert not [line for line in lines if line.startswith("warning")]
@@ -202,8 +202,8 @@ def test_four_steps_on_a_gpu_follow_the_cpu(recipe_file, store, tmp_path, more):
 
 
 def test_whitened_start_sees_what_the_plain_one_sees_of_whitened_features(recipe_file, store, tmp_path):
-    from pipelines.build import build_model
-    from pipelines.whitening import feature_statistics
+    from pipelines.train.model import build_model
+    from pipelines.train.whitening import feature_statistics
 
     opened, cpu = FeatureStore.open(store), torch.device("cpu")
     plain, _ = build_model(load_recipe(str(recipe_file)), opened, cpu)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from trainings import extracted, tiny_recipe
 
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 
 OVERRIDES = ["train.accumulate=2", "train.log_every=1", "train.report_to=[]"]
 

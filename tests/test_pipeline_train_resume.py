@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from trainings import extracted, logged, same_weights, stage_two, tiny_recipe
 
-from pipelines import batches as batches_module
-from pipelines import trainer as trainer_module
-from pipelines.dev_set import DevSet
 from pipelines.errors import RunError
-from pipelines.runs import Run
-from pipelines.watch import Watch
+from pipelines.train import batches as batches_module
+from pipelines.train import trainer as trainer_module
+from pipelines.train.callback import Watch
+from pipelines.train.dev_set import DevSet
+from pipelines.train.runs import Run
 
 # The same as `tinyaudio train`, in a process that can be killed.
 PROCESS = """
 import sys
 from pathlib import Path
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 recipe_file, store, folder = sys.argv[1:]
 resume = Run(Path(folder)).state != {}
 train(load_recipe(recipe_file), Path(store), Run(Path(folder)), resume=resume, device="cpu", say=print)
@@ -112,7 +112,9 @@ def test_a_resumed_run_asks_for_the_decoder_it_began_with(recipe_file, store, tm
             stage_two(recipe_file, store, run)
         assert {"encoder_revision", "decoder_revision"} <= Run(run).state.keys()
         Run(run).update({"decoder_revision": "0" * 40})
-        patch.setattr("pipelines.train.build_model", lambda recipe, *_, **__: asked.append(recipe.decoder) or kill())
+        patch.setattr(
+            "pipelines.train.stage.build_model", lambda recipe, *_, **__: asked.append(recipe.decoder) or kill()
+        )
         with pytest.raises(Killed):
             stage_two(recipe_file, store, run, resume=True)
     assert [decoder.revision for decoder in asked] == ["0" * 40]

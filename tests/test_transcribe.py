@@ -295,7 +295,7 @@ MEMORY_SCRIPT = """
 import re, sys
 import numpy as np, pyarrow.parquet, torch
 from pathlib import Path
-from pipelines.build import load_tokenizer
+from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import load_feature_extractor

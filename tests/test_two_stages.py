@@ -14,10 +14,10 @@ import torch
 from cache import FeatureReader, FeatureStore
 from pipelines.corpora import open_corpus
 from pipelines.errors import CorpusError, RunError, TooManyBadError
-from pipelines.extract import cut_batches, extract, wanted_splits
+from pipelines.extract.stage import cut_batches, extract, wanted_splits
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor

@@ -1,4 +1,4 @@
-"""Stage two on the tiny parts, for the tests of `pipelines.train`."""
+"""Stage two on the tiny parts, for the tests of `pipelines.train.stage`."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from safetensors.torch import load_file
 
 from pipelines.corpora import open_corpus
-from pipelines.extract import extract, wanted_splits
+from pipelines.extract.stage import extract, wanted_splits
 from pipelines.recipes import load_recipe
-from pipelines.runs import Run
-from pipelines.train import train
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 
 
 def tiny_recipe(root: Path, encoder_folder: Path, decoder_folder: Path) -> Path:

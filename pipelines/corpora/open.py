@@ -1,4 +1,4 @@
-"""Corpora: where utterances come from. Three layouts, one interface (`corpora_schema.Corpus`):
+"""Corpora: where utterances come from. Three layouts, one interface (`corpus.Corpus`):
 
 - a hub data set (LoquaciousSet and any other with Parquet files); `datasets` resolves config, splits and revision;
 - a local folder of Parquet files with the same columns: `<split>-*.parquet`, `<split>/*.parquet`, or one level deeper

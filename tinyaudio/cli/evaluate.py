@@ -85,8 +85,8 @@ def evaluate(
 
     Exits 1 if any utterance has no answer.
     """
-    from pipelines.evaluate import Scoring, evaluation_name
-    from pipelines.providers import ProviderOptions
+    from pipelines.evaluate.providers.base import ProviderOptions
+    from pipelines.evaluate.stage import Scoring, evaluation_name
 
     if length_penalty is not None and not math.isfinite(length_penalty):
         usage(f"--length-penalty {length_penalty:g}: expected a number")
@@ -132,7 +132,7 @@ def _refuse(ignored: list[str], why: str) -> None:
 
 
 def _rescore(source: Path, output: Path | None, scoring: Any, fail_over: float | None, json: bool) -> None:
-    from pipelines.evaluate import score_again
+    from pipelines.evaluate.stage import score_again
 
     is_ours = source.name == "predictions.jsonl"
     folder = output or (source.parent if is_ours else source if source.is_dir() else source.with_suffix(""))
@@ -177,7 +177,7 @@ class _Request:
 
     @property
     def trained_on(self) -> str | None:
-        from pipelines.eval_sets import corpus_name
+        from pipelines.evaluate.eval_sets import corpus_name
         from pipelines.recipes import load_recipe
 
         if self.own is None or self.provider != "tinyaudio":
@@ -188,8 +188,8 @@ class _Request:
         self, split: str | None, max_samples: int | None, seed: int, source: str | None, store: Path | None
     ) -> Any:
         from pipelines.errors import EvaluationError
-        from pipelines.eval_sets import open_eval_set
-        from pipelines.eval_sets_stored import open_stored_set
+        from pipelines.evaluate.eval_sets import open_eval_set
+        from pipelines.evaluate.stored_sets import open_stored_set
 
         chosen: dict[str, Any] = {"split": split or self.section.test_split, "max_samples": max_samples, "seed": seed}
         if store is None:
@@ -229,7 +229,7 @@ def _file_name(model: str) -> str:
 def _corpus_table(corpus: str, base: Any) -> dict[str, Any]:
     """Make a corpus section of --corpus: a folder, a name of eval_sets.toml, or a data set of the hub."""
     from pipelines.errors import EvaluationError
-    from pipelines.eval_sets import named_sections
+    from pipelines.evaluate.eval_sets import named_sections
 
     table: dict[str, Any] = base.model_dump(exclude_none=True)
     named = named_sections()
@@ -255,9 +255,9 @@ def _is_evaluation(path: Path) -> bool:
 def _run(
     request: _Request, options: Any, eval_set: Any, folder: Path, scoring: Any, retry_failed: bool, yes: bool
 ) -> Any:
-    from pipelines.evaluate import check_output
-    from pipelines.evaluate import evaluate as stage
-    from pipelines.providers import open_provider
+    from pipelines.evaluate.providers.registry import open_provider
+    from pipelines.evaluate.stage import check_output
+    from pipelines.evaluate.stage import evaluate as stage
 
     check_output(folder)
     opened: Any = open_provider(request.provider, options)
@@ -318,7 +318,7 @@ class _ProgressBar:
 
 
 def _finish(summary: Any, written: str, folder: Path, fail_over: float | None, json: bool) -> None:
-    from pipelines.report import comparison_line, headline, set_name
+    from pipelines.evaluate.report.report import comparison_line, headline, set_name
 
     print(f"{summary.name} on {set_name(summary)}\n{headline(summary)}")
     if summary.comparison is not None:

@@ -58,7 +58,7 @@ def extract(
 
     Typed again it goes on where it stopped; typed after damage it repairs exactly the damaged shards.
     """
-    from pipelines.extraction_request import finished
+    from pipelines.extract.request import finished
     from pipelines.processes import place
     from pipelines.recipes import load_recipe
 
@@ -92,11 +92,11 @@ def _work(
 
     splits = _splits(recipe, path, split)
     if ray:
-        from pipelines.ray_extract import ray_extract
+        from pipelines.extract.ray_cluster import ray_extract
 
         return ray_extract(recipe, path, splits=splits, part=part, num_actors=ray, max_bad=max_bad, device=device)
-    from pipelines.extract import extract as stage_one
-    from pipelines.extract import read_report
+    from pipelines.extract.stage import extract as stage_one
+    from pipelines.extract.stage import read_report
 
     here = place()
     if here.world > 1:
@@ -111,7 +111,7 @@ def _work(
 
 def _splits(recipe: Any, path: Path, split: str | None) -> list[str]:
     from pipelines.corpora import open_corpus
-    from pipelines.extraction_request import pinned, wanted_splits
+    from pipelines.extract.request import pinned, wanted_splits
 
     splits, warnings = wanted_splits(recipe, open_corpus(pinned(recipe, path).corpus), split)
     for warning in warnings:
@@ -121,9 +121,9 @@ def _splits(recipe: Any, path: Path, split: str | None) -> list[str]:
 
 def _plan(recipe: Any, path: Path, split: str | None, device: str, part: tuple[int, int], json: bool) -> None:
     from pipelines.corpora import open_corpus
-    from pipelines.extract import planned
-    from pipelines.extraction_request import pinned
-    from pipelines.forecast import forecast
+    from pipelines.extract.forecast import forecast
+    from pipelines.extract.request import pinned
+    from pipelines.extract.stage import planned
 
     patience_s = min(recipe.corpus.fetch_patience_s, PLAN_PATIENCE_S)
     corpus_section = recipe.corpus.model_copy(update={"fetch_patience_s": patience_s})

@@ -14,7 +14,7 @@ def _not_a_run(path: Path) -> Path:
     """Refuse the folder of a run, naming the store it was trained on."""
     if (path / "run.json").is_file():
         from pipelines.errors import RunError
-        from pipelines.runs import Run
+        from pipelines.train.runs import Run
 
         made_from = Run(path).state.get("store", "data/<recipe>")
         raise RunError(f"{str(path)!r} is a run, not a feature store; it was trained on {made_from!r}, name that")

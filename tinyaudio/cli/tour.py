@@ -32,7 +32,7 @@ def tour(
     The same steps with another recipe are what one types for the real models. A finished tour is not done again.
     """
     from pipelines.recipes import load_recipe
-    from pipelines.runs import Run, run_folder
+    from pipelines.train.runs import Run, run_folder
 
     recipe = load_recipe("demo", [f"train.seed={seed}", f"store.encoding={encoding}"])
     folder = run_folder(run or ("demo" if seed == 0 else f"demo-seed{seed}"), recipe.name).absolute()
@@ -70,7 +70,7 @@ def _measure(path: Path) -> dict[str, float]:
 
 def _extract(recipe: Any, store: Path) -> None:
     from pipelines.corpora import open_corpus
-    from pipelines.extract import extract, wanted_splits
+    from pipelines.extract.stage import extract, wanted_splits
 
     say(f"\n1. stage one: tinyaudio extract --recipe demo --store {store}")
     splits, _ = wanted_splits(recipe, open_corpus(recipe.corpus))
@@ -82,7 +82,7 @@ def _evaluate_untrained(recipe: Any, store: Path, folder: Path) -> float:
     import torch
 
     from cache import FeatureStore
-    from pipelines.build import build_model
+    from pipelines.train.model import build_model
 
     say("\n2. word errors before training (a random projector)")
     untrained = folder.with_name(f"{folder.name}-untrained")
@@ -93,7 +93,7 @@ def _evaluate_untrained(recipe: Any, store: Path, folder: Path) -> float:
 
 
 def _train(recipe: Any, store: Path, run: Any) -> Any:
-    from pipelines.train import train
+    from pipelines.train.stage import train
 
     say(f"\n3. stage two: tinyaudio train --recipe demo --store {store} --run {run.folder.name}")
     resume = bool(run.state) and not run.is_finished
@@ -111,9 +111,10 @@ def _evaluate(recipe: Any, folder: Path) -> dict[str, float]:
 
 
 def _score(recipe: Any, model: Path, split: str, num_beams: int) -> Any:
-    from pipelines.eval_sets import open_eval_set
-    from pipelines.evaluate import evaluate, evaluation_name
-    from pipelines.providers import ProviderOptions, open_provider
+    from pipelines.evaluate.eval_sets import open_eval_set
+    from pipelines.evaluate.providers.base import ProviderOptions
+    from pipelines.evaluate.providers.registry import open_provider
+    from pipelines.evaluate.stage import evaluate, evaluation_name
 
     options = ProviderOptions(model=str(model), num_beams=num_beams, batch_size=32)
     eval_set = open_eval_set(recipe.corpus, split=split)

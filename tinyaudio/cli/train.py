@@ -47,9 +47,9 @@ def train(
     torchrun --nproc-per-node N -m -- tinyaudio train ...
     """
     from pipelines.recipes import load_recipe
-    from pipelines.rehearsal import rehearse
-    from pipelines.runs import Run, run_folder
-    from pipelines.train import train as stage_two
+    from pipelines.train.dev_run import rehearse
+    from pipelines.train.runs import Run, run_folder
+    from pipelines.train.stage import train as stage_two
 
     overrides = [*(set_ or []), *([] if overfit is None else [f"train.overfit_utterances={overfit}"])]
     loaded = load_recipe(recipe, overrides)
@@ -113,7 +113,7 @@ def runs(
     json: JsonOption = False,
 ) -> None:
     """List runs, or compare some: which settings differ, and what came of it."""
-    from pipelines.run_table import compare_runs, list_runs
+    from pipelines.train.run_table import compare_runs, list_runs
 
     table: Any = compare_runs(names, under) if names else list_runs(under)
     _report(table, json)

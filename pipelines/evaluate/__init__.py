@@ -1,0 +1,1 @@
+"""Stage three: word error rates, from raw audio. `stage.py` is the stage."""

@@ -1,0 +1,106 @@
+"""The `ctc` provider: an encoder's own head, greedy, without any language model.
+
+The control that says whether the decoder helps: the same frozen encoder, the same clips. Named by a checkpoint of ours
+(its encoder is taken) or by a CTC model itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from pipelines.encoders import encoder_name, pick_device
+from pipelines.errors import EvaluationError
+from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions, in_batches, local_environment
+from tinyaudio.model.audio import num_frames
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor
+from tinyaudio.model.frozen import freeze, load_frozen, resolved_revision, weights_digest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CTCProvider:
+    """A loaded encoder with its CTC head."""
+
+    model: PreTrainedModel
+    feature_extractor: Any
+    tokenizer: Any
+    model_id: str
+    revision: str | None
+    batch_size: int
+    name: str = "ctc"
+
+    @classmethod
+    def load(cls, options: ProviderOptions) -> "CTCProvider":
+        """Load the encoder of a checkpoint, or a CTC model.
+
+        Raises:
+            MissingModelError: nothing there.
+            EvaluationError: a model without a CTC head, or without the vocabulary to read it.
+        """
+        if options.model is None:
+            raise EvaluationError("provider 'ctc' needs a model: a run's folder (its encoder is taken) or a CTC model")
+        model_id, revision = _encoder_of(options.model, options.revision)
+        model, info = load_frozen(AutoModelForCTC, model_id, revision, output_loading_info=True)
+        if info["missing_keys"]:
+            raise EvaluationError(
+                f"{model_id!r} has no CTC head (its weights lack {', '.join(sorted(info['missing_keys']))}); "
+                "name a fine-tuned encoder, such as facebook/hubert-large-ls960-ft"
+            )
+        return cls(
+            model=freeze(model).to(pick_device(options.device)),
+            feature_extractor=load_feature_extractor(model_id, revision),
+            tokenizer=load_frozen(AutoTokenizer, model_id, revision),
+            model_id=model_id,
+            revision=resolved_revision(model, revision),
+            batch_size=options.batch_size,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "name": encoder_name(self.model_id),
+            "encoder": {"id": encoder_name(self.model_id), "revision": self.revision},
+            "weights_digest": weights_digest(self.model),
+            "decoding": "greedy",
+        }
+
+    def environment(self) -> dict[str, Any]:
+        precision = str(self.model.dtype).removeprefix("torch.")
+        return {"batch_size": self.batch_size, "encoder_precision": precision, **local_environment(self.model.device)}
+
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+        # encoders with group norm average over padding; they get one clip at a time
+        size = self.batch_size if self.model.config.feat_extract_norm == "layer" else 1
+        return in_batches(clips, size, self._transcribe_batch)
+
+    @torch.no_grad()
+    def _transcribe_batch(self, clips: Sequence[Clip]) -> list[str]:
+        values, mask = (part.to(self.model.device) for part in encoder_inputs(self.feature_extractor, _samples(clips)))
+        padded = {"attention_mask": mask} if self.model.config.feat_extract_norm == "layer" else {}
+        best = self.model(values, **padded).logits.argmax(-1).cpu()
+        rows = [row[: num_frames(int(length))].tolist() for row, length in zip(best, mask.sum(-1), strict=True)]
+        return [self._read(row) for row in rows]
+
+    def _read(self, ids: list[int]) -> str:
+        """Collapse repeats and blanks; a head may also choose "<unk>" or "</s>", which are no text."""
+        text = str(self.tokenizer.decode(ids))  # skip_special_tokens would lose the blank between "ee" and "e"
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return " ".join(text.split())
+
+
+def _samples(clips: Sequence[Clip]) -> list[Any]:
+    return [clip.samples for clip in clips]
+
+
+def _encoder_of(model: str, revision: str | None) -> tuple[str, str | None]:
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise EvaluationError(f"{model!r} holds no config.json; expected a run, a checkpoint or a CTC model")
+    settings, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    if settings.get("model_type") != TinyAudioConfig.model_type:
+        return model, revision
+    config = TinyAudioConfig.from_dict(settings)
+    return config.encoder_id, config.encoder_revision

@@ -1,0 +1,101 @@
+"""From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from cache import FeatureReader, FeatureStore
+from pipelines.encoders import is_local
+from pipelines.errors import RunError
+from pipelines.recipes import Recipe
+from pipelines.train.whitening import feature_statistics, fold_whitening
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import load_feature_extractor
+from tinyaudio.model.frozen import load_decoder, load_frozen, resolved_revision, weights_digest
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.model.prompt import end_of_text_id, prompt_ids
+
+
+def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
+    """Load the decoder's tokenizer.
+
+    Raises:
+        RunError: no padding token beside the end-of-text token to fill finished beams with.
+    """
+    tokenizer = load_frozen(AutoTokenizer, decoder_id, revision)
+    if tokenizer.pad_token_id is None:
+        # SmolLM3-3B-Base names none; its vocabulary has this one for the purpose (id 128004).
+        pad = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
+        if pad is None or pad == tokenizer.unk_token_id:
+            pad = end_of_text_id(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.padding_side = "right"  # pipelines want the same side as the feature extractor's
+    return tokenizer
+
+
+def build_model(
+    recipe: Recipe,
+    store: FeatureStore,
+    device: torch.device,
+    *,
+    is_fresh: bool = True,
+    say: Callable[[str], None] = print,
+) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
+    """Make the model that stage two trains; the seed decides the projector.
+
+    Args:
+        is_fresh: the projector starts here, so whiten it if the recipe says so; that reads the whole split once for a
+            store.
+
+    Raises:
+        MissingModelError, ModelError: a part cannot be loaded.
+        RunError: a decoder in a precision that is not known.
+    """
+    dtype = getattr(torch, recipe.decoder.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RunError(f"decoder.dtype {recipe.decoder.dtype!r}; expected float32 or bfloat16")
+    decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, dtype)
+    commit = None if is_local(recipe.decoder.id) else resolved_revision(decoder, recipe.decoder.revision)
+    tokenizer = load_tokenizer(recipe.decoder.id, commit)
+    prefix, suffix = prompt_ids(tokenizer)
+    made_by = store.fingerprint["encoder"]
+    config = TinyAudioConfig(
+        encoder_id=recipe.encoder.id,
+        encoder_revision=made_by["revision"],
+        encoder_digest=made_by["weights"],
+        encoder_dim=store.dim,
+        encoder_precision=made_by["precision"],
+        decoder_id=recipe.decoder.id,
+        decoder_revision=commit,
+        decoder_digest=weights_digest(decoder),
+        decoder_dim=decoder.get_input_embeddings().embedding_dim,
+        decoder_dtype=recipe.decoder.dtype,
+        projector_kind=recipe.projector.kind,
+        stack_factor=recipe.projector.stack_factor,
+        projector_hidden_size=recipe.projector.hidden_size,
+        prompt_prefix_ids=prefix,
+        prompt_suffix_ids=suffix,
+        eos_token_id=end_of_text_id(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        window_s=window_s(store, recipe.corpus.train_split),
+        store_fingerprint=store.fingerprint_id,
+        calibration_id=None if store.calibration is None else store.calibration.id,
+    )
+    torch.manual_seed(recipe.train.seed)
+    model = TinyAudioForConditionalGeneration(config, decoder=decoder)
+    if recipe.projector.whiten and is_fresh:
+        reader = FeatureReader(store, split=recipe.corpus.train_split)
+        fold_whitening(model.projector, *feature_statistics(reader, say))
+    processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
+    return model.to(device), processor
+
+
+def window_s(store: FeatureStore, split: str) -> float:
+    """Return the longest training utterance in whole seconds: what the model may be asked to decode at once."""
+    longest = int(FeatureReader(store, split=split).num_frames.max())
+    return float(math.ceil(longest * HOP_LENGTH / SAMPLING_RATE))

@@ -65,7 +65,7 @@ bench: $(READY) ## speed and memory of the store, as ratios side by side (ARGS="
 	$(TINY) bench $(or $(ARGS),store)
 
 demo-assets: $(READY) ## make the bundled stand-ins again (needs espeak-ng; three quarters of an hour)
-	$(BIN)/python -m pipelines.demo_assets --out pipelines/demo --examples pipelines/space/examples
+	$(BIN)/python -m pipelines.demo.make --out pipelines/demo --examples pipelines/space/examples
 
 smoke: $(READY) ## build the wheel and try it in a fresh environment
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py

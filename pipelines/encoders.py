@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
-from pipelines.recipes import EncoderSection
+from pipelines.recipes.recipe import EncoderSection
 from pipelines.retry import patiently
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import resolved_revision, weights_digest

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import soundfile
 
 from pipelines.corpora import open_corpus
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

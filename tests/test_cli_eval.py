@@ -12,7 +12,8 @@ from evaluations import NUM_CLIPS, answers, noise_clips, numbers, run_eval
 from pipelines.errors import EvaluationError
 from pipelines.evaluate import eval_sets
 from pipelines.evaluate.stage import check_output
-from pipelines.recipes import Columns, Recipe, load_recipe
+from pipelines.recipes import Recipe, load_recipe
+from pipelines.recipes.recipe import Columns
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.cli import tour as cli_tour
 from tinyaudio.model.errors import MissingModelError

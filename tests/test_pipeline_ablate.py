@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import NoiseMaker, write_folder_corpus, write_recipe
 
-from pipelines import ablate as ablate_module
-from pipelines.ablate import ablate, gpus_for
+from pipelines.ablate import sweep as ablate_module
+from pipelines.ablate.grid import GRIDS, load_grid
+from pipelines.ablate.sweep import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
 from pipelines.extract.stage import extract, wanted_splits
-from pipelines.grids import GRIDS, load_grid
 from pipelines.recipes import load_recipe
 from pipelines.train.encoder_passes import counting_encoder_passes
 from pipelines.train.run_table import compare_runs, list_runs
@@ -162,7 +162,7 @@ def test_jobs_take_the_visible_gpus_in_turn(monkeypatch):
 def test_worker_sees_the_gpu_it_was_given():
     program = """
 import os, queue
-from pipelines.ablate import _begin_worker
+from pipelines.ablate.sweep import _begin_worker
 gpus = queue.SimpleQueue()
 gpus.put("5")
 _begin_worker(1, gpus)

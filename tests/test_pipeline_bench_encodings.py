@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cache_stores import make_features, sealed
 
-from pipelines.bench_encodings import _bytes_per_frame, format_table, snr_db
+from pipelines.bench.encodings import _bytes_per_frame, format_table, snr_db
 
 
 def test_the_error_is_that_of_each_dimension_and_a_loud_one_does_not_hide_a_quiet_one() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import bench_extract as bench_extract_module
-from pipelines.bench_extract import bench_extract
+from pipelines.bench import extract as bench_extract_module
+from pipelines.bench.extract import bench_extract
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"vs_batch1", "vs_padded", "padding", "encoder_busy", "matmul_share", "peak_rss_bytes"}
@@ -31,8 +31,8 @@ EXTRACT = """
 import re, sys
 from pathlib import Path
 import torch
-from pipelines import bench_extract as bench
-from pipelines.corpora.open import open_corpus
+from pipelines.bench import extract as bench
+from pipelines.corpora import open_corpus
 from pipelines.extract.plan import plan_corpus
 from pipelines.recipes import load_recipe
 

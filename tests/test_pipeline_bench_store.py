@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cache import EpochOrder, FeatureReader, FeatureStore, epoch_order
-from pipelines import bench_store as bench
+from pipelines.bench import store as bench
 
 
 def test_the_benchmark_reports_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

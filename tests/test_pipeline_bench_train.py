@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from pipelines import bench_losses
-from pipelines import bench_train as bench_module
-from pipelines.bench_contestants import OURS, PLAIN, Contestant
-from pipelines.bench_train import format_table, loss_memory_vs_full
+from pipelines.bench import losses as bench_losses
+from pipelines.bench import train as bench_module
+from pipelines.bench.memory import CountFlops, measuring_peak
+from pipelines.bench.train import format_table, loss_memory_vs_full
+from pipelines.bench.train_contestants import OURS, PLAIN, Contestant
 from pipelines.errors import RunError
-from pipelines.peak_memory import CountFlops, measuring_peak
 from tinyaudio.model.prompt import transcript_ids
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipelines import bench_transcribe
-from pipelines.bench_transcribe import format_table, measure, measure_full_size
+from pipelines.bench import transcribe as bench_transcribe
+from pipelines.bench.transcribe import format_table, measure, measure_full_size
 from tinyaudio.model.errors import ModelError
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 

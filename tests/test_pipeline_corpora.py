@@ -15,7 +15,8 @@ from pipelines.corpora.folder import FolderCorpus
 from pipelines.corpora.parquet import LocalParquetCorpus, read_footer
 from pipelines.errors import CorpusError, SourceError
 from pipelines.extract.plan import plan_corpus
-from pipelines.recipes import Columns, load_recipe
+from pipelines.recipes import load_recipe
+from pipelines.recipes.recipe import Columns
 
 
 @pytest.fixture

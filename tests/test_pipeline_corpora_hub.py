@@ -14,7 +14,7 @@ from pipelines.corpora import parquet as corpora_parquet
 from pipelines.corpora.parquet import HubCorpus
 from pipelines.errors import CorpusError, FetchError
 from pipelines.extract.decode import decode_piece
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 
 @pytest.fixture

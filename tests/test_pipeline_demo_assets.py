@@ -23,7 +23,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from pipelines import demo_corpus
+from pipelines.demo.make import corpus as demo_corpus
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "demo"
 SPLIT_SIZES = {"train": 2_400, "dev": 120, "test": 200, "test_unseen": 200}

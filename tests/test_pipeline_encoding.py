@@ -8,7 +8,7 @@ from cache import Calibration
 from cache.quantize import quantize
 from pipelines.encoders import open_encoder
 from pipelines.extract.encode import EncoderLine, cut_batches, quantize_tensor
-from pipelines.recipes import EncoderSection
+from pipelines.recipes.recipe import EncoderSection
 from tinyaudio.model.encoder import encode, encoder_inputs
 
 

@@ -17,7 +17,7 @@ from pipelines.evaluate.predictions import Prediction, claimed, drop_torn_line, 
 from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
 from pipelines.evaluate.stage import Scoring, evaluate, read_evaluation, score_again
 from pipelines.evaluate.summary import load_summary, summarize
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.model.errors import TinyAudioError
 

@@ -18,7 +18,8 @@ import soundfile
 from hub_replica import Fault, Hub
 
 from pipelines.evaluate.eval_sets import named_sections, open_eval_set
-from pipelines.recipes import Columns, CorpusSection, load_recipe
+from pipelines.recipes import load_recipe
+from pipelines.recipes.recipe import Columns, CorpusSection
 from tinyaudio.model.audio import Samples
 
 ESB, COMMON_VOICE = "hf-audio/esb-datasets-test-only-sorted", "fixie-ai/common_voice_17_0"

@@ -23,7 +23,7 @@ from pathlib import Path
 from pipelines.evaluate.eval_sets import open_eval_set
 from pipelines.evaluate.stage import evaluate
 from pipelines.evaluate.providers.registry import Answer
-from pipelines.recipes import Columns, CorpusSection, Recipe, load_recipe
+from pipelines.recipes.recipe import Columns, CorpusSection, Recipe, load_recipe
 
 class Slow:
     name = "slow"

@@ -24,7 +24,7 @@ from pipelines.evaluate.eval_sets import open_eval_set
 from pipelines.evaluate.providers.base import Clip, ProviderOptions
 from pipelines.evaluate.providers.registry import open_provider, provider_names
 from pipelines.evaluate.stage import evaluate
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pipelines.extract.forecast import forecast, spell_duration
 from pipelines.extract.kept_scans import forget_scans
 from pipelines.extract.plan import plan_corpus
 from pipelines.extract.request import pinned
-from pipelines.recipes import CorpusSection, load_recipe, recipe_names
+from pipelines.recipes import load_recipe
+from pipelines.recipes.recipe import CorpusSection, recipe_names
 
 
 class Listed:

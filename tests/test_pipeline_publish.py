@@ -17,8 +17,8 @@ from pipelines.errors import PublishError
 from pipelines.evaluate.predictions import Prediction, write_predictions
 from pipelines.evaluate.stage import Scoring, score_again
 from pipelines.evaluate.summary import Settings, load_summary, save_settings
-from pipelines.model_facts import Energy, read_model
-from pipelines.publish import Parts, publish
+from pipelines.publish.facts import Energy, read_model
+from pipelines.publish.stage import Parts, publish
 from pipelines.recipes import load_recipe
 
 PUBLISHED = Parts(encoder_id="facebook/hubert-large-ls960-ft", decoder_id="HuggingFaceTB/SmolLM3-3B-Base")

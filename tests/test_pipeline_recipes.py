@@ -2,10 +2,11 @@
 
 import pytest
 
+from pipelines.ablate.grid import load_grid
 from pipelines.corpora.hub import is_commit
 from pipelines.errors import RecipeError
-from pipelines.grids import load_grid
-from pipelines.recipes import CorpusSection, differing_keys, load_recipe, recipe_names
+from pipelines.recipes import load_recipe
+from pipelines.recipes.recipe import CorpusSection, differing_keys, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

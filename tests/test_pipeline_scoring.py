@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.normalizers import NAMES, open_normalizer
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 from pipelines.scoring import (
     MIN_ERRORS,
     MIN_UTTERANCES,

@@ -12,7 +12,7 @@ from pipelines.corpora.corpus import Corpus
 from pipelines.corpora.folder import FolderCorpus
 from pipelines.corpora.parquet import HubCorpus, LocalParquetCorpus
 from pipelines.errors import CorpusError
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 
 def open_corpus(section: CorpusSection) -> Corpus:

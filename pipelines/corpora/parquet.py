@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipelines.corpora.corpus import SCAN_SCHEMA, digest_files, duration_of
 from pipelines.corpora.hub import HubFile, fetch_whole, is_commit, resolve_dataset
 from pipelines.errors import CorpusError, FetchError, SourceError
-from pipelines.recipes import Columns, CorpusSection
+from pipelines.recipes.recipe import Columns, CorpusSection
 
 READ_BYTES = 8 << 20  # of a column at once
 READ_ROWS = 32

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:](?=\d)")
 _IN_WORD = re.compile(r"(?<=\w)['\u2019](?=\w)")

@@ -18,7 +18,8 @@ from pipelines.corpora import Corpus, open_corpus
 from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.providers.base import Clip
-from pipelines.recipes import CorpusSection, load_recipe, recipe_names
+from pipelines.recipes import load_recipe
+from pipelines.recipes.recipe import CorpusSection, recipe_names
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.errors import AudioError
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import EvaluationError
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 
 NAMES = ("recipe", "whisper", "basic", "none")
 

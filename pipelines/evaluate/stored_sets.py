@@ -19,7 +19,7 @@ from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import EvalSet, Utterance, Window, choose, unique_names, windows
 from pipelines.evaluate.providers.base import Clip
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 from tinyaudio.model.errors import AudioError
 
 _PLANNED = ["utterance_id", "duration_s", "transcript", "speaker", "sex", "source", "reason"]

@@ -22,7 +22,7 @@ from pipelines.evaluate.error_analysis import Analysis, Pair, analyse
 from pipelines.evaluate.normalizers import Normalizer, open_normalizer
 from pipelines.evaluate.predictions import Prediction
 from pipelines.files import write_text
-from pipelines.recipes import CorpusSection
+from pipelines.recipes.recipe import CorpusSection
 from pipelines.scoring import (
     REPLICATIONS,
     SEED,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.corpora.corpus import SCAN_SCHEMA, Corpus
-from pipelines.recipes import Columns
+from pipelines.recipes.recipe import Columns
 
 KEEP_LOCAL_FROM_S = 10.0  # listing again what took less is no loss, and `--plan` leaves nothing behind
 

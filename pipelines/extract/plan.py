@@ -19,7 +19,8 @@ from pipelines.corpora.no_speech import is_no_speech, no_speech_rows
 from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import CorpusError
 from pipelines.extract.kept_scans import scan_once
-from pipelines.recipes import CorpusSection, Recipe
+from pipelines.recipes import Recipe
+from pipelines.recipes.recipe import CorpusSection
 from tinyaudio.model.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
 
 SCAN_ROWS = 100_000  # utterances whose text is in Python's hands at once

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from pipelines.recipes import TrainSection
+from pipelines.recipes.recipe import TrainSection
 from pipelines.scoring import WordErrors, count_word_errors
 from pipelines.train.dev_set import DevSet, Listening
 from pipelines.train.runs import Run

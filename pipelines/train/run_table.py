@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import RunError
-from pipelines.recipes import Recipe, differing_keys
+from pipelines.recipes import Recipe
+from pipelines.recipes.recipe import differing_keys
 from pipelines.train.runs import LATEST, Run
 
 SECTIONS = ("corpus", "encoder", "decoder", "store", "projector", "train")

@@ -21,7 +21,8 @@ from typing import Any
 
 from pipelines.errors import RunError
 from pipelines.files import write_text
-from pipelines.recipes import Recipe, differing_keys, load_recipe
+from pipelines.recipes import Recipe, load_recipe
+from pipelines.recipes.recipe import differing_keys
 
 RUNS = Path("runs")
 LATEST = "latest"

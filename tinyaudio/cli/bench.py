@@ -22,8 +22,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _bench(stage: str, json: bool, *arguments: Any, **settings: Any) -> None:
-    """Call `pipelines.bench_<stage>.bench_<stage>` and print its table, and its results as JSON where asked for."""
-    module = import_module(f"pipelines.bench_{stage}")
+    """Call `pipelines.bench.<stage>.bench_<stage>` and print its table, and its results as JSON where asked for."""
+    module = import_module(f"pipelines.bench.{stage}")
     results = getattr(module, f"bench_{stage}")(*arguments, **settings)
     print(module.format_table(results))
     if json:
@@ -57,7 +57,7 @@ def encodings(
 @bench.command("extract")
 def extract(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
     """Stage one: the encoder over a corpus, against plain loops."""
-    from pipelines.bench_extract import bench_extract
+    from pipelines.bench.extract import bench_extract
 
     results = bench_extract(full_size=full_size, device=device)
     print(results)

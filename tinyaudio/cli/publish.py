@@ -27,8 +27,8 @@ def publish(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
 ) -> None:
     """Publish a run: model, card with measured numbers, evaluations, samples and checksums."""
-    from pipelines.publish import Parts
-    from pipelines.publish import publish as stage
+    from pipelines.publish.stage import Parts
+    from pipelines.publish.stage import publish as stage
 
     done = stage(
         run,

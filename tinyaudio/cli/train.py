@@ -96,8 +96,8 @@ def ablate(
 
     Finished runs are skipped, so the same command again goes on after a kill, and tries again what failed.
     """
-    from pipelines.ablate import ablate as run_grid
-    from pipelines.grids import load_grid
+    from pipelines.ablate.grid import load_grid
+    from pipelines.ablate.sweep import ablate as run_grid
 
     loaded = load_grid(grid, set_ or [])
     done = run_grid(loaded, store, output or Path("runs") / f"ablate-{loaded.name}", jobs=jobs, device=device, say=say)

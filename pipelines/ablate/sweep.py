@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from cache import FeatureStore
-from pipelines.ablation_report import Outcome, plot, tabulate, tabulate_runs
+from pipelines.ablate.grid import Cell, Grid
+from pipelines.ablate.report import Outcome, plot, tabulate, tabulate_runs
 from pipelines.errors import RunError
 from pipelines.files import write_text
-from pipelines.grids import Cell, Grid
 from pipelines.train.run_table import Table
 from pipelines.train.runs import Run
 from pipelines.train.stage import TrainReport, train

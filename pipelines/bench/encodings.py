@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from cache import Calibration, FeatureReader, FeatureStore, Quantized
-from pipelines.ablate import ablate
+from pipelines.ablate.grid import Cell, Grid
+from pipelines.ablate.sweep import ablate
 from pipelines.corpora import open_corpus
 from pipelines.encoders import open_encoder, pick_device
 from pipelines.evaluate.eval_sets import open_eval_set
@@ -29,7 +30,6 @@ from pipelines.evaluate.stage import evaluate
 from pipelines.extract.decode import Decoder
 from pipelines.extract.encode import EncoderLine
 from pipelines.extract.stage import cut_batches, extract, wanted_splits
-from pipelines.grids import Cell, Grid
 from pipelines.recipes import Recipe, load_recipe
 
 Features = NDArray[np.float32]

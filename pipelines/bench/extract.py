@@ -35,11 +35,12 @@ from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.extract.plan import Plan, plan_corpus
 from pipelines.extract.report import ExtractReport
 from pipelines.extract.shard_pipeline import ShardLine
-from pipelines.recipes import RECIPES, Recipe, load_recipe
+from pipelines.recipes import Recipe, load_recipe
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio, num_frames
 from tinyaudio.model.encoder import encode, give_back_free_memory, load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import freeze
 
+DEMO = Path(__file__).parents[1] / "demo"
 PADDED_BATCH = 8  # recordings in a batch of (b)
 STAND_IN_S, FULL_SIZE_S, GPU_S = 600.0, 100.0, 30_000.0  # seconds of audio in one round; a GPU's is some ten seconds
 ROW_GROUP = 20  # recordings, so that a shard spans several row groups and a row group two shards, as in reality
@@ -163,7 +164,7 @@ def _open_encoder(full_size: bool, device: torch.device) -> LoadedEncoder:
         model: Any = freeze(HubertModel(config))
         extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     else:
-        folder = str(RECIPES.parent / "demo" / "encoder")
+        folder = str(DEMO / "encoder")
         model, extractor = load_encoder(folder), load_feature_extractor(folder)
     precision = "bfloat16" if device.type == "cuda" else "float32"
     return LoadedEncoder(model=model.to(device), feature_extractor=extractor, precision=precision, fingerprint={})

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from pipelines.demo_training import Log, TrainingPlan, save_weights, update
+from pipelines.demo.make.training import Log, TrainingPlan, save_weights, update
 from tinyaudio.model.prompt import PREFIX, SUFFIX
 
 EOS_TOKEN = "<|end_of_text|>"

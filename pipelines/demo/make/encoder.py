@@ -19,7 +19,7 @@ from transformers import HubertConfig, HubertForCTC, Wav2Vec2CTCTokenizer, Wav2V
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
-from pipelines.demo_training import Log, TrainingPlan, save_weights, update
+from pipelines.demo.make.training import Log, TrainingPlan, save_weights, update
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
 
 NUM_MEL_BANDS = 40

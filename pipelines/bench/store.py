@@ -28,7 +28,7 @@ from cache.commits import ArrayFile, Commit, PlainFile, root_digest
 from cache.index import encode_table
 from cache.layout import ROWS_PER_SHARD, zarr_metadata
 from cache.shards import crc32c, shard_size
-from pipelines.bench_store_races import (
+from pipelines.bench.store_contestants import (
     DIM,
     LENGTHS,
     NARROW,

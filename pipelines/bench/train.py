@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.bench_contestants import LIVE, OURS, PLAIN, Batch, Contestant, contestants, our_batches
-from pipelines.bench_parts import Parts, build_parts
-from pipelines.bench_store_races import drop_from_page_cache
+from pipelines.bench.memory import CountFlops, measuring_peak
+from pipelines.bench.models import Parts, build_parts
+from pipelines.bench.store_contestants import drop_from_page_cache
+from pipelines.bench.train_contestants import LIVE, OURS, PLAIN, Batch, Contestant, contestants, our_batches
 from pipelines.encoders import pick_device
 from pipelines.errors import RunError
-from pipelines.peak_memory import CountFlops, measuring_peak
 from tinyaudio.model.loss import summed_cross_entropy
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
 

@@ -22,7 +22,7 @@ import soundfile
 import torch
 from transformers import pipeline
 
-from pipelines.bench_parts import full_size_model
+from pipelines.bench.models import full_size_model
 from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.encoder import load_feature_extractor
@@ -31,7 +31,7 @@ from tinyaudio.model.pipeline_tinyaudio import TinyAudioPipeline
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 TASK = "automatic-speech-recognition"
 # HuBERT-large in float32 (1.26 GB), SmolLM3-3B in bfloat16 (6.15 GB), projector, activations and Python.
 FULL_SIZE_BYTES = 9_500_000_000

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cache import FeatureReader
-from pipelines import bench_losses as losses
-from pipelines.bench_parts import Parts
+from pipelines.bench import losses
+from pipelines.bench.models import Parts
 from pipelines.train.batches import BATCHES_AHEAD, Dequantizer, TrainingBatches, collate, pad_labels
 from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.encoder import encoder_inputs

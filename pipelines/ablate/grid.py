@@ -26,7 +26,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from pipelines.errors import RecipeError
-from pipelines.recipes import Recipe, Section, explain, load_recipe
+from pipelines.recipes import Recipe, load_recipe
+from pipelines.recipes.recipe import Section, explain
 
 GRIDS = Path(__file__).parent / "grids"
 SEED = "train.seed"

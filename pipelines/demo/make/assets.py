@@ -1,6 +1,6 @@
 """Make the shipped stand-ins of `pipelines/demo/`: a synthetic corpus, a small HuBERT, a small SmolLM3.
 
-    python -m pipelines.demo_assets --out pipelines/demo --examples pipelines/space/examples
+    python -m pipelines.demo.make --out pipelines/demo --examples pipelines/space/examples
 
 Needs espeak-ng and nothing else: no network, no other data. Everything follows from the seed and from the
 installed versions of espeak-ng, libopus and torch; see `pipelines/demo/README.md`.
@@ -19,7 +19,7 @@ import jiwer
 import numpy as np
 import torch
 
-from pipelines.demo_corpus import (
+from pipelines.demo.make.corpus import (
     SpokenUtterance,
     encode_opus,
     known_variants,
@@ -30,8 +30,8 @@ from pipelines.demo_corpus import (
     synthesise,
     write_corpus,
 )
-from pipelines.demo_decoder import save_decoder, train_decoder, train_tokenizer
-from pipelines.demo_encoder import ctc_transcripts, save_encoder, train_encoder
+from pipelines.demo.make.decoder import save_decoder, train_decoder, train_tokenizer
+from pipelines.demo.make.encoder import ctc_transcripts, save_encoder, train_encoder
 from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
 NUM_DECODER_SENTENCES = 30_000
@@ -137,7 +137,8 @@ def make_demo_assets(out: Path, seed: int, examples: Path | None = None) -> None
     log(f"{out}: {size_bytes / 1e6:.2f} MB")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the command line and make the assets."""
     arguments = argparse.ArgumentParser(description="Make the bundled stand-ins again; needs espeak-ng.")
     arguments.add_argument(
         "--out", type=Path, required=True, help="folder to write corpus/, encoder/ and decoder/ into"

@@ -27,8 +27,8 @@ from pipelines.evaluate.predictions import read_predictions
 from pipelines.evaluate.report.report import set_name
 from pipelines.evaluate.summary import Summary, load_summary, save_summary
 from pipelines.files import write_text
-from pipelines.model_card import CardFacts, make_card, one_of_each, set_key
-from pipelines.model_facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
+from pipelines.publish.card import CardFacts, make_card, one_of_each, set_key
+from pipelines.publish.facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
 from pipelines.recipes import Recipe, load_recipe
 
 NUM_SAMPLES = 5  # of each set

@@ -1,0 +1,1 @@
+"""Many stage twos over one store: every combination of a grid. `sweep.py` runs them."""

@@ -1,0 +1,1 @@
+"""Speed and memory of every stage, as ratios measured side by side in one run."""

@@ -16,15 +16,15 @@
 Knows nothing of speech, models or torch.
 """
 
+from cache.copies import store_export, store_merge, unknown_ids
 from cache.errors import CacheError
+from cache.info import store_diff, store_info
 from cache.order import EpochOrder, epoch_order
 from cache.plan import make_plan
 from cache.quantize import Calibration, Moments, Quantized
-from cache.reader import FeatureReader
+from cache.reader import FeatureReader, feature_moments
 from cache.repair import store_repair
-from cache.statistics import feature_moments
 from cache.store import FeatureStore
-from cache.tools import store_diff, store_export, store_info, store_merge, unknown_ids
 from cache.verify import Fault, find_faults, store_verify
 from cache.writer import ShardWriter
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Self
 
 from cache.commits import sealed_shards
-from cache.durable import LEASE_S, Owner, clock_of, exclusive, link_into_place, silence_s, temporaries, write_temporary
+from cache.files import clock_of, exclusive, link_into_place, silence_s, temporaries, write_temporary
 from cache.layout import Header, Layout
+from cache.owners import LEASE_S, Owner
 
 
 class Claim:

@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.durable import canonical_json, is_lost, place
 from cache.errors import CorruptShardError
+from cache.files import canonical_json, is_lost, place
 from cache.layout import Header, Layout
 
 

@@ -20,8 +20,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from cache.durable import canonical_json
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
+from cache.files import canonical_json
 
 FORMAT_VERSION = 1
 ROWS_PER_SHARD = 131_072  # 43.7 min at 50 Hz; 256 MiB at 1024 x float16

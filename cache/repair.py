@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cache.claims import Claim
 from cache.commits import Commit, check_commit, committed_shards, forget_damage, noted_damage, sealed_commits
-from cache.durable import exclusive, is_lost, place, remove
+from cache.create import FOLDERS, encode_calibration
 from cache.errors import CorruptShardError
-from cache.skeleton import FOLDERS, encode_calibration
+from cache.files import exclusive, is_lost, place, remove
 from cache.store import FeatureStore
 from cache.verify import (
     NUM_THREADS,

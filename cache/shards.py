@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.durable import IOV_MAX
+from cache.files import IOV_MAX
 
 CRC_BYTES = 4
 HOT_BYTES = 1 << 20  # read and checksummed at a time: fits the second-level cache of a core

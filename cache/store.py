@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache.claims import sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
-from cache.durable import canonical_json, exclusive, place
+from cache.create import build, compare_fields, describe, mend, require
 from cache.errors import (
     CorruptShardError,
     StoreMismatchError,
@@ -31,12 +31,12 @@ from cache.errors import (
     UnsealableStoreError,
     command_that_made,
 )
+from cache.files import canonical_json, exclusive, place
 from cache.index import INDEX_SCHEMA, decode_index, encode_table, read_committed
 from cache.layout import ROWS_PER_SHARD, Encoding, Header, Layout, read_header
 from cache.plan import read_plan
 from cache.quantize import Calibration
 from cache.shards import CRC_BYTES
-from cache.skeleton import build, compare_fields, describe, mend, require
 from cache.writer import ShardWriter, claim_shard
 
 

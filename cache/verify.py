@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 
 from cache.commits import ArrayFile, Commit, committed_shards, note_damage, noted_damage, root_digest
-from cache.durable import is_lost
+from cache.create import encode_rejected, metadata_faults
 from cache.errors import command_that_made
+from cache.files import is_lost
 from cache.layout import Header
 from cache.plan import plan_digest, read_plan
 from cache.shards import CRC_BYTES, expected_index, read_chunks, read_index
-from cache.skeleton import encode_rejected, metadata_faults
 from cache.store import FeatureStore
 
 Kind = Literal[

@@ -23,16 +23,8 @@ from numpy.typing import NDArray
 from cache.blocks import Rows
 from cache.claims import Claim
 from cache.commits import ArrayFile, Commit, PlainFile
-from cache.durable import (
-    Buffers,
-    exclusive,
-    link_into_place,
-    place,
-    sync_directory,
-    temporary_of,
-    write_temporary,
-)
 from cache.errors import IncompleteShardError, LostClaimError, UnplannedUtteranceError
+from cache.files import Buffers, exclusive, link_into_place, place, sync_directory, temporary_of, write_temporary
 from cache.index import Quarantined, encode_index, encode_quarantine
 from cache.layout import FILL, Header, Layout
 from cache.quantize import Calibration, quantize

@@ -32,7 +32,7 @@ from cache_stores import Features, create, fill
 
 from cache import FeatureReader, FeatureStore, store_verify
 from cache.claims import read_owner, sweep
-from cache.durable import temporaries
+from cache.files import temporaries
 from cache.verify import check_shard
 
 ROWS, DIM = 1024, 64  # 128 KiB a shard: nearly all of its time is the protocol, which is what is under test

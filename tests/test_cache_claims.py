@@ -18,13 +18,14 @@ from cache_stores import create, fill, make_features, sealed
 
 from cache import FeatureReader, FeatureStore, ShardWriter, store_verify
 from cache.claims import Claim, read_owner, sweep
-from cache.durable import LEASE_S, Owner, place, temporary_of
 from cache.errors import (
     IncompleteShardError,
     LostClaimError,
     UnplannedUtteranceError,
     UnsealableStoreError,
 )
+from cache.files import place, temporary_of
+from cache.owners import LEASE_S, Owner
 
 FEATURES = make_features([30] * 8)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_finished_store_answers_without_torch(recipe_file, store):
     script = (
         "import sys; from pathlib import Path; from pipelines.extract.request import finished\n"
-        "from pipelines.recipes.recipe import load_recipe\n"
+        "from pipelines.recipes import load_recipe\n"
         f"report = finished(load_recipe({str(recipe_file)!r}), Path({str(store)!r}))\n"
         "assert report.is_complete and report.utterances == 48, report\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"

@@ -173,9 +173,9 @@ def test_an_error_under_way_gives_every_claim_back(recipe_file, tmp_path, monkey
 def test_decoding_processes_end_when_their_parent_is_killed(recipe_file, tmp_path):
     script = (
         "import multiprocessing, os, time\n"
-        "from pipelines.corpora.open import open_corpus\n"
+        "from pipelines.corpora import open_corpus\n"
         "from pipelines.extract.decode import Decoder\n"
-        "from pipelines.recipes.recipe import load_recipe\n"
+        "from pipelines.recipes import load_recipe\n"
         "if __name__ == '__main__':\n"
         f"    corpus = open_corpus(load_recipe({str(recipe_file)!r}).corpus)\n"
         "    decoder = Decoder(corpus, 1, 30.0)\n"

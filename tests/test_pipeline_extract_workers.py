@@ -16,8 +16,8 @@ from extractions import INT8, same_content, spoil, stage_one
 from safetensors.numpy import load_file, save_file
 
 from cache import store_merge
-from cache.durable import Owner
 from cache.errors import StoreMismatchError
+from cache.owners import Owner
 from pipelines.errors import PipelineError
 from pipelines.extract.stage import join
 from pipelines.processes import Place

@@ -24,7 +24,7 @@ from pipelines.train.runs import Run
 PROCESS = """
 import sys
 from pathlib import Path
-from pipelines.recipes.recipe import load_recipe
+from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
 recipe_file, store, folder = sys.argv[1:]

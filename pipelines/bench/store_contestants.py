@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from cache import EpochOrder, FeatureReader, FeatureStore, epoch_order, make_plan
-from cache.durable import sync_directory
+from cache.files import sync_directory
 from cache.layout import ROWS_PER_SHARD
 
 DIM = 1024  # HuBERT-large

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache import FeatureStore, store_repair
-from cache.durable import exclusive
+from cache.create import compare_fields
 from cache.errors import CacheError, StoreMismatchError
-from cache.skeleton import compare_fields
+from cache.files import exclusive
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.encoders import LoadedEncoder, open_encoder, pick_device
 from pipelines.errors import DiskError, TooManyBadError

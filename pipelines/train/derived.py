@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.commits import root_digest
-from cache.durable import canonical_json, exclusive, place, remove
+from cache.files import canonical_json, exclusive, place, remove
 
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]

@@ -1,14 +1,10 @@
-"""What one does with finished stores: look inside, compare, join, cut out. Returns values; printing is the caller's."""
-
-from __future__ import annotations
+"""Joining stores and cutting parts out of one."""
 
 import os
 import shlex
 import shutil
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,154 +12,19 @@ import numpy as np
 import pyarrow as pa
 
 from cache.commits import check_sizes
-from cache.durable import Owner, temporary_of, write_temporary
+from cache.create import compare_fields
 from cache.errors import MADE_BY, RECIPE, REQUEST, CorruptShardError, LostClaimError, StoreMismatchError
-from cache.index import decode_quarantine, read_committed
+from cache.files import temporary_of, write_temporary
+from cache.info import Paths
+from cache.owners import Owner
 from cache.plan import make_plan
 from cache.reader import FeatureReader
 from cache.repair import store_repair
-from cache.skeleton import compare_fields
 from cache.store import FeatureStore
 from cache.verify import check_files
 from cache.writer import claim_shard, commit_shard
 
 IDS = "ids.txt"  # in an exported store: the ids that were asked for
-DURATION_EDGES_S = (0, 1, 2, 5, 10, 15, 20, 30, 60)  # the last class is open
-Paths = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreInfo:
-    """What is in a store, by whom, how much, how complete."""
-
-    path: str
-    format: int
-    encoding: str
-    dim: int
-    fingerprint_id: str
-    fingerprint: dict[str, Any]
-    plan_id: str
-    calibration_id: str | None
-    num_shards: int
-    num_committed: int
-    is_sealed: bool
-    num_planned: int
-    num_utterances: int
-    num_frames: int
-    num_clamped: int
-    hours: float
-    size_bytes: int
-    splits: dict[str, dict[str, float]]  # split -> utterances, hours, shards
-    quarantine: dict[str, int]  # reason -> utterances
-    durations: dict[str, int]  # "2-5 s" -> utterances
-    writers: dict[str, int]  # host -> shards
-    first_commit: str | None  # UTC, ISO 8601
-    last_commit: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def to_table(self) -> str:
-        """Write it for people."""
-        lines = [
-            f"store        {self.path}",
-            f"holds        {self.num_utterances:,} utterances, {self.hours:,.2f} h, {self.num_frames:,} frames of "
-            f"{self.dim} x {self.encoding}, {self.size_bytes / 1e9:,.3f} GB",
-            f"complete     {self.num_committed:,} of {self.num_shards:,} shards"
-            + (", sealed" if self.is_sealed else ", not sealed"),
-            f"fingerprint  {self.fingerprint_id[:12]}    plan {self.plan_id[:12]}"
-            + (f"    calibration {self.calibration_id[:12]}" if self.calibration_id else ""),
-        ]
-        lines += [
-            f"split        {name:<12} {int(part['utterances']):>10,} utterances {part['hours']:>10,.2f} h"
-            for name, part in self.splits.items()
-        ]
-        lines += [f"duration     {name:<12} {count:>10,} utterances" for name, count in self.durations.items() if count]
-        lines += [f"quarantine   {reason:<22} {count:>10,}" for reason, count in self.quarantine.items()]
-        lines += [f"written by   {host:<22} {count:>10,} shards" for host, count in self.writers.items()]
-        if self.num_clamped:
-            lines.append(f"clamped      {self.num_clamped:,} values to the range of float16")
-        if self.last_commit:
-            lines.append(f"written      {self.first_commit} to {self.last_commit}")
-        return "\n".join(lines)
-
-
-def store_info(path: Paths) -> StoreInfo:
-    """Describe a store from its records and indexes, without reading features.
-
-    Raises:
-        StoreNotFoundError, CorruptShardError: as `FeatureReader`.
-    """
-    reader = FeatureReader(path)
-    store, commits = reader.store, reader.commits.values()
-    splits: dict[str, dict[str, float]] = {}
-    for commit in commits:
-        part = splits.setdefault(commit.split, {"utterances": 0, "hours": 0.0, "shards": 0})
-        part["utterances"] += commit.num_utterances
-        part["hours"] += commit.duration_s / 3600
-        part["shards"] += 1
-    finished = sorted(commit.finished_at for commit in commits)
-    return StoreInfo(
-        path=str(store.path),
-        format=store.header.format,
-        encoding=store.encoding,
-        dim=store.dim,
-        fingerprint_id=store.fingerprint_id,
-        fingerprint=store.fingerprint,
-        plan_id=store.header.plan_id,
-        calibration_id=store.header.calibration_id,
-        num_shards=store.num_shards,
-        num_committed=len(commits),
-        is_sealed=store.is_sealed,
-        num_planned=store.header.num_planned,
-        num_utterances=sum(commit.num_utterances for commit in commits),
-        num_frames=sum(commit.num_frames for commit in commits),
-        num_clamped=sum(commit.num_clamped for commit in commits),
-        hours=sum(commit.duration_s for commit in commits) / 3600,
-        size_bytes=sum(commit.size_bytes for commit in commits),
-        splits=splits,
-        quarantine=dict(_quarantine(store, reader).most_common()),
-        durations=_durations(reader),
-        writers=dict(Counter(_machine(commit.writer) for commit in commits)),
-        first_commit=finished[0] if finished else None,
-        last_commit=finished[-1] if finished else None,
-    )
-
-
-def _machine(writer: str) -> str:
-    owner = Owner.parse(writer)
-    return writer if owner is None else owner.machine
-
-
-def _quarantine(store: FeatureStore, reader: FeatureReader) -> Counter[str]:
-    try:
-        lines = decode_quarantine(store.layout.rejected.read_bytes())
-    except (OSError, ValueError) as error:
-        name = store.layout.rejected.relative_to(store.path)
-        raise CorruptShardError(store.path, None, f"its {name} cannot be read ({error})") from error
-    for commit in reader.commits.values():
-        if commit.num_quarantined:
-            lines += decode_quarantine(read_committed(store.path, commit, "quarantine"))
-    return Counter(line["reason"] for line in lines)
-
-
-def _durations(reader: FeatureReader) -> dict[str, int]:
-    edges = [*DURATION_EDGES_S, np.inf]
-    counts, _ = np.histogram(np.asarray(reader.index["duration_s"]), edges)
-    names = [f"{low}-{high} s" for low, high in pairwise(DURATION_EDGES_S)]
-    return dict(zip([*names, f"{DURATION_EDGES_S[-1]} s or more"], counts.tolist(), strict=True))
-
-
-def store_diff(path: Paths, other: Paths) -> dict[str, tuple[Any, Any]]:
-    """Compare what two stores hold.
-
-    Returns:
-        Field -> (value in the first, value in the second), for the fields that differ; empty: the same extraction.
-    """
-    return compare_fields(FeatureStore.open(path).header.identity(), FeatureStore.open(other).header.identity())
-
-
-# ------------------------------------------------------------------------------------------- joining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +150,6 @@ def _check_copy(store: FeatureStore, source: FeatureStore, shard: int, owner: Ow
     paths = {name: temporary_of(store.path / name, owner) for name in (*commit.arrays, *commit.files)}
     if faults := check_files(source, commit, paths, deep=True):
         raise CorruptShardError(source.path, shard, f"{faults[0].path} is not what was committed ({faults[0].kind})")
-
-
-# ------------------------------------------------------------------------------------------- cutting out
 
 
 def store_export(

@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from cache.commits import committed_shards, read_commit
-from cache.durable import Owner, sync_directory, temporary_of
 from cache.errors import CorruptShardError, PlanError, StoreMismatchError, StoreNotFoundError
+from cache.files import sync_directory, temporary_of
 from cache.index import Quarantined, encode_quarantine
 from cache.layout import FORMAT_VERSION, Encoding, Header, Layout, divide_shard, read_header, zarr_metadata
+from cache.owners import Owner
 from cache.plan import REQUIRED_COLUMNS, plan_digest, read_plan, write_plan
 from cache.quantize import Calibration
 from cache.shards import CRC_BYTES, crc32c

@@ -1,6 +1,7 @@
-"""The house has floors; imports go down only. See docs/architecture.md."""
+"""Imports point one way, from floor to floor; names, lists and the layout in the docs are those of the tree."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -11,57 +12,178 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# floor -> top-level names that it must never import
-FORBIDDEN = {
-    "cache": {"tinyaudio", "pipelines", "torch", "transformers", "datasets", "typer", "soundfile"},
-    "tinyaudio": {"cache", "pipelines", "zarr", "datasets", "typer", "jiwer"},
+PACKAGES = ("tinyaudio", "cache", "pipelines")
+NOT_IN_THE_WHEEL = {Path("pipelines/space"), Path("pipelines/demo/make")}  # data beside the code; maintainers' tools
+
+STAGES = {"pipelines.extract", "pipelines.train", "pipelines.evaluate"}
+GROUND = {"cache", "pipelines.errors", "pipelines.files", "pipelines.processes", "pipelines.scoring"}
+PYTHONS_WAY_IN = {"tinyaudio", "tinyaudio.transcribe", "tinyaudio.subtitles", "tinyaudio.page", "tinyaudio.doctor"}
+SHARED = {"pipelines.recipes", "pipelines.retry", "pipelines.encoders", "pipelines.corpora"}
+BELOW_THE_CLI = {"tinyaudio.model", "tinyaudio.version"} | GROUND | PYTHONS_WAY_IN | SHARED | STAGES
+BELOW_THE_CLI |= {"pipelines.ablate", "pipelines.publish"}
+
+# Room -> the rooms that it may import, itself and pipelines.errors aside. A room is a package or a module; a module
+# belongs to the longest name here that it starts with. From the top floor down.
+FLOORS = {
+    "tinyaudio.cli": BELOW_THE_CLI | {"pipelines.bench"},
+    "tinyaudio.__main__": {"tinyaudio.cli"},
+    "pipelines.bench": BELOW_THE_CLI,
+    "pipelines.ablate": {"pipelines.train", "pipelines.recipes", "pipelines.files", "cache"},
+    "pipelines.publish": {
+        "pipelines.evaluate",
+        "pipelines.corpora",
+        "pipelines.recipes",
+        "pipelines.files",
+        "tinyaudio.model",
+    },
+    "pipelines.extract": {
+        "pipelines.corpora",
+        "pipelines.encoders",
+        "pipelines.retry",
+        "pipelines.processes",
+        "pipelines.recipes",
+        "pipelines.files",
+        "cache",
+        "tinyaudio.model",
+    },
+    "pipelines.train": {
+        "pipelines.encoders",
+        "pipelines.processes",
+        "pipelines.scoring",
+        "pipelines.recipes",
+        "pipelines.files",
+        "cache",
+        "tinyaudio.model",
+    },
+    "pipelines.evaluate": {
+        "pipelines.corpora",
+        "pipelines.encoders",
+        "pipelines.scoring",
+        "pipelines.recipes",
+        "pipelines.files",
+        "cache",
+        "tinyaudio.model",
+        "tinyaudio.version",
+        "tinyaudio.transcribe",
+    },
+    "pipelines.corpora": {"pipelines.retry", "pipelines.recipes", "tinyaudio.model"},
+    "pipelines.encoders": {"pipelines.retry", "pipelines.recipes", "tinyaudio.model", "tinyaudio.transcribe"},
+    "pipelines.demo": {"tinyaudio.model"},
+    "pipelines.space": PYTHONS_WAY_IN,
+    "tinyaudio": {"tinyaudio.model", "tinyaudio.transcribe", "tinyaudio.version"},
+    "tinyaudio.page": {"tinyaudio.model", "tinyaudio.transcribe"},
+    "tinyaudio.doctor": {"tinyaudio.model", "tinyaudio.transcribe"},
+    "tinyaudio.transcribe": {"tinyaudio.model", "tinyaudio.version"},
+    "tinyaudio.subtitles": {"tinyaudio.model"},
+    "tinyaudio.version": set(),
+    "tinyaudio.model": set(),
+    "pipelines.recipes": set(),
+    "pipelines.retry": set(),
+    "pipelines.files": set(),
+    "pipelines.processes": set(),
+    "pipelines.scoring": set(),
+    "pipelines.errors": set(),
+    "pipelines": set(),
+    "cache": set(),
+}
+# Room -> names of other people's packages that stay out of it.
+STRANGERS = {
+    "cache": {"torch", "transformers", "datasets", "typer", "soundfile"},
+    "tinyaudio": {"zarr", "datasets", "typer", "jiwer"},
     "pipelines": {"typer"},
 }
-NOT_IN_THE_WHEEL = {Path("pipelines/space"), Path("pipelines/demo/make")}  # data beside the code; maintainers' tools
-STAGES = {"extract", "train", "evaluate"}
 
 
-def is_roof(module: str) -> bool:
-    return module == "tinyaudio.__main__" or module.startswith("tinyaudio.cli")
+def modules() -> dict[str, Path]:
+    """Every module of the three packages, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
 
 
-def source_modules():
-    for floor in FORBIDDEN:
-        for path in sorted((ROOT / floor).rglob("*.py")):
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            yield pytest.param(module, path, id=module)
+def room_of(name: str) -> str | None:
+    """The room of a dotted name; None if it is not ours."""
+    known = [room for room in FLOORS if name == room or name.startswith(f"{room}.")]
+    return max(known, key=len) if known else None
 
 
-def imported_names(path: Path, package: str) -> set[str]:
+def imported_names(source: str, package: str) -> set[str]:
+    """Dotted names that a module imports; `package` is what its relative imports start from."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            base = f"{package}.{base}".rstrip(".") if node.level else base
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize(("module", "path"), list(source_modules()))
-def test_imports_only_go_down(module, path):
-    if is_roof(module):
-        return
-    floor = module.split(".")[0]
-    upward = {
-        n for n in imported_names(path, module.rpartition(".")[0]) if n.split(".")[0] in FORBIDDEN[floor] or is_roof(n)
-    }
-    assert not upward, f"{module} imports {sorted(upward)}, which is above it"
+def package_of(module: str) -> str:
+    path = modules().get(module)
+    return module if path is not None and path.name == "__init__.py" else module.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
-def test_stages_do_not_import_stages(stage):
-    others = tuple(f"pipelines.{other}" for other in STAGES - {stage})
-    for path in sorted((ROOT / "pipelines" / stage).rglob("*.py")):
-        package = ".".join(path.relative_to(ROOT).parent.parts)
-        found = {name for name in imported_names(path, package) if name.startswith(others)}
-        assert not found, f"{path} imports {sorted(found)}; what two stages share gets a module with a name"
+def forbidden_imports(module: str, source: str) -> set[str]:
+    """What a module imports from a room above or beside its own, or from a stranger."""
+    room = room_of(module)
+    allowed = FLOORS[room] | {room, "pipelines.errors"}
+    names = imported_names(source, package_of(module))
+    ours = {name for name in names if room_of(name) is not None and room_of(name) not in allowed}
+    strangers = set() if room in ("tinyaudio.cli", "tinyaudio.__main__") else STRANGERS[module.split(".")[0]]
+    return ours | {name for name in names if name.split(".")[0] in strangers}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_only_go_down(module: str) -> None:
+    found = forbidden_imports(module, modules()[module].read_text())
+    assert not found, f"{module} imports {sorted(found)}; see the floors in docs/architecture.md"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("cache.blocks", "from tinyaudio.model.audio import load_audio"),
+        ("cache.reader", "import torch"),
+        ("tinyaudio.model.loss", "from tinyaudio.transcribe import Transcriber"),
+        ("tinyaudio.model.reader", "from ..subtitles import to_srt"),
+        ("tinyaudio.doctor", "from tinyaudio.cli.options import say"),
+        ("pipelines.train.batches", "from pipelines import extract"),
+        ("pipelines.train.trainer", "from pipelines.extract.plan import plan_corpus"),
+        ("pipelines.extract.encode", "from pipelines.train.runs import Run"),
+        ("pipelines.evaluate.providers.base", "import pipelines.train.runs"),
+        ("pipelines.evaluate.providers.ctc", "from ...extract.decode import Decoder"),
+        ("pipelines.corpora.parquet", "from pipelines.extract.report import ExtractReport"),
+        ("pipelines.recipes.recipe", "from tinyaudio.model.projectors import PROJECTORS"),
+        ("pipelines.retry", "from pipelines.corpora import open_corpus"),
+        ("pipelines.publish.card", "from pipelines.bench.models import hubert_large"),
+    ],
+)
+def test_an_import_from_above_or_beside_is_caught(module: str, line: str) -> None:
+    assert module in modules()
+    assert forbidden_imports(module, f"def late():\n    {line}\n")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """No circle, imports inside functions counted; those for the type checker only are not."""
+    known, graph = modules(), {}
+    for module, path in known.items():
+        source = path.read_text().split("if TYPE_CHECKING:\n    from tinyaudio")[0]
+        names = imported_names(source, package_of(module))
+        graph[module] = {n if n in known else n.rpartition(".")[0] for n in names} & (known.keys() - {module})
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_what_travels_imports_relatively_and_all_else_absolutely() -> None:
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                is_ours = (node.module or "").split(".")[0] in PACKAGES
+                wrong = is_ours if module.startswith("tinyaudio.model") else bool(node.level)
+                assert not wrong, f"{module}:{node.lineno} imports {'absolutely' if is_ours else 'relatively'}"
 
 
 def test_importing_tinyaudio_brings_no_store_and_no_stages():
@@ -93,7 +215,7 @@ def test_git_ignores_no_source():
 def test_packages_are_listed_by_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = project["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(ROOT) for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")}
+    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders - NOT_IN_THE_WHEEL)
     assert "Private :: Do Not Upload" in project["project"]["classifiers"]
 
@@ -105,9 +227,9 @@ def test_required_packages_are_dependencies():
     assert required <= names
 
 
-@pytest.mark.parametrize(("module", "path"), list(source_modules()))
-def test_every_module_says_what_it_holds_in_ascii(module, path):
-    text = path.read_text()
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_every_module_says_what_it_holds_in_ascii(module: str) -> None:
+    text = modules()[module].read_text()
     assert ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
     assert text.isascii(), f"{module} is not ASCII"
 
@@ -124,7 +246,7 @@ def test_the_layout_in_the_docs_is_the_tree():
             named.add(folder)
     missing = {name for name in named if not (ROOT / name).exists()}
     assert not missing, f"docs/architecture.md names what does not exist: {sorted(missing)}"
-    modules = {str(p.relative_to(ROOT)) for package in FORBIDDEN for p in (ROOT / package).rglob("*.py")}
+    modules = {str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
     unnamed = {m for m in modules if m not in named and not m.endswith("__init__.py")}
     assert not unnamed, f"docs/architecture.md does not name {sorted(unnamed)}"
 

@@ -24,7 +24,7 @@ def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {name.split("/")[0] for name in inside} == set(PACKAGES)
-    assert inside == set(tracked.stdout.split())
+    assert inside == {name for name in tracked.stdout.split() if not name.startswith("pipelines/demo/make/")}
 
 
 @pytest.mark.slow

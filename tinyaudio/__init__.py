@@ -10,7 +10,7 @@ This package goes from samples to text. It knows no feature store and no data se
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tinyaudio.version import __version__
 
 _HOME = {
     "AudioError": "model.errors",

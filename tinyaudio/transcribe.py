@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from tinyaudio import __version__
 from tinyaudio.model.audio import AudioSource
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
@@ -27,6 +26,7 @@ from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.reader import Input
 from tinyaudio.model.recognize import OnProgress, Options, Recognizer
 from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.version import __version__
 
 __all__ = ["Segment", "Transcriber", "Transcript", "default_model", "pick_device"]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-import tinyaudio
 from pipelines.corpora.sources import contamination_notes, source_of
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.comparison import Comparison, Side, compare
@@ -33,6 +32,7 @@ from pipelines.scoring import (
     count_word_errors,
     wer_interval,
 )
+from tinyaudio.version import __version__
 
 FORMAT = 2
 MAX_FAILURES_LISTED = 100
@@ -304,7 +304,7 @@ def _notes(settings: Settings) -> list[str]:
 
 def code_versions() -> dict[str, str]:
     """Return what scored: our version, our commit if this is a checkout, and the scorers' versions."""
-    found = {"tinyaudio": tinyaudio.__version__, "python": platform.python_version()}
+    found = {"tinyaudio": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in ("jiwer", "kaldialign", "whisper-normalizer")}
     commit = _git("rev-parse", "HEAD")
     if commit:

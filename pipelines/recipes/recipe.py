@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import RecipeError
 
@@ -109,20 +109,10 @@ class ExtractSection(Section):
     disk_patience_s: Annotated[float, Field(ge=0)] = 0.0  # seconds to wait for room before giving up
 
 
-def _known_projector(kind: str) -> str:
-    from tinyaudio.model.projectors import PROJECTORS  # here, for it brings torch
-
-    if kind not in PROJECTORS:
-        close = difflib.get_close_matches(kind, PROJECTORS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{hint}expected one of {', '.join(PROJECTORS)}")
-    return kind
-
-
 class ProjectorSection(Section):
     """The trained part."""
 
-    kind: Annotated[str, AfterValidator(_known_projector)] = "mlp"
+    kind: Literal["mlp", "linear", "norm_mlp", "conv"] = "mlp"  # a test compares them with `model.projectors`
     stack_factor: PositiveInt = 5
     hidden_size: PositiveInt = 2048
     whiten: bool = False  # start from an input layer that whitens the store's own mean and standard deviation
@@ -275,6 +265,10 @@ def _explain_one(fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"key {where!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "literal_error":
+        choices = fault["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        close = difflib.get_close_matches(str(fault["input"]), choices, 1)
+        message = (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(choices)}"
     return f"{where or 'recipe'}: {message}; found {fault['input']!r}" if where.count(".") else f"{where}: {message}"
 
 

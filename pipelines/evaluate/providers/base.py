@@ -13,8 +13,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-import tinyaudio
 from tinyaudio.model.audio import SAMPLING_RATE, Samples
+from tinyaudio.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,6 +130,6 @@ def model_name(model: str) -> str:
 def local_environment(device: torch.device) -> dict[str, Any]:
     """Say what a local model is computed on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    versions = {"tinyaudio": tinyaudio.__version__, "torch": torch.__version__}
+    versions = {"tinyaudio": __version__, "torch": torch.__version__}
     where = {"device": name or device.type, "audio": "16 kHz mono, float32 samples"}
     return {**where, **versions, "transformers": transformers.__version__}

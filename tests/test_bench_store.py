@@ -1,4 +1,4 @@
-"""The benchmark of the store runs and says what it should. Run: pytest tests/test_pipeline_bench_store.py"""
+"""The benchmark of the store runs and says what it should. Run: pytest tests/test_bench_store.py"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Recipes: strict, overridable, saved as recipes."""
 
+from typing import get_args
+
 import pytest
 
 from pipelines.ablate.grid import load_grid
@@ -119,3 +121,11 @@ def test_a_grid_with_one_unknown_projector_is_refused_before_anything_runs(tmp_p
     (tmp_path / "grid.toml").write_text('[axes]\n"projector.kind" = ["linear", "mlpp"]\n')
     with pytest.raises(RecipeError, match="did you mean 'mlp'"):
         load_grid(str(tmp_path / "grid.toml"))
+
+
+def test_a_recipe_knows_every_kind_of_projector():
+    """The recipe spells the kinds, so that reading one does not bring torch."""
+    from pipelines.recipes.recipe import ProjectorSection
+    from tinyaudio.model.projectors import PROJECTORS
+
+    assert set(get_args(ProjectorSection.model_fields["kind"].annotation)) == set(PROJECTORS)

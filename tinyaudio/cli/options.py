@@ -1,10 +1,11 @@
 """Options that several commands share, and how they speak. Part of the roof."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tinyaudio.cli.console import say as say
 
 ANY_SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --output_dir is --output-dir
 
@@ -15,11 +16,6 @@ SetOption = Annotated[
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store.  [default: data/<recipe>]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-
-
-def say(line: str) -> None:
-    """Print a message for people, to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def default_store(recipe_name: str, split: str | None = None) -> Path:

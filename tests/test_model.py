@@ -241,7 +241,7 @@ def test_missing_checkpoint_and_missing_parts_are_one_line(checkpoint, tmp_path)
     load = TinyAudioForConditionalGeneration.from_pretrained
     with pytest.raises(MissingModelError, match="no tinyaudio model"):
         load(tmp_path / "nowhere")
-    with pytest.raises(MissingModelError, match="not a folder"):
+    with pytest.raises(MissingModelError, match="expected a model folder"):
         load(checkpoint, encoder_id="./nowhere")
 
 

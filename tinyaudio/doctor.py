@@ -172,7 +172,7 @@ def _hub() -> Finding:
 
 def _default_model() -> Finding:
     from tinyaudio.model.errors import MissingModelError
-    from tinyaudio.model.frozen import is_folder_or_hub_id
+    from tinyaudio.model.frozen import is_hub_id
     from tinyaudio.transcribe import MODEL_VARIABLE, default_model
 
     try:
@@ -181,7 +181,7 @@ def _default_model() -> Finding:
         return Finding(name="default model", state="note", found="none", remedy=str(error))
     if (Path(model) / "config.json").is_file():
         return Finding(name="default model", state="ok", found=model)
-    if is_folder_or_hub_id(model) and not Path(model).is_dir():
+    if is_hub_id(model):
         return replace(_frozen_part(model), name="default model")
     remedy = f"set ${MODEL_VARIABLE} to a run's folder or to a hub id, 'owner/name'"
     return Finding(name="default model", state="bad", found=f"{model!r}, which holds no model", remedy=remedy)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from tinyaudio.model.audio import AudioSource
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
+from tinyaudio.model.errors import AudioError, MissingModelError, ModelError, one_line
 from tinyaudio.model.frozen import resolved_revision
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
@@ -151,7 +151,7 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ModelError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda or mps") from error
     return chosen
 

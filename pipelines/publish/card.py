@@ -15,8 +15,9 @@ from pipelines.evaluate.eval_sets import corpus_name
 from pipelines.evaluate.report.blocks import Block, Bullets, Code, Heading, Paragraph, Table, to_markdown
 from pipelines.evaluate.report.report import METHOD, headline, mark, percent, set_name, span
 from pipelines.evaluate.summary import Score, Summary
-from pipelines.publish.facts import Energy, ModelFacts, TrainingFacts, is_hub_id, public_name
+from pipelines.publish.facts import Energy, ModelFacts, TrainingFacts, public_name
 from pipelines.recipes import Recipe
+from tinyaudio.model.frozen import is_hub_id
 
 _MAX_NEW_TOKENS = 200  # of a model of ours; another number is said
 PIPELINE_TAG = "automatic-speech-recognition"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pipelines.errors import PublishError
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.frozen import is_hub_id, weights_digest
 from tinyaudio.model.projectors import build_projector
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -66,11 +66,6 @@ class Energy:
             return None
         source = f"measured time, stated power of {self.power_watts:g} W, stated grid"
         return {"emissions": self.kwh * self.grams_per_kwh, "source": source, "training_type": "projector only"}
-
-
-def is_hub_id(name: str) -> bool:
-    """Tell "owner/name" from a folder."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 def public_name(name: str) -> str:

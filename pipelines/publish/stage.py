@@ -28,8 +28,9 @@ from pipelines.evaluate.report.report import set_name
 from pipelines.evaluate.summary import Summary, load_summary, save_summary
 from pipelines.files import write_text
 from pipelines.publish.card import CardFacts, make_card, one_of_each, set_key
-from pipelines.publish.facts import CONFIG, Energy, ModelFacts, is_hub_id, public_name, read_model, read_training
+from pipelines.publish.facts import CONFIG, Energy, ModelFacts, public_name, read_model, read_training
 from pipelines.recipes import Recipe, load_recipe
+from tinyaudio.model.frozen import is_hub_id
 
 NUM_SAMPLES = 5  # of each set
 # What a checkpoint's folder may hold for others; run.json, metrics and optimizer states stay at home.

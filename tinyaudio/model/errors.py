@@ -1,12 +1,12 @@
-"""What can go wrong on the way from samples to text.
+"""The exceptions that this package raises on purpose; any other exception is a bug and keeps its traceback.
 
-    TinyAudioError                  one line for a person: what was found, what was expected, what to do
-    +-- AudioError (ValueError)     this input cannot be turned into samples
-    +-- ModelError (ValueError)     this model folder, id or combination of parts cannot be used
-    +-- MissingModelError (FileNotFoundError)
-
-Everything raised on purpose by this package is one of these; anything else is a bug and keeps its traceback.
+TinyAudioError                  one line: what was expected, what was found, what to do
++-- AudioError (ValueError)     an input cannot be decoded into samples
++-- ModelError (ValueError)     a model folder, id or combination of parts cannot be used
++-- MissingModelError (FileNotFoundError)
 """
+
+MAX_REASON_LENGTH = 200  # characters of another library's message that are quoted in ours
 
 
 class TinyAudioError(Exception):
@@ -18,8 +18,14 @@ class AudioError(TinyAudioError, ValueError):
 
 
 class ModelError(TinyAudioError, ValueError):
-    """A model whose parts are missing, altered or do not fit together."""
+    """A model whose parts are missing, changed or do not fit together."""
 
 
 class MissingModelError(ModelError, FileNotFoundError):
-    """No model where one was named or expected."""
+    """There is no model where one was named or expected."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, cut to `MAX_REASON_LENGTH`; its type's name if it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON_LENGTH else f"{text[: MAX_REASON_LENGTH - 3]}..."

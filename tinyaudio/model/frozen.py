@@ -1,7 +1,7 @@
 """Loading, freezing and identifying the two pretrained parts.
 
-They are named by hub id (or local folder) and revision; this module turns what the hub client says when that fails into
-one line, and gives weights a digest so that a store, a run and a checkpoint can tell whether they meant the same ones.
+A part is named by its hub id, or a local folder, and a revision. Errors of the hub client become one line here. A
+digest of the weights lets a store, a run and a checkpoint check that they were made with the same part.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .errors import MissingModelError, ModelError
+from .errors import MissingModelError, ModelError, one_line
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -23,13 +23,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
-def is_folder_or_hub_id(model_id: str) -> bool:
-    """Whether there is such a folder, or the name has a hub id's form, owner/name; asks no network."""
-    return Path(model_id).is_dir() or (not model_id.startswith((".", "/", "~")) and model_id.count("/") == 1)
+def is_hub_id(name: str) -> bool:
+    """Check whether a name has the form of a hub id, owner/name, and is not a folder. Does not access the network."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: Any) -> Any:
-    """Call `auto_class.from_pretrained`, with a clear line when nothing is there.
+    """Call `auto_class.from_pretrained` and turn its failures into one line.
 
     Args:
         auto_class: an Auto class of transformers.
@@ -38,22 +38,19 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
 
     Raises:
         MissingModelError: no such folder, or the hub cannot be reached and its cache holds no copy.
-        ModelError: files that do not make such a model.
+        ModelError: the files are not a model of this class.
     """
-    if not is_folder_or_hub_id(model_id):
-        raise MissingModelError(
-            f"{model_id!r} is not a folder; expected a model folder or a hub id such as 'owner/name'"
-        )
+    if not Path(model_id).is_dir() and not is_hub_id(model_id):
+        raise MissingModelError(f"expected a model folder or a hub id such as 'owner/name', found {model_id!r}")
     try:
         return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
-        reason = str(error).split("\n")[0]
         raise MissingModelError(
-            f"{model_id!r}{at} cannot be loaded ({reason}); check the id and the network, or name a local copy"
+            f"{model_id!r}{at} cannot be loaded ({one_line(error)}). Check the id and the network, or name a local copy"
         ) from error
     except (ValueError, KeyError) as error:
-        raise ModelError(f"{model_id!r} is no {auto_class.__name__}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{model_id!r} cannot be loaded as {auto_class.__name__}: {one_line(error)}") from error
 
 
 def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -67,10 +64,7 @@ def load_config(model_id: str, revision: str | None = None) -> Any:
 
 
 def resolved_revision(model: Any, revision: str | None) -> str | None:
-    """Return the hub commit a model was loaded from; the revision as asked for where there is none (local folders)."""
-    commit = getattr(model.config, "_commit_hash", None)  # older transformers; 5.23 does not say
-    if commit:
-        return str(commit)
+    """Return the hub commit a model was loaded from; for a local folder, the revision as requested."""
     name = model.config.name_or_path
     if not name or Path(name).is_dir():
         return revision
@@ -79,34 +73,34 @@ def resolved_revision(model: Any, revision: str | None) -> str | None:
 
 
 def freeze(module: ModuleT) -> ModuleT:
-    """Put a module into eval mode and take its parameters out of training for good."""
+    """Put a module into eval mode and switch off the gradients of its parameters."""
     return module.eval().requires_grad_(False)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 (hex) over names, types, shapes and bytes of all weights, as they are held."""
+    """Return the SHA-256 (hex) over names, types, shapes and bytes of all weights, in their own precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # numpy knows no bfloat16; a byte view has the same bytes
+        # numpy has no bfloat16; a view as bytes has the same bytes
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_digest(part: str, model_id: str, expected: str | None, module: nn.Module) -> None:
-    """Hold a part's weights against the digest that a projector was trained with; None says not to.
+    """Check a frozen part's weights against the digest recorded at training time. Skipped if `expected` is None.
 
     Args:
         part: "encoder" or "decoder", for the message.
 
     Raises:
-        ModelError: other weights.
+        ModelError: the weights differ.
     """
     if expected is None:
         return
     found = weights_digest(module)
     if found != expected:
         raise ModelError(
-            f"{part} {model_id!r} has weights {found[:12]}; expected {expected[:12]}, the ones this projector was "
-            f"trained with (pass {part}_digest=None to use it all the same)"
+            f"expected the {part} weights {expected[:12]} that this projector was trained with, found {found[:12]} in "
+            f"{model_id!r}. Pass {part}_digest=None to use them anyway"
         )

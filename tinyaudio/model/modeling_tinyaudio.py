@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
-from .errors import MissingModelError, ModelError
-from .frozen import check_digest, freeze, is_folder_or_hub_id, load_decoder
+from .errors import MissingModelError, ModelError, one_line
+from .frozen import check_digest, freeze, is_hub_id, load_decoder
 from .loss import liger_cross_entropy, summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
@@ -363,7 +363,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ModelError: a checkpoint without projector weights, or an encoder other than the one it was trained with.
         """
         name = str(pretrained_model_name_or_path)
-        if not is_folder_or_hub_id(name):
+        if not Path(name).is_dir() and not is_hub_id(name):
             raise MissingModelError(
                 f"no tinyaudio model at {name!r}: no such folder; expected a run's folder or a hub id, 'owner/name'"
             )
@@ -373,9 +373,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
         except OSError as error:
-            reason = str(error).split("\n")[0]
             raise MissingModelError(
-                f"no tinyaudio model at {name!r} ({reason}); check the id and the network, or name the folder of a run"
+                f"no tinyaudio model at {name!r} ({one_line(error)}). Check the id and the network, or name a folder"
             ) from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:

@@ -1,6 +1,5 @@
 """Which frozen encoder this is: loaded once, identified by its weights, compared with what a store was made from."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
+from pipelines.processes import local_rank
 from pipelines.recipes.recipe import EncoderSection
-from pipelines.retry import patiently
+from pipelines.retry import retry_hub
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
@@ -38,7 +38,7 @@ def pick_device(device: str = "auto") -> torch.device:
         return usable_device(device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def open_encoder(
@@ -46,8 +46,8 @@ def open_encoder(
 ) -> LoadedEncoder:
     """Load the encoder of a recipe; errors as `tinyaudio.model.encoder.load_encoder`; FetchError: no way to the hub."""
     what = f"encoder {section.id!r}"
-    model = patiently(lambda: load_encoder(section.id, section.revision), what, patience_s)
-    extractor = patiently(lambda: load_feature_extractor(section.id, section.revision), what, patience_s)
+    model = retry_hub(lambda: load_encoder(section.id, section.revision), what, patience_s)
+    extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, patience_s)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
         "id": encoder_name(section.id),

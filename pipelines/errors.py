@@ -1,32 +1,39 @@
-"""What can go wrong between the stages; every message is one line with the next step."""
+"""Exceptions of the pipelines. Every message is one line and names the next step."""
+
+MAX_LINE = 200  # characters of another library's message
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, cut to `MAX_LINE`; its type if it has no message."""
+    return " ".join(str(error).split())[:MAX_LINE] or type(error).__name__
 
 
 class PipelineError(Exception):
-    """Base of the errors a user of the stages can act on."""
+    """Base of the errors that a user of the stages can act on."""
 
 
 class RecipeError(PipelineError, ValueError):
-    """A recipe that does not exist, does not parse, or says something it cannot mean. The command line exits 2."""
+    """A recipe that does not exist, does not parse, or has an invalid value. The command line exits with 2."""
 
 
 class CorpusError(PipelineError, ValueError):
-    """A corpus that is missing, or not in a layout that can be read."""
+    """A corpus that is missing, or whose layout is unknown."""
 
 
 class SourceError(CorpusError):
-    """A file of a corpus that is damaged; its utterances go to quarantine."""
+    """A damaged file of a corpus; its utterances go to quarantine."""
 
 
 class FetchError(PipelineError, OSError):
-    """The network did not give what was asked for, for as long as the recipe waits; nothing is wrong with the data."""
+    """The network failed for as long as the recipe waits. The data are not at fault."""
 
 
 class DiskError(PipelineError, OSError):
-    """Too little room for the next shard."""
+    """Too little disk space for the next shard."""
 
 
 class RunError(PipelineError, ValueError):
-    """A run that cannot start, go on or be found."""
+    """A run that cannot start, resume or be found."""
 
 
 class TooManyBadError(PipelineError, ValueError):
@@ -34,7 +41,7 @@ class TooManyBadError(PipelineError, ValueError):
 
 
 class EvaluationError(PipelineError, ValueError):
-    """An evaluation that cannot start, go on, or be read."""
+    """An evaluation that cannot start, resume or be read."""
 
 
 class PublishError(PipelineError, ValueError):

@@ -1,7 +1,6 @@
-"""The processes of one run under torchrun or accelerate: which one this is, how many there are, waiting for the others.
+"""The processes of one run under torchrun or accelerate: which one this is, how many there are, and waiting for all.
 
-Extraction needs no collective: shards are independent, and claims keep two processes from one shard. Over gloo its
-processes only wait: for the first, which plans and creates the store, and at the end for the slowest.
+Launchers describe the processes in environment variables, so most of this works before torch is loaded.
 """
 
 import datetime
@@ -9,14 +8,32 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+TIMEOUT = datetime.timedelta(days=7)  # gloo's default is half an hour; a shard of the slowest process may take longer
 
-PATIENCE = datetime.timedelta(days=7)  # gloo's own is half an hour, and a shard of the slowest may take longer
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def num_processes() -> int:
+    """Count the processes that torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this process prints and writes files."""
+    return rank() == 0
 
 
 @dataclass(frozen=True)
 class Place:
-    """One process among several that torchrun started; alone, 0 of 1."""
+    """One of several extracting processes; alone, 0 of 1."""
 
     rank: int = 0
     world: int = 1
@@ -27,55 +44,37 @@ class Place:
 
 
 def place() -> Place:
-    """Read where torchrun put this process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Place()
-    return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    """Return the place of this process under torchrun; other launchers' variables do not make a group."""
+    return Place(rank(), num_processes()) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
 
 
 def use_all_cores() -> None:
-    """Undo what launchers do to CPU threads.
+    """Give torch one CPU thread per core again.
 
-    torchrun and Ray give each process one thread. How many there are changes the last bits of a product on a CPU,
-    and every process is to compute what one process alone would have computed.
+    torchrun and Ray set one thread per process. The number of threads changes the last bits of a product on a CPU, and
+    every process must compute what a single process would have computed.
     """
+    import torch
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def wait_for_all() -> None:
-    """Return when every process of the group has come here."""
+    """Return when every process of the group has called this. Extraction needs no other collective."""
     if place().world > 1:
         import torch.distributed as group
 
         if not group.is_initialized():
-            group.init_process_group("gloo", timeout=PATIENCE)
+            group.init_process_group("gloo", timeout=TIMEOUT)
         group.barrier()
 
 
-def world_size() -> int:
-    """Count the processes of this run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number this process among those of the run; 0 speaks and writes."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def gather(mine: Any) -> list[Any]:
-    """Collect what the other processes have."""
-    if world_size() == 1:
+def gather(value: Any) -> list[Any]:
+    """Return the values that the other processes pass; a collective of torch.distributed."""
+    if num_processes() == 1:
         return []
-    everyones: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    return [one for i, one in enumerate(everyones) if i != rank()]
+    import torch
 
-
-def is_main_process() -> bool:
-    """Whether this process writes; before the processes have met, too."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def num_processes() -> int:
-    """Count the processes that torchrun or accelerate started."""
-    return max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))
+    values: list[Any] = [None] * num_processes()
+    torch.distributed.all_gather_object(values, value)
+    return values[: rank()] + values[rank() + 1 :]

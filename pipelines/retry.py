@@ -1,10 +1,12 @@
-"""Calling something over the network again until it works, or until the time the recipe allows is used up.
+"""Repeat requests over the network until they succeed, or until a time or a number of attempts is used up.
 
-A short, broken, refused (429) or failing (5xx) answer is asked for again after 1, 2, 4, ... up to 60 seconds, or after
-as long as the server says. What waiting cannot cure (401, 403, 404, offline mode) is an error at once.
+`retry` is the engine for any service. `retry_hub` applies it to the Hugging Face hub: a short, broken, refused (429) or
+failing (5xx) answer is requested again after 1, 2, 4, ... up to 60 seconds, or after as long as the server asks for.
+Errors that waiting cannot cure (401, 403, 404, offline mode) are raised at once.
 """
 
 import logging
+import math
 import random
 import re
 import threading
@@ -15,10 +17,10 @@ from typing import TypeVar
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from pipelines.errors import FetchError
+from pipelines.errors import FetchError, one_line
 
-MIN_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between two attempts, whatever the server says
-_LATER = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that pass
+MIN_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between two attempts, whatever the server asks for
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that pass
 # The HTTP client under huggingface_hub changed twice (requests, httpx, httpx2); its errors are the parents of theirs.
 _CLIENT_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
@@ -27,73 +29,65 @@ _giving_up = threading.Event()
 _log = logging.getLogger("tinyaudio")
 
 
-def give_up() -> None:
-    """Let nobody in this process wait any longer: somebody pressed Ctrl-C, or another part failed."""
-    _giving_up.set()
-
-
-def resume() -> None:
-    """Be patient again."""
-    _giving_up.clear()
-
-
-def pause(seconds: float) -> bool:
-    """Wait, but no longer than until somebody gives up; whether somebody has."""
-    return _giving_up.wait(seconds)
+class StoppedError(Exception):
+    """A stop event was set while `retry` waited; the last error is the cause."""
 
 
 class ShortAnswerError(ConnectionError):
-    """Fewer bytes came than were asked for."""
+    """A server sent fewer bytes than requested."""
 
 
-def is_passing(error: BaseException | None) -> bool:
-    """Say whether trying again may help, by the error or by what caused it."""
-    if error is None or constants.HF_HUB_OFFLINE:
-        return False
-    if isinstance(error, HfHubHTTPError):
-        response = getattr(error, "response", None)
-        return response is not None and response.status_code in _LATER
-    kinds = (LocalEntryNotFoundError, ConnectionError, TimeoutError, *_CLIENT_ERRORS)  # the first: no way to the hub
-    return isinstance(error, kinds) or is_passing(error.__cause__)
+# ------------------------------------------------------------------------------------------- any service
 
 
-def patiently(call: Callable[[], Result], what: str, patience_s: float) -> Result:
-    """Call until it works, waiting longer and longer after failures that may pass.
+def retry(
+    call: Callable[[], Result],
+    is_transient: Callable[[Exception], bool],
+    *,
+    stop: threading.Event,
+    timeout_s: float = math.inf,
+    attempts: float = math.inf,
+    asked_s: Callable[[Exception], float | None] = lambda error: retry_after_s(headers_of(error)),
+    on_wait: Callable[[Exception, float], None] = lambda error, wait_s: None,
+) -> Result:
+    """Call until it succeeds, waiting twice as long after each transient failure.
+
+    Args:
+        is_transient: whether a repeated call may succeed after this error.
+        stop: ends a wait at once. It is not checked before the first call.
+        timeout_s: seconds from the first call; no wait begins that would exceed them.
+        attempts: the most calls.
+        asked_s: the wait in seconds that the server asks for with this error, or None.
+        on_wait: called with the error and the seconds before each wait.
 
     Raises:
-        FetchError: it failed for `patience_s` seconds.
-        Exception: whatever `call` raised that waiting cannot cure.
+        StoppedError: `stop` was set.
+        Exception: the last error of `call`, if it is not transient or the limits are used up.
     """
-    begun, attempt = time.monotonic(), 0
+    begun, failed = time.monotonic(), 0
     while True:
         try:
             return call()
         except Exception as error:
-            if not is_passing(error):
+            wait_s = _wait_s(asked_s(error), failed)
+            failed += 1
+            if not is_transient(error) or failed >= attempts or time.monotonic() - begun + wait_s > timeout_s:
                 raise
-            wait_s = _wait_s(error, attempt)
-            spent_s = time.monotonic() - begun
-            if _giving_up.is_set() or spent_s + wait_s > patience_s:
-                raise FetchError(
-                    f"{what}: {_failure(error)}; tried {attempt + 1} times in {spent_s:.0f} s. Check the network and "
-                    "type the same again: it goes on where it stopped"
-                ) from error
-            left_s = patience_s - spent_s
-            _log.warning("%s: %s; trying again in %.1f s, for %.0f s more", what, _failure(error), wait_s, left_s)
-            _giving_up.wait(wait_s)
-            attempt += 1
+            if not stop.is_set():
+                on_wait(error, wait_s)
+            if stop.wait(wait_s):
+                raise StoppedError from error
 
 
-def _wait_s(error: Exception, attempt: int) -> float:
-    """Wait as the server says, else twice as long each time, with jitter so that workers do not all come at once."""
-    asked_s = _asked_s(getattr(getattr(error, "response", None), "headers", None) or {})
-    if asked_s is not None:
-        return min(max(asked_s, MIN_WAIT_S), MAX_WAIT_S)
-    return max(MIN_WAIT_S, min(2.0**attempt, MAX_WAIT_S) * random.uniform(0.5, 1.0))
+def _wait_s(asked_s: float | None, failed: int) -> float:
+    """Return how long to wait: as the server asks, else doubled each time, with jitter so that workers spread out."""
+    if asked_s is None:
+        asked_s = min(2.0**failed, MAX_WAIT_S) * random.uniform(0.5, 1.0)
+    return min(max(asked_s, MIN_WAIT_S), MAX_WAIT_S)
 
 
-def _asked_s(headers: Mapping[str, str]) -> float | None:
-    """Read how long the server wants to be left alone: Retry-After, or the hub's `RateLimit: "resolve";r=0;t=55`."""
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Read the wait that a server asks for: Retry-After, or the hub's `RateLimit: "resolve";r=0;t=55`."""
     after = str(headers.get("Retry-After", ""))
     if after.isdigit():
         return float(after)
@@ -101,11 +95,76 @@ def _asked_s(headers: Mapping[str, str]) -> float | None:
     return float(limit[1]) if limit else None
 
 
-def reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+def headers_of(error: Exception) -> Mapping[str, str]:
+    """Return the headers of the response that an HTTP error carries; empty if it has none."""
+    return getattr(getattr(error, "response", None), "headers", None) or {}
 
 
-def _failure(error: BaseException) -> str:
-    """Tell an answer that refuses from no answer at all."""
-    return reason(error) if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({reason(error)})"
+# ------------------------------------------------------------------------------------------- the Hugging Face hub
+
+
+def retry_hub(call: Callable[[], Result], what: str, timeout_s: float) -> Result:
+    """Call something on the hub until it succeeds.
+
+    Args:
+        what: the subject of messages, such as "model 'x/y'".
+        timeout_s: seconds to keep trying.
+
+    Raises:
+        FetchError: it failed for `timeout_s` seconds, or `give_up` was called.
+        Exception: an error of `call` that waiting cannot cure.
+    """
+    begun, num_calls = time.monotonic(), 0
+
+    def counted() -> Result:
+        nonlocal num_calls
+        num_calls += 1
+        return call()
+
+    def warn(error: Exception, wait_s: float) -> None:
+        left_s = timeout_s - (time.monotonic() - begun)
+        _log.warning("%s: %s; trying again in %.1f s, for %.0f s more", what, _failure(error), wait_s, left_s)
+
+    try:
+        return retry(counted, is_passing, stop=_giving_up, timeout_s=timeout_s, on_wait=warn)
+    except Exception as error:
+        last = error.__cause__ if isinstance(error, StoppedError) else error
+        if not is_passing(last):
+            raise
+        raise FetchError(
+            f"{what}: {_failure(last)}; tried {num_calls} times in {time.monotonic() - begun:.0f} s. "
+            "Check the network, then run the same command again to resume."
+        ) from last
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Return whether a hub error, or its cause, is one that may pass."""
+    if error is None or constants.HF_HUB_OFFLINE:
+        return False
+    if isinstance(error, HfHubHTTPError):
+        response = getattr(error, "response", None)
+        return response is not None and response.status_code in TRANSIENT_STATUS
+    kinds = (LocalEntryNotFoundError, ConnectionError, TimeoutError, *_CLIENT_ERRORS)  # the first: hub unreachable
+    return isinstance(error, kinds) or is_passing(error.__cause__)
+
+
+def _failure(error: BaseException | None) -> str:
+    """Describe a refusal by the hub, or the lack of any answer."""
+    assert error is not None
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return text if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({text})"
+
+
+def give_up() -> None:
+    """End all waits in this process, now and later: after Ctrl-C, or after another part has failed."""
+    _giving_up.set()
+
+
+def resume() -> None:
+    """Allow waits again."""
+    _giving_up.clear()
+
+
+def pause(seconds: float) -> bool:
+    """Wait, at most until `give_up`; return whether it was called."""
+    return _giving_up.wait(seconds)

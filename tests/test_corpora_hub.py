@@ -1,6 +1,7 @@
 """Corpora on the hub, without one: what is fetched, tried again, waited for and blamed."""
 
 import io
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,11 +33,11 @@ def test_audio_is_fetched_as_the_recipe_says_and_metadata_always_by_ranges(parqu
     whole: list[tuple[str, ...]] = []
     ranged: list[tuple[str, ...]] = []
 
-    def fetch_whole(*place: str, patience_s: float) -> Path:
+    def fetch_whole(*place: str, timeout_s: float) -> Path:
         whole.append(place)
         return parquet / place[1]
 
-    def by_range(*place: str, patience_s: float) -> io.BufferedReader:
+    def by_range(*place: str, timeout_s: float) -> io.BufferedReader:
         ranged.append(place)
         return (parquet / place[1]).open("rb")
 
@@ -81,35 +82,58 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
         return found
 
     retry.resume()
-    assert retry.patiently(answer, "a file", 5.0) == 7
+    assert retry.retry_hub(answer, "a file", 5.0) == 7
     monkeypatch.setattr(retry, "_wait_s", lambda *_: 0.2)
     with pytest.raises(
         FetchError,
-        match=r"a file: the hub cannot be reached \(ConnectionError: gone\); tried 1 times .*type the same again",
+        match=r"a file: the hub cannot be reached \(ConnectionError: gone\); tried 1 times .*run the same command",
     ):
-        retry.patiently(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
+        retry.retry_hub(lambda: (_ for _ in ()).throw(ConnectionError("gone")), "a file", 0.1)
     with pytest.raises(KeyError, match="no"):
-        retry.patiently(lambda: {}["no"], "a file", 5.0)
+        retry.retry_hub(lambda: {}["no"], "a file", 5.0)
     monkeypatch.setattr(retry.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="at once"):
-        retry.patiently(lambda: (_ for _ in ()).throw(ConnectionError("at once")), "a file", 5.0)
+        retry.retry_hub(lambda: (_ for _ in ()).throw(ConnectionError("at once")), "a file", 5.0)
 
 
 def test_waiting_follows_the_server_and_else_doubles_up_to_a_minute():
     asked = SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": "7"}))
-    assert retry._wait_s(asked, 0) == 7
-    assert 2 <= retry._wait_s(ConnectionError(), 2) <= 4
-    assert 30 <= retry._wait_s(ConnectionError(), 50) <= 60
+    assert retry.headers_of(asked) == {"Retry-After": "7"}
+    assert retry.headers_of(ConnectionError()) == {}
+    assert retry._wait_s(7.0, 0) == 7
+    assert 2 <= retry._wait_s(None, 2) <= 4
+    assert 30 <= retry._wait_s(None, 50) <= 60
 
 
 @pytest.mark.parametrize("headers", [{"Retry-After": "0"}, {"RateLimit": '"resolve";r=0;t=0'}, {}])
 def test_no_server_can_make_us_ask_without_a_pause(headers):
-    assert retry._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == retry.MIN_WAIT_S
+    assert retry._wait_s(retry.retry_after_s(headers), 0) == retry.MIN_WAIT_S
 
 
 def test_the_hubs_own_rate_limit_is_heeded():
-    headers = {"RateLimit": '"resolve";r=0;t=55'}
-    assert retry._wait_s(SimpleNamespace(response=SimpleNamespace(headers=headers)), 0) == 55
+    assert retry.retry_after_s({"Retry-After": "7"}) == 7
+    assert retry.retry_after_s({"RateLimit": '"resolve";r=0;t=55'}) == 55
+
+
+def test_a_stop_event_ends_a_wait_and_attempts_are_counted(monkeypatch):
+    monkeypatch.setattr(retry, "MIN_WAIT_S", 0.01)
+    stop, calls = threading.Event(), []
+
+    def failing() -> None:
+        calls.append(1)
+        raise ConnectionError("gone")
+
+    def wait_s(_: Exception) -> float:
+        return 0.01
+
+    with pytest.raises(ConnectionError, match="gone"):
+        retry.retry(failing, lambda _: True, stop=stop, attempts=3, asked_s=wait_s)
+    assert len(calls) == 3
+    stop.set()
+    with pytest.raises(retry.StoppedError) as stopped:
+        retry.retry(failing, lambda _: True, stop=stop, asked_s=wait_s)
+    assert isinstance(stopped.value.__cause__, ConnectionError)
+    assert len(calls) == 4
 
 
 @pytest.fixture

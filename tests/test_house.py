@@ -58,6 +58,7 @@ FLOORS = {
     "pipelines.evaluate": {
         "pipelines.corpora",
         "pipelines.encoders",
+        "pipelines.retry",
         "pipelines.scoring",
         "pipelines.recipes",
         "pipelines.files",
@@ -67,7 +68,13 @@ FLOORS = {
         "tinyaudio.transcribe",
     },
     "pipelines.corpora": {"pipelines.retry", "pipelines.recipes", "tinyaudio.model"},
-    "pipelines.encoders": {"pipelines.retry", "pipelines.recipes", "tinyaudio.model", "tinyaudio.transcribe"},
+    "pipelines.encoders": {
+        "pipelines.retry",
+        "pipelines.processes",
+        "pipelines.recipes",
+        "tinyaudio.model",
+        "tinyaudio.transcribe",
+    },
     "pipelines.demo": {"tinyaudio.model"},
     "pipelines.space": PYTHONS_WAY_IN,
     "tinyaudio": {"tinyaudio.model", "tinyaudio.transcribe", "tinyaudio.version"},

@@ -178,7 +178,7 @@ def test_a_hub_that_stays_away_is_one_line_and_keeps_what_is_done(world):
     last = session.stderr["away"].strip().splitlines()[-1]
     assert "train-00001" in last
     assert "503" in last
-    assert "type the same again" in last
+    assert "run the same command again" in last
     assert "Traceback" not in session.stderr["away"]
     written, total = re.search(r"shards +(\d+) written now, (\d+) in all", session.stdout["faulty"]).groups()
     assert 0 < int(written) < int(total)  # the other file's were there

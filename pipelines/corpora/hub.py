@@ -1,9 +1,7 @@
-"""Files of the hub, read by byte ranges or fetched whole, through whatever the network does.
+"""Files of data sets on the hub, read by byte ranges or fetched whole, with every answer checked for its length.
 
-Every answer is checked for its length; what is short, broken off, refused for now (429) or failing (5xx) is asked for
-again, after 1, 2, 4, ... up to 60 seconds or as long as the server says, until the patience of the recipe is used up.
-What will not get better by waiting (401, 403, 404, offline mode) is an error at once. Range reads keep nothing on the
-disk; whole files go to the cache of huggingface_hub, which resumes them.
+Range reads leave nothing on the disk. Whole files go to the cache of huggingface_hub, which resumes interrupted ones.
+Failed requests are repeated as `pipelines.retry` describes, for as long as the recipe allows.
 """
 
 import io
@@ -17,25 +15,30 @@ from typing import Any
 from huggingface_hub import get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from pipelines.errors import CorpusError, FetchError
-from pipelines.retry import ShortAnswerError, patiently, reason
+from pipelines.errors import CorpusError, FetchError, one_line
+from pipelines.retry import ShortAnswerError, retry_hub
 
 TIMEOUT_S = 30.0  # without a single byte
 
-if "HF_HUB_VERBOSITY" not in os.environ:  # two lines for each try of its own; `patiently` says it once
+if "HF_HUB_VERBOSITY" not in os.environ:  # it logs two lines for each of its own attempts; `retry_hub` logs one
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
 def is_commit(revision: str | None) -> bool:
-    """Say whether a revision is a whole commit id, which means the same for ever."""
+    """Return whether a revision is a full commit id, which never changes its meaning."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 class HubFile(io.RawIOBase):
-    """One file of a data set at one commit, read by ranges; not a byte more than asked for is fetched."""
+    """One file of a data set at one commit. Each read is one ranged request of exactly the bytes asked for."""
 
-    def __init__(self, repo: str, path: str, revision: str, *, patience_s: float) -> None:
-        self.name, self._patience_s = f"{repo}/{path}", patience_s
+    def __init__(self, repo: str, path: str, revision: str, *, timeout_s: float) -> None:
+        """Prepare; the first request is made by the first read.
+
+        Args:
+            timeout_s: seconds to keep repeating a request that fails.
+        """
+        self.name, self._timeout_s = f"{repo}/{path}", timeout_s
         self._url = hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         self._position = 0
         self._size: int | None = None
@@ -57,7 +60,7 @@ class HubFile(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file, from the answer to a request for its last eight."""
+        """Size of the file in bytes, from the answer to a request for its last eight."""
         if self._size is None:
             self._tail = self._get("bytes=-8", 8)
         assert self._size is not None
@@ -68,7 +71,7 @@ class HubFile(io.RawIOBase):
         if wanted <= 0:
             return 0
         before_tail = self.size - len(self._tail) - self._position
-        if before_tail <= 0:  # a Parquet reader's first question
+        if before_tail <= 0:  # a Parquet reader begins with the last eight bytes
             body = self._tail[-before_tail:][:wanted]
         else:
             body = self._get(f"bytes={self._position}-{self._position + wanted - 1}", wanted)
@@ -78,12 +81,12 @@ class HubFile(io.RawIOBase):
 
     def _get(self, range_: str, length: int) -> bytes:
         try:
-            return patiently(lambda: self._get_once(range_, length), self.name, self._patience_s)
+            return retry_hub(lambda: self._get_once(range_, length), self.name, self._timeout_s)
         except (FetchError, CorpusError):
             raise
         except Exception as error:
             raise FetchError(
-                f"{self.name}: {reason(error)}; check HF_TOKEN and that the file is still there"
+                f"{self.name}: {one_line(error)}. Check HF_TOKEN, and that the file still exists"
             ) from error
 
     def _get_once(self, range_: str, length: int) -> bytes:
@@ -92,67 +95,66 @@ class HubFile(io.RawIOBase):
         hf_raise_for_status(response)
         place, _, total = response.headers.get("Content-Range", "").rpartition("/")
         if response.status_code != 206 or not total.isdigit():
-            raise FetchError(f"{self.name}: the server ignores byte ranges; set corpus.fetch to 'files'")
+            raise FetchError(f"{self.name}: the server ignores byte ranges. Set corpus.fetch to 'files'")
         if self._size not in (None, int(total)):
-            raise FetchError(
-                f"{self.name} changed from {self._size} to {total} bytes under way; expected a fixed commit"
-            )
+            raise FetchError(f"{self.name}: expected {self._size} bytes at a fixed commit, found {total}")
         self._size = int(total)
         if len(response.content) != min(length, self._size):
-            raise ShortAnswerError(f"{len(response.content)} bytes came of {length} ({place or 'no place stated'})")
+            raise ShortAnswerError(f"expected {length} bytes, received {len(response.content)} ({place or 'no range'})")
         return bytes(response.content)
 
 
-def fetch_whole(repo: str, path: str, revision: str, *, patience_s: float) -> Path:
-    """Bring a whole file of a data set into huggingface_hub's cache (it checks the size and resumes what broke off).
+def fetch_whole(repo: str, path: str, revision: str, *, timeout_s: float) -> Path:
+    """Download a file of a data set into the cache of huggingface_hub, which checks its size and resumes it.
 
     Raises:
-        FetchError: it cannot be had.
+        FetchError: the download failed.
     """
+
+    def download() -> Path:
+        return Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+
     try:
-        return Path(
-            patiently(
-                lambda: hf_hub_download(repo, path, repo_type="dataset", revision=revision),
-                f"{repo}/{path}",
-                patience_s,
-            )
-        )
+        return retry_hub(download, f"{repo}/{path}", timeout_s)
     except FetchError:
         raise
     except OSError as error:
-        raise FetchError(f"{repo}/{path}: {reason(error)}; check the disk of HF_HOME, HF_TOKEN and the name") from error
+        raise FetchError(
+            f"{repo}/{path}: {one_line(error)}. Check the name, HF_TOKEN and the disk of HF_HOME"
+        ) from error
 
 
-def _is_refused(error: BaseException | None) -> bool:
-    """Say whether the hub knows the data set but wants to know who asks: a gated or private one."""
-    if error is None:
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status in (401, 403) or "gated" in str(error) or _is_refused(error.__cause__)
+def resolve_dataset(name: str, config: str | None, revision: str | None, timeout_s: float) -> Mapping[str, list[str]]:
+    """List the files of every split of a data set, with the commit that the revision names at present.
 
-
-def resolve_dataset(name: str, config: str | None, revision: str | None, patience_s: float) -> Mapping[str, list[str]]:
-    """List the files of every split of a data set, each pinned to the commit that the revision means now.
+    Returns:
+        `hf://datasets/<name>@<commit>/<file>` paths by split.
 
     Raises:
-        CorpusError: no such data set, config or revision. FetchError: no way to the hub for `patience_s` seconds.
+        CorpusError: no such data set, config or revision. FetchError: the hub was unreachable for `timeout_s` seconds.
     """
     from datasets import load_dataset_builder
 
     try:
-        builder = patiently(
-            lambda: load_dataset_builder(name, config, revision=revision),
-            f"data set {name!r}",
-            patience_s,
+        builder = retry_hub(
+            lambda: load_dataset_builder(name, config, revision=revision), f"data set {name!r}", timeout_s
         )
     except FetchError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        cure = "check the name, the network and HF_TOKEN, or set corpus.path to a local copy"
+        cure = "Check the name, the network and HF_TOKEN, or set corpus.path to a local copy"
         if _is_refused(error):
-            cure = f"accept its terms at https://huggingface.co/datasets/{name} and set HF_TOKEN"
+            cure = f"Accept its terms at https://huggingface.co/datasets/{name} and set HF_TOKEN"
         raise CorpusError(
-            f"data set {name!r} (config {config!r}, revision {revision or 'main'!r}) cannot be opened: {reason}; {cure}"
+            f"data set {name!r} (config {config!r}, revision {revision or 'main'!r}) cannot be opened: "
+            f"{one_line(error)}. {cure}"
         ) from error
     return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Return whether the hub refuses access to a data set that it knows: a gated or private one."""
+    if error is None:
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in (401, 403) or "gated" in str(error) or _is_refused(error.__cause__)

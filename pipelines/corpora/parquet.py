@@ -263,8 +263,8 @@ class HubCorpus(ParquetCorpus):
             raise CorpusError(f"{file!r} lies outside the hub; expected hf://datasets/<name>@<commit>/<file>")
         place = match.group("repo"), match.group("path"), match.group("revision")
         if whole and self.fetch == "files":
-            return fetch_whole(*place, patience_s=self.patience_s).open("rb")
-        return HubFile(*place, patience_s=self.patience_s)  # type: ignore[return-value]  # RawIOBase is what Arrow needs
+            return fetch_whole(*place, timeout_s=self.patience_s).open("rb")
+        return HubFile(*place, timeout_s=self.patience_s)  # type: ignore[return-value]  # RawIOBase is what Arrow needs
 
     def provenance(self, split: str) -> dict[str, Any]:
         place = {"kind": "hub", "name": self.name, "config": self.config, "split": split}

@@ -24,7 +24,7 @@ from pipelines.extract.calibration import calibration_id
 from pipelines.extract.plan import Plan, corpus_fingerprint
 from pipelines.extract.report import ExtractReport
 from pipelines.recipes import Recipe
-from pipelines.retry import patiently
+from pipelines.retry import retry_hub
 
 REQUEST, RECIPE = "request.json", "recipe.toml"  # inside the store
 _ENCODER_FILES = ("*.json", "*.safetensors", "*.bin")
@@ -91,7 +91,7 @@ def _dataset_commit(recipe: Recipe) -> str | None:
 def _model_commit(model_id: str, revision: str | None, patience_s: float) -> str | None:
     """Ask for the commit that a model's revision means now; offline, that of the copy in the hub client's cache."""
     try:
-        path = patiently(
+        path = retry_hub(
             lambda: hf_hub_download(model_id, "config.json", revision=revision),
             f"model {model_id!r}",
             patience_s,

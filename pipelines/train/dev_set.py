@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache import FeatureReader, FeatureStore
-from pipelines.processes import gather, rank, world_size
+from pipelines.processes import gather, num_processes, rank
 from pipelines.recipes import Recipe
 from pipelines.train.batches import Dequantizer, Targets, collate, cut_by_budget, stored_targets
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
@@ -129,7 +129,7 @@ class DevSet:
         self, positions: NDArray[np.int64], device: torch.device
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Cut this process's share into batches of like length, on the device."""
-        for positions_here in self._cut(positions)[rank() :: world_size()]:
+        for positions_here in self._cut(positions)[rank() :: num_processes()]:
             batch = collate(self.reader, self.targets, positions_here.tolist())
             tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             yield positions_here.tolist(), tensors

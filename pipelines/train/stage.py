@@ -5,7 +5,6 @@ of their number (`batches`); `callback` keeps metrics and word errors in the ope
 them together, begins and resumes. The encoder is never loaded here.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 from cache import FeatureStore
 from pipelines.encoders import check_encoder, pick_device
 from pipelines.errors import RunError
-from pipelines.processes import is_main_process, num_processes
+from pipelines.processes import is_main_process, local_rank, num_processes
 from pipelines.recipes import Recipe
 from pipelines.train.batches import (
     TrainingBatches,
@@ -177,7 +176,7 @@ def _device_of_process(device: str) -> torch.device:
         )
     found = pick_device(device)
     if found.type == "cuda":
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        found = torch.device("cuda", local_rank())
         torch.cuda.set_device(found)
     return found
 

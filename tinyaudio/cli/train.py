@@ -1,7 +1,6 @@
 """The commands of stage two: train, ablate and runs. Part of the roof."""
 
 import json as json_module
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +45,7 @@ def train(
     SIGTERM saves and ends with exit code 0, Ctrl-C ends at once; --run and --resume go on. On several GPUs:
     torchrun --nproc-per-node N -m -- tinyaudio train ...
     """
+    from pipelines.processes import is_main_process, num_processes
     from pipelines.recipes import load_recipe
     from pipelines.train.dev_run import rehearse
     from pipelines.train.runs import Run, run_folder
@@ -59,10 +59,10 @@ def train(
             raise typer.BadParameter("goes without --run, --resume and --overfit", param_hint="--dev-run")
         _report(rehearse(loaded, path, device=device, say=say), json)
         return
-    if run is None and not resume and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if run is None and not resume and num_processes() > 1:
         raise typer.BadParameter("name the run when several processes train together", param_hint="--run")
     folder = run_folder("latest" if resume and run is None else run, loaded.name).resolve()
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_main_process()
     try:
         report = stage_two(loaded, path, Run(folder), resume=resume, device=device, say=say)
     except KeyboardInterrupt:

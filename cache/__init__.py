@@ -22,7 +22,7 @@ from cache.info import store_diff, store_info
 from cache.order import EpochOrder, epoch_order
 from cache.plan import make_plan
 from cache.quantize import Calibration, Moments, Quantized
-from cache.reader import FeatureReader, feature_moments
+from cache.reader import FeatureReader
 from cache.repair import store_repair
 from cache.store import FeatureStore
 from cache.verify import Fault, find_faults, store_verify
@@ -39,7 +39,6 @@ __all__ = [
     "Quantized",
     "ShardWriter",
     "epoch_order",
-    "feature_moments",
     "find_faults",
     "make_plan",
     "store_diff",

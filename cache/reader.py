@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from cache.blocks import BlockCache, Rows, read_rows
 from cache.commits import Commit, check_commit, check_sizes
 from cache.errors import CorruptShardError
 from cache.index import INDEX_SCHEMA, decode_index, read_committed, read_index
-from cache.quantize import Calibration, Moments, Quantized
+from cache.quantize import Calibration, Quantized
 from cache.store import FeatureStore
 
 CACHE_BYTES = 6 << 30  # the windows of `cache.order` and half as much; over all ranks of a machine together
@@ -273,27 +273,3 @@ def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) ->
     reader.store = FeatureStore.open(path)
     reader.split, reader.num_threads, reader.cache_bytes = split, num_threads, cache_bytes
     return reader
-
-
-UTTERANCES_AT_ONCE = 64  # read at once by feature_moments
-
-
-def feature_moments(reader: FeatureReader, *, progress: Callable[[int], None] | None = None) -> Moments:
-    """Accumulate count, mean and standard deviation per dimension over all utterances of a reader.
-
-    Args:
-        reader: a store, or one split of it; each block is read once.
-        progress: called now and then with the frames counted since the last call.
-
-    Raises:
-        CorruptShardError: the bytes are not those that were committed.
-    """
-    moments = Moments(reader.store.dim)
-    for first in range(0, len(reader), UTTERANCES_AT_ONCE):
-        positions = range(first, min(first + UTTERANCES_AT_ONCE, len(reader)))
-        reader.prefetch(np.arange(positions.stop, min(positions.stop + UTTERANCES_AT_ONCE, len(reader))))
-        for stored in reader.read(positions):
-            moments.update(stored.dequantize() if isinstance(stored, Quantized) else stored)
-        if progress is not None:
-            progress(int(reader.num_frames[positions.start : positions.stop].sum()))
-    return moments

@@ -54,7 +54,7 @@ def names(output: Path) -> list[str]:
 def test_grid_killed_in_the_middle_goes_on_and_ends_with_table_and_plot(recipe_file, store, tmp_path):
     axes = '"projector.kind" = ["mlp", "linear"]\n"train.seed" = [0, 1]'
     stores = f'[stores]\nint8 = "{recipe_file.with_name("int8")}"\n'
-    also = '[[also]]\n"projector.whiten" = true\n[[also]]\n"store.encoding" = "int8"\n'
+    also = '[[also]]\n"projector.hidden_size" = 8\n[[also]]\n"store.encoding" = "int8"\n'
     grid = write_grid(tmp_path / "grid.toml", recipe_file, axes, stores + also)
     output, command = tmp_path / "out", [sys.executable, "-m", "tinyaudio", "ablate", grid, "--store", store]
     process = subprocess.Popen([*command, "--output", output], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

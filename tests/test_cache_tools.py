@@ -18,7 +18,6 @@ from cache import (
     FeatureReader,
     FeatureStore,
     Quantized,
-    feature_moments,
     store_diff,
     store_export,
     store_info,
@@ -236,16 +235,3 @@ def test_an_export_is_limited_by_split_and_hours_and_repeatable(tmp_path: Path) 
     assert index["utterance_id"].to_pylist() == FeatureReader(again).index["utterance_id"].to_pylist()
     with pytest.raises(ValueError, match="no utterance"):
         store_export(source.path, tmp_path / "none", ids=set())
-
-
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
-def test_moments_are_those_of_all_stored_frames(tmp_path: Path, encoding: str) -> None:
-    features = {name: frames + 50 for name, frames in make_features([30] * 12).items()}
-    reader = FeatureReader(sealed(tmp_path / "store", features, encoding=encoding))
-    counted: list[int] = []
-    moments = feature_moments(reader, progress=counted.append)
-    stored = [each.dequantize() if isinstance(each, Quantized) else each for each in reader.read(range(len(reader)))]
-    frames = np.concatenate(stored).astype(np.float64)
-    assert (moments.num_frames, moments.num_utterances, sum(counted)) == (360, 12, 360)
-    np.testing.assert_allclose(moments.mean, frames.mean(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(moments.std, frames.std(axis=0), rtol=1e-9)

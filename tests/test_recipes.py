@@ -129,3 +129,16 @@ def test_a_recipe_knows_every_kind_of_projector():
     from tinyaudio.model.projectors import PROJECTORS
 
     assert set(get_args(ProjectorSection.model_fields["kind"].annotation)) == set(PROJECTORS)
+
+
+def test_a_recipe_saved_before_whitening_and_liger_were_removed_still_loads(tmp_path):
+    path = tmp_path / "recipe.toml"
+    recipe = load_recipe("demo")
+    saved = recipe.to_toml().replace("[projector]\n", "[projector]\nwhiten = false\n")
+    path.write_text(saved.replace("[train]\n", "[train]\nliger = false\n"))
+    assert load_recipe(str(path)) == recipe
+    path.write_text(saved.replace("whiten = false", "whiten = true"))
+    with pytest.raises(RecipeError, match=r"recipe.toml' sets projector.whiten, which was removed. Delete the key"):
+        load_recipe(str(path))
+    with pytest.raises(RecipeError, match=r"unknown key 'train.liger'"):
+        load_recipe("demo", ["train.liger=true"])

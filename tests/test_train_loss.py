@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tinyaudio.model.errors import ModelError
-from tinyaudio.model.loss import liger_cross_entropy, summed_cross_entropy
+from tinyaudio.model.loss import summed_cross_entropy
 
 
 def parts(rows: int, width: int, vocabulary: int):
@@ -57,8 +56,3 @@ def test_head_that_is_not_linear_works_too():
         abs(summed_cross_entropy(hidden, head, targets, 3) - cross_entropy(head(hidden), targets, reduction="sum"))
         < 1e-4
     )
-
-
-def test_liger_where_it_cannot_run_says_what_it_needs():
-    with pytest.raises(ModelError, match=r"train.liger needs"):
-        liger_cross_entropy(*parts(4, 8, 10))

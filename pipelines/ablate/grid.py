@@ -7,7 +7,8 @@
     "projector.kind" = ["mlp", "linear"]
     "train.seed" = [0, 1]
     [[also]]                                     # further combinations, each with every seed
-    "projector.whiten" = true
+    "projector.kind" = "mlp"
+    "train.learning_rate" = 1e-3
     [stores]                                     # where "store.encoding" is an axis: the store of each encoding
     int8 = "data/demo-int8"
 

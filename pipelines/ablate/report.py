@@ -143,7 +143,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def label(group: Sequence[tuple[str, Any]]) -> str:
-    """Name a group by its settings: "mlp, whiten"."""
+    """Name a group by its settings: "mlp, hidden_size 512"."""
     words = []
     for key, value in group:
         name = key.split(".")[-1]

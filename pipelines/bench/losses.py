@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyaudio.model.loss import liger_cross_entropy, summed_cross_entropy
+from tinyaudio.model.loss import summed_cross_entropy
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
 from tinyaudio.model.prompt import assemble, pad_right
 
@@ -36,12 +36,6 @@ def one_chunk(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
     """Label positions only, but all their logits at once."""
     states, targets = _states_and_targets(model, batch)
     return nn.functional.cross_entropy(_decoder(model).get_output_embeddings()(states).float(), targets)
-
-
-def with_liger(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
-    """Label positions only, their loss by Liger Kernel; errors as `loss.load_liger`."""
-    states, targets = _states_and_targets(model, batch)
-    return liger_cross_entropy(states, _decoder(model).get_output_embeddings(), targets) / len(targets)
 
 
 class Compiled:

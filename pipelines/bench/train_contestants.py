@@ -86,8 +86,6 @@ def contestants(parts: Parts) -> list[Contestant]:
     ]
     if _can_compile(parts.device):
         rows.append(("torch.compile", cached, losses.Compiled()))
-    if parts.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        rows.append(("loss by Liger Kernel", cached, losses.with_liger))
     return [*found, *(Contestant(name=name, next_batch=batch, loss=loss) for name, batch, loss in rows)]
 
 

@@ -18,6 +18,8 @@ from pipelines.errors import RecipeError
 
 RECIPES = Path(__file__).parent
 
+RETIRED = (("projector", "whiten"), ("train", "liger"))  # keys of saved recipes, false unless the user set them
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -115,7 +117,6 @@ class ProjectorSection(Section):
     kind: Literal["mlp", "linear", "norm_mlp", "conv"] = "mlp"  # a test compares them with `model.projectors`
     stack_factor: PositiveInt = 5
     hidden_size: PositiveInt = 2048
-    whiten: bool = False  # start from an input layer that whitens the store's own mean and standard deviation
 
 
 class TrainSection(Section):
@@ -133,7 +134,6 @@ class TrainSection(Section):
     bf16: bool = True  # autocast on a GPU; the projector's weights stay float32
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile on the decoder's training step
-    liger: bool = False  # loss by Liger Kernel; needs a GPU and the extra "liger"
     overfit_utterances: PositiveInt | None = None  # train and evaluate on these few alone; the WER must go to zero
     log_every: PositiveInt = 10  # steps
     eval_every: PositiveInt = 1000  # steps
@@ -185,6 +185,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, corpus: Map
         settings = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{str(path)!r} is not TOML: {error}") from error
+    for section, key in RETIRED:
+        table = settings.get(section)
+        if isinstance(table, dict) and table.pop(key, False) is not False:
+            raise RecipeError(f"{str(path)!r} sets {section}.{key}, which was removed. Delete the key")
     settings = {"name": path.stem, **settings, **({"corpus": dict(corpus)} if corpus is not None else {})}
     _anchor(settings, path.parent)
     _forget_revisions(settings, overrides)

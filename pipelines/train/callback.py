@@ -177,7 +177,7 @@ class Watch(TrainerCallback):
         self.say(
             f"warning: {self.num_utterances:,.0f} utterances seen and transcripts still hardly depend on the audio "
             f"(most runs have clicked by {CLICK_UTTERANCES:,}). Projected frames are {projected_rms:.1f} times as loud "
-            "as embeddings (good runs: 1 to 66). Try train.learning_rate up to 1e-3, projector.whiten=true or "
+            "as embeddings (good runs: 1 to 66). Try train.learning_rate up to 1e-3 or "
             "projector.kind=norm_mlp; check that `tinyaudio train --overfit 32` reaches 0 % and that the worst pairs "
             "have the right transcripts"
         )

@@ -1,7 +1,6 @@
 """From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from cache import FeatureReader, FeatureStore
 from pipelines.encoders import is_local
 from pipelines.errors import RunError
 from pipelines.recipes import Recipe
-from pipelines.train.whitening import feature_statistics, fold_whitening
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import load_feature_extractor
@@ -39,18 +37,9 @@ def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
 
 
 def build_model(
-    recipe: Recipe,
-    store: FeatureStore,
-    device: torch.device,
-    *,
-    is_fresh: bool = True,
-    say: Callable[[str], None] = print,
+    recipe: Recipe, store: FeatureStore, device: torch.device
 ) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
     """Make the model that stage two trains; the seed decides the projector.
-
-    Args:
-        is_fresh: the projector starts here, so whiten it if the recipe says so; that reads the whole split once for a
-            store.
 
     Raises:
         MissingModelError, ModelError: a part cannot be loaded.
@@ -88,9 +77,6 @@ def build_model(
     )
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
-    if recipe.projector.whiten and is_fresh:
-        reader = FeatureReader(store, split=recipe.corpus.train_split)
-        fold_whitening(model.projector, *feature_statistics(reader, say))
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
     return model.to(device), processor
 

@@ -99,11 +99,11 @@ def train(
         StoreNotFoundError, StoreMismatchError: no store, or of another encoder.
         RunError: a run in the way, settings that drifted or cannot be had here, a loss or a weight that is not finite,
             or an overfit that failed.
-        ModelError: a frozen part cannot be loaded, or Liger Kernel cannot run here.
+        ModelError: a frozen part cannot be loaded.
     """
     told = say if is_main_process() else _say_nothing
     device_here = _device_of_process(device)
-    check_settings(recipe, device_here)
+    check_settings(recipe)
     store = FeatureStore.open(store_path)
     check_encoder(recipe.encoder, store.fingerprint, store_path)
     if pending := store.pending_shards():
@@ -196,7 +196,7 @@ class _Stage:
     ) -> None:
         self.recipe, self.store, self.run, self.checkpoint = recipe, store, run, checkpoint
         self.device, self.say = device, say
-        self.model, self.processor = build_model(recipe, store, device, is_fresh=checkpoint is None, say=say)
+        self.model, self.processor = build_model(recipe, store, device)
         self.reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
         self.batches = self._plan_batches(is_rehearsal)
         self.dev = DevSet.open(recipe, store, self.processor, say)
@@ -206,8 +206,6 @@ class _Stage:
             self.model.checkpoint_activations()
         if recipe.train.compile:
             self.model.compile_decoder()
-        if recipe.train.liger:
-            self.model.use_liger()
 
     def _plan_batches(self, is_rehearsal: bool) -> TrainingBatches:
         settings, tokenizer = self.recipe.train, self.processor.tokenizer

@@ -25,7 +25,6 @@ from pipelines.recipes import Recipe
 from pipelines.train.batches import Dequantizer, TrainingBatches
 from pipelines.train.meter import Meter
 from pipelines.train.runs import Run
-from tinyaudio.model.loss import load_liger
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 PROGRESS = "progress.json"  # in a checkpoint: what the run had gone through
@@ -248,12 +247,11 @@ def tensorboard(recipe: Recipe, run: Run, first_step: int) -> list[TrainerCallba
     return [TensorBoardCallback(SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=purge))]
 
 
-def check_settings(recipe: Recipe, device: torch.device) -> None:
+def check_settings(recipe: Recipe) -> None:
     """Find out before anything is loaded what would stop the run later.
 
     Raises:
         RunError: `train.accumulate` cannot be divided among the processes, or something to report to is not installed.
-        ModelError: `train.liger` where Liger Kernel cannot run.
     """
     accumulate, processes = recipe.train.accumulate, num_processes()
     if accumulate % processes:
@@ -261,8 +259,6 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
             f"train.accumulate is {accumulate} and there are {processes} processes; expected a multiple of "
             f"{processes}, since a step takes train.accumulate batches over all processes"
         )
-    if recipe.train.liger:
-        load_liger(device)
     _check_reporters(recipe)
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-
 # Logits alive at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the
 # product is 261 x 2048 x 128,256, still bound by arithmetic on an A100); larger saves too little on a small batch.
 CHUNK_ENTRIES = 2**25
@@ -36,34 +34,6 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, chunk
         chunk_rows = max(1, CHUNK_ENTRIES // _vocabulary(head, hidden))
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk_rows)  # type: ignore[no-untyped-call]
     return total
-
-
-def liger_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Do the same with Liger Kernel's fused Triton kernel.
-
-    Raises:
-        ModelError: as `load_liger`, or the head is not a Linear.
-    """
-    fused = load_liger(hidden.device)
-    if not isinstance(head, nn.Linear):
-        raise ModelError(f"train.liger needs a linear head; found {type(head).__name__}. Set train.liger=false")
-    loss: Tensor = fused(reduction="sum")(head.weight, hidden, targets, head.bias)
-    return loss
-
-
-def load_liger(device: torch.device) -> Any:
-    """Import Liger Kernel's loss.
-
-    Raises:
-        ModelError: this is no GPU, or liger-kernel is not installed.
-    """
-    if device.type != "cuda":
-        raise ModelError(f"train.liger needs a GPU; found device {device.type!r}. Set train.liger=false")
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise ModelError(f"train.liger needs liger-kernel (pip install 'tinyaudio[liger]'): {error}") from error
-    return LigerFusedLinearCrossEntropyLoss
 
 
 def _vocabulary(head: nn.Module, hidden: Tensor) -> int:

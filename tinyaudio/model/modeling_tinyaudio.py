@@ -26,7 +26,7 @@ from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError, one_line
 from .frozen import check_digest, freeze, is_hub_id, load_decoder
-from .loss import liger_cross_entropy, summed_cross_entropy
+from .loss import summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
 from .projectors import build_projector, num_projected
@@ -109,7 +109,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.register_module("decoder", None)
         # Trainer would else count labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
-        self._checkpoints_activations = self._uses_liger = False
+        self._checkpoints_activations = False
         self._compiled_decoder: Any = None
         self._cached_embedding_rms: Tensor | None = None
         self._cached_prompt_ids: tuple[Tensor, Tensor] | None = None
@@ -156,10 +156,6 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable()
         self._checkpoints_activations = True
-
-    def use_liger(self) -> None:
-        """Let Liger Kernel compute the loss; errors as `loss.liger_cross_entropy`, at the first step."""
-        self._uses_liger = True
 
     def compile_decoder(self) -> None:
         """Let torch.compile fuse the decoder's training step, for any length; generation stays as it is."""
@@ -263,8 +259,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames, num_targets = (torch.tensor(counts) for counts in host_counts)
         host_lengths = num_projected(frames, self.config.stack_factor)
         hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
-        cross_entropy = liger_cross_entropy if self._uses_liger else summed_cross_entropy
-        total = cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
+        total = summed_cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
         return TinyAudioOutput(
             loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
             num_targets=len(targets),

@@ -60,10 +60,6 @@ class Projector(nn.Module):
         self.input_dim, self.output_dim = input_dim, output_dim
         self.stack_factor, self.hidden_size = stack_factor, hidden_size
 
-    def first_linear(self) -> nn.Linear | None:
-        """Return the layer that reads raw stacked frames, if there is one: where whitening can be folded in."""
-        return None
-
 
 class MLPProjector(Projector):
     """Stack, Linear, ReLU, Linear: the projector of the original Tiny Audio card and of SLAM-ASR.
@@ -79,9 +75,6 @@ class MLPProjector(Projector):
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_out(torch.relu(self.linear_in(stack_frames(features, self.stack_factor))))
 
-    def first_linear(self) -> nn.Linear:
-        return self.linear_in
-
 
 class LinearProjector(Projector):
     """Stack, Linear: the least that can work, and the control for every other one."""
@@ -92,9 +85,6 @@ class LinearProjector(Projector):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear(stack_frames(features, self.stack_factor))
-
-    def first_linear(self) -> nn.Linear:
-        return self.linear
 
 
 class NormMLPProjector(Projector):

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.segments import _Cutter, cut, join_texts, reach, rules
+from tinyaudio.model.segments import MIN_SPEECH, audible_length, cut, join_texts, rules
 from tinyaudio.model.voice import FRAME_LENGTH, VoiceActivity
 
 
@@ -18,6 +20,20 @@ def silence(duration_s):
 
 def in_blocks(samples, size):
     return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+class ScriptedVoice(VoiceActivity):
+    """Voice activity as a test has written it down: one probability for every frame."""
+
+    def __init__(self, probabilities):
+        self.probabilities, self.num_samples = np.asarray(probabilities, np.float32), 0
+
+    def feed(self, samples):
+        begin, self.num_samples = self.num_samples // FRAME_LENGTH, self.num_samples + len(samples)
+        return self.probabilities[begin : self.num_samples // FRAME_LENGTH]
+
+    def finish(self):
+        return self.probabilities[self.num_samples // FRAME_LENGTH : -(-self.num_samples // FRAME_LENGTH)]
 
 
 def joined(spoken, gap_s, count=10):
@@ -88,9 +104,9 @@ def test_last_stop_behind_a_closure_belongs_to_its_word():
     """What sinks into the pause, rises once more within 0.1 s and sinks for good, is heard to its end."""
     quiet, burst = np.full(1200, 1e-4, np.float32), np.full(400, 0.05, np.float32)
     pause = np.tile(quiet, 5)
-    assert reach(np.concatenate([burst, quiet, burst, pause])) == 2000
-    assert reach(np.concatenate([burst, pause, burst])) == 400
-    assert reach(pause) == reach(pause[:0]) == 0
+    assert audible_length(np.concatenate([burst, quiet, burst, pause])) == 2000
+    assert audible_length(np.concatenate([burst, pause, burst])) == 400
+    assert audible_length(pause) == audible_length(pause[:0]) == 0
 
 
 @pytest.mark.parametrize("gap_s", [0.4, 0.9])
@@ -115,12 +131,7 @@ def test_onset_found_late_is_still_there_when_its_block_is_long_gone(late_s):
     for onset in onsets:
         frames[onset : onset + 60] = 0.1
         probabilities[onset + late : onset + 60] = 1.0
-    cutter = _Cutter(rules(window_s=4.0)[1])
-    pieces = []
-    for frame, probability in zip(frames, probabilities, strict=True):
-        cutter.add(frame, np.array([probability]))
-        pieces += cutter.pieces(is_final=False)
-    pieces += cutter.pieces(is_final=True)
+    pieces = list(cut(frames, 4.0, ScriptedVoice(probabilities)))
     expected = [onset * FRAME_LENGTH / SAMPLING_RATE for onset in onsets]
     assert [piece.start_s for piece in pieces] == pytest.approx(expected, abs=0.005)  # a level is 5 ms
     for piece in pieces:
@@ -142,6 +153,34 @@ def test_speech_without_pauses_loses_no_sample(spoken, window_s):
     assert all(end == start for end, start in seams)
     assert sum(piece.advance_s for piece in pieces) <= len(samples) / SAMPLING_RATE + 1e-6
     assert pieces[-1].end_s > len(samples) / SAMPLING_RATE - 0.2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 9, 20, 100, 250]), st.sampled_from([0.0, 0.4, 1.0]))),
+    block=st.sampled_from([100, 512, 3111, 160_000]),
+    window_s=st.sampled_from([0.5, 1.0, 4.0, 30.0]),
+)
+def test_any_voice_activity_gives_pieces_that_fit_and_hold_all_speech(runs, block, window_s):
+    """Every sample is its own place in the recording, so a piece shows where it was cut."""
+    probabilities = np.repeat([p for _, p in runs], [n for n, _ in runs]) if runs else np.zeros(0)
+    places = np.arange(max(0, len(probabilities) * FRAME_LENGTH - 100), dtype=np.float32)
+    pieces = list(cut(in_blocks(places, block), window_s, ScriptedVoice(probabilities)))
+    covered, end = np.zeros(len(places), bool), 0
+    for piece in pieces:
+        begin = int(piece.samples[0])
+        assert np.array_equal(piece.samples, places[begin : begin + len(piece.samples)])
+        assert begin == end - round(piece.overlap_s * SAMPLING_RATE) or (begin >= end and not piece.overlap_s)
+        end = begin + len(piece.samples)
+        assert begin <= round(piece.start_s * SAMPLING_RATE) <= round(piece.end_s * SAMPLING_RATE) <= end
+        assert len(piece.samples) <= (window_s + 2.6) * SAMPLING_RATE
+        covered[begin:end] = True
+    assert sum(piece.advance_s for piece in pieces) == pytest.approx(end / SAMPLING_RATE)
+    at = 0
+    for length, probability in runs:
+        if probability == 1.0 and length >= MIN_SPEECH:
+            assert covered[at * FRAME_LENGTH : (at + length) * FRAME_LENGTH].all()
+        at += length
 
 
 @pytest.mark.parametrize("sound", ["silence", "white noise", "loud noise", "hum", "tone", "chord", "20 ms"])
@@ -191,9 +230,7 @@ def test_a_gap_early_in_a_window_is_better_than_none():
     probabilities = np.ones(len(frames))
     window = rules(window_s=4.0)[1].window
     probabilities[window // 6 : window // 6 + 4] = 0.0
-    cutter = _Cutter(rules(window_s=4.0)[1])
-    cutter.add(frames.reshape(-1)[: (window + 4) * FRAME_LENGTH], probabilities[: window + 4])
-    (piece,) = cutter.pieces(is_final=False)
+    piece = next(cut([frames[: window + 4].reshape(-1)], 4.0, ScriptedVoice(probabilities)))
     assert piece.end_s == pytest.approx(window // 6 * FRAME_LENGTH / SAMPLING_RATE, abs=0.15)
     assert "no_pause" not in piece.warnings
 

@@ -1,16 +1,17 @@
-"""From a stream of samples to pieces that fit the model, cut where nobody speaks; and texts joined again at seams.
+"""From a stream of samples to pieces that fit the model, cut at pauses; and texts joined again where pieces overlap.
 
 A recording that fits the model's window is decoded whole, as in training; only pauses of two seconds are cut out of it.
-A longer one is cut at every pause, at the longest gap where a stretch of speech is longer than the window, and, where
-there is no gap either, into windows that overlap. Nothing that voice activity detection calls speech is left out, and
-no more than one window and one block of samples is held at a time. Travels with the checkpoint.
+A longer one is cut at every pause. Speech that is longer than the window is cut at its longest gap and, where it has no
+gap, into windows that overlap. Every frame that voice activity detection calls speech is in a piece. At most one window
+and one block of samples are held at a time. Travels with the checkpoint.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, product, takewhile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .audio import SAMPLING_RATE, Samples
 from .voice import FRAME_LENGTH, FRAME_S, VoiceActivity
@@ -20,29 +21,29 @@ SPEECH_BEGINS, SPEECH_ENDS = 0.5, 0.35
 MIN_GAP = 3  # frames, 96 ms: shorter dips are stops inside words
 MIN_SPEECH = 3  # frames: shorter bursts are clicks
 LAST_STOP = 8  # frames, 0.26 s: a short burst so close behind speech is its last consonant, not a click
-# Kept around speech: what the projector joins (5 frames of 20 ms), so that the frames of a piece are joined as if it
-# began with its speech. A model that has heard trimmed utterances only depends on it: cut 60 ms before its speech
-# instead of 0 or 100, the demo's makes 21 % word errors instead of 5.
+# Kept on both sides of speech: as much as the projector joins (5 frames of 20 ms), so that the frames of a piece are
+# joined as if it began with its speech. A model trained on trimmed utterances depends on it: with 60 ms before speech
+# instead of 0 or 100, the demo's model makes 21 % word errors instead of 5.
 EDGE_S = 0.1
-REACH_S = 0.25  # how far before a frame called speech its onset is looked for (worst 0.12 s on 520 utterances joined)
-LEVEL_LENGTH = 80  # samples, 5 ms: over which a level is the largest value
+SEARCH_LENGTH = 4_000  # samples, 0.25 s: how long before its first frame speech may begin (worst 0.12 s of 520 cases)
+LEVEL_LENGTH = 80  # samples, 5 ms: a level is the largest value in so many samples
 ABOVE_PAUSE = 3.0  # times the level of a pause is sound; in noise of 100 levels, one is 1.5 times its quietest fifth
-QUIET = 20  # levels, 0.1 s: what ends a sound for good; closures before a last stop are shorter
-MAX_OVERLAP_S = 2.0  # of two windows that have no gap to be cut at: five to eight words
-WORDS_PER_SECOND = 5  # fast speech; how far from a seam the same words can stand in both texts
+QUIET = 20  # levels, 0.1 s: ends a sound for good; closures before a last stop are shorter
+MAX_OVERLAP_S = 2.0  # of two windows without a gap between them: five to eight words
+WORDS_PER_SECOND = 5  # fast speech; bounds how far from a seam the same words can stand in both texts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Samples to decode at once, and where they stand.
+    """Samples to decode at once, and their place in the recording.
 
     Args:
         samples: (n,) at 16 kHz.
-        start_s, end_s: where speech was heard, seconds from the beginning of the recording.
-        advance_s: seconds of the recording that are done with when this piece is.
-        overlap_s: how much of its beginning the piece before holds too; 0 after a gap.
+        start_s, end_s: where its speech begins and ends, seconds from the beginning of the recording.
+        advance_s: seconds of the recording that are done when this piece is.
+        overlap_s: seconds at its beginning that the piece before holds as well; 0 after a gap.
         warnings: codes of `guard.CODES`.
-        input, index, name: number and name of its input, and its place in it; set by `reader`.
+        input, index, name: number and name of its input, and its number within the input; set by `reader`.
     """
 
     samples: Samples
@@ -62,8 +63,8 @@ class Rule:
 
     Args:
         window: the longest stretch of speech in one piece, frames.
-        pause: what ends a piece, frames without speech.
-        margin: kept on either side of speech, samples; never more than half of the gap.
+        pause: frames without speech that end a piece.
+        margin: samples kept on either side of speech; never more than half of the gap.
         overlap: of windows without a gap, frames.
     """
 
@@ -76,7 +77,7 @@ class Rule:
 def rules(window_s: float) -> tuple[Rule, Rule]:
     """Return how to cut a recording that fits the window, and one that does not.
 
-    A model trained on utterances of a few seconds has heard no long pauses inside them: the shorter its window, the
+    A model trained on utterances of a few seconds has seen no long pauses inside them: the shorter its window, the
     shorter the pause that ends a piece, from 0.5 s (windows of 30 s) down to 0.25 s (15 s and less).
     """
     window = max(int(window_s / FRAME_S), 8)
@@ -87,227 +88,196 @@ def rules(window_s: float) -> tuple[Rule, Rule]:
     return whole, Rule(window=window, pause=round(pause_s / FRAME_S), margin=margin, overlap=overlap)
 
 
-def cut(blocks: Iterable[Samples], window_s: float) -> Iterator[Piece]:
+def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece]:
     """Cut a recording into pieces.
 
     Args:
         blocks: its samples, any number at a time.
         window_s: the longest piece, seconds.
+        voice: finds the speech; None for a fresh `VoiceActivity`.
 
     Yields:
         Pieces in order of time, as soon as they are complete; none where there is no speech.
     """
+    voice = voice or VoiceActivity()
     whole, long = rules(window_s)
-    voice, cutter = VoiceActivity(), _Cutter(whole)
-    for block in blocks:
-        cutter.add(block, voice.feed(block))
-        if cutter.num_samples > window_s * SAMPLING_RATE:
-            cutter.rule = long
-            yield from cutter.pieces(is_final=False)
-    cutter.add(np.zeros(0, np.float32), voice.finish())
-    yield from cutter.pieces(is_final=True)
+    rule = whole
+    held, speech = _HeldSamples(), _Speech()
+    done = 0  # samples before belong to an earlier piece or to a pause
+    for block in chain(blocks, [None]):
+        if block is None:
+            speech.add(voice.finish())
+            speech.end_span()
+        else:
+            held.append(block)
+            speech.add(voice.feed(block))
+            if held.end <= window_s * SAMPLING_RATE:
+                continue  # so far the recording fits the window as a whole
+            rule = long
+        while spans := speech.take_piece(rule, is_final=block is None):
+            first, last = spans[0], spans[-1]
+            end = min(last.end * FRAME_LENGTH, held.end)
+            if last.overlap_after:  # cut inside speech: it changes over to the next window in the middle of the overlap
+                speech_end = (last.end - last.overlap_after + last.overlap_after // 2) * FRAME_LENGTH
+            else:
+                gap = max((speech.spans[0].start * FRAME_LENGTH if speech.spans else held.end) - end, 0)
+                limit = end + (gap // 2 if speech.spans else gap)
+                speech_end = end + audible_length(held.read(end, min(limit, end + SEARCH_LENGTH // 2)))
+                end = min(speech_end + rule.margin, limit)
+            if first.overlap_before:
+                begin = first.start * FRAME_LENGTH
+                speech_start = begin + first.overlap_before // 2 * FRAME_LENGTH
+            else:  # speech begins within its first frame, or before it where detection was late
+                latest = min((first.start + 1) * FRAME_LENGTH, end)
+                earliest = max(latest - SEARCH_LENGTH, done)
+                audible = audible_length(held.read(earliest, latest)[::-1]) or FRAME_LENGTH
+                speech_start = max(latest - audible, earliest)
+                begin = max(speech_start - rule.margin, done)
+            yield Piece(
+                samples=held.read(begin, end),
+                start_s=speech_start / SAMPLING_RATE,
+                end_s=speech_end / SAMPLING_RATE,
+                advance_s=(end - done) / SAMPLING_RATE,
+                overlap_s=first.overlap_before * FRAME_S,
+                warnings=("no_pause",) if first.overlap_before else (),
+            )
+            done = end
+        next_frame = speech.spans[0].start if speech.spans else speech.num_frames
+        held.drop_before(next_frame * FRAME_LENGTH - SEARCH_LENGTH - rule.margin)
 
 
 @dataclass
 class _Span:
-    """Frames [start, end) of unbroken speech; `overlap` frames of its beginning belong to the piece before as well."""
+    """Frames [start, end) of unbroken speech; `overlap_before` and `overlap_after` of them are in two pieces."""
 
     start: int
     end: int
-    overlap: int = 0
+    overlap_before: int = 0
+    overlap_after: int = 0
 
 
-class _Cutter:
-    """Turns probabilities into spans of speech, and spans into pieces; holds the samples not yet handed out."""
+class _Speech:
+    """The spans of speech that are not yet in a piece.
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self.num_samples = 0
-        self._held: list[Samples] = []
-        self._held_from = 0  # sample index of the first sample held
-        self._num_frames = 0
-        self._spans: list[_Span] = []
-        self._is_speech = False
-        self._quiet_frames = 0
-        self._cut_until = 0  # samples before are part of an earlier piece or of a pause
+    Attributes:
+        num_frames: frames followed so far.
+        spans: in order of time; the last one is still growing while `is_open`.
+    """
 
-    def add(self, samples: Samples, probabilities: np.ndarray) -> None:
-        self._held.append(samples)
-        self.num_samples += len(samples)
+    def __init__(self) -> None:
+        self.num_frames = 0
+        self.spans: list[_Span] = []
+        self.is_open = False
+
+    def add(self, probabilities: NDArray[np.float32]) -> None:
+        """Follow frames: speech begins at once, and ends at the first of `MIN_GAP` frames without it."""
         for probability in probabilities.tolist():
-            self._hear(probability)
+            self.num_frames += 1
+            if not self.is_open:
+                if probability >= SPEECH_BEGINS:
+                    self.spans.append(_Span(self.num_frames - 1, self.num_frames))
+                    self.is_open = True
+            elif probability >= SPEECH_ENDS:
+                self.spans[-1].end = self.num_frames
+            elif self.num_frames - self.spans[-1].end == MIN_GAP:
+                self.end_span()
 
-    def _hear(self, probability: float) -> None:
-        """Follow one frame: speech begins at once, and ends where `MIN_GAP` frames without it began."""
-        frame = self._num_frames
-        self._num_frames += 1
-        if probability >= SPEECH_BEGINS and not self._is_speech:
-            self._spans.append(_Span(frame, frame + 1))
-            self._is_speech, self._quiet_frames = True, 0
-        elif self._is_speech and probability >= SPEECH_ENDS:
-            self._spans[-1].end, self._quiet_frames = frame + 1, 0
-        elif self._is_speech:
-            self._quiet_frames += 1
-            if self._quiet_frames == MIN_GAP:
-                self._end_span()
+    def end_span(self) -> None:
+        """End the growing span, if there is one. Too short a span is dropped, or joined to the one just before it."""
+        if self.is_open and self.spans[-1].end - self.spans[-1].start < MIN_SPEECH:
+            burst = self.spans.pop()
+            if self.spans and burst.start - self.spans[-1].end <= LAST_STOP:
+                self.spans[-1].end = burst.end
+        self.is_open = False
 
-    def _end_span(self) -> None:
-        self._is_speech = False
-        if self._spans[-1].end - self._spans[-1].start < MIN_SPEECH:
-            burst = self._spans.pop()
-            if self._spans and burst.start - self._spans[-1].end <= LAST_STOP:
-                self._spans[-1].end = burst.end
-
-    def pieces(self, is_final: bool) -> Iterator[Piece]:
-        """Hand out every piece whose end is certain by now."""
-        if is_final and self._is_speech:
-            self._end_span()
-        while self._spans:
-            num_spans = self._complete(is_final)
-            if num_spans is None:
+    def take_piece(self, rule: Rule, is_final: bool) -> list[_Span]:
+        """Remove the spans of the next piece; none where more frames are needed to know its end, or none are left."""
+        spans, num_taken = self.spans, len(self.spans) if is_final else 0
+        for i, span in enumerate(spans):
+            if span.end - spans[0].start > rule.window:
+                if i == 0:  # there is no gap in it
+                    cut_at = span.start + rule.window
+                    self.spans = [_Span(cut_at - rule.overlap, span.end, overlap_before=rule.overlap), *spans[1:]]
+                    return [_Span(span.start, cut_at, span.overlap_before, overlap_after=rule.overlap)]
+                # After the longest gap, among those in the window's last three quarters if there are any.
+                gaps = [(spans[n - 1].end, spans[n].start, n) for n in range(1, i + 1)]
+                at_least = spans[0].start + rule.window // 4
+                num_taken = max((start >= at_least, end - start, n) for start, end, n in gaps)[-1]
                 break
-            yield self._emit(num_spans) if num_spans else self._emit_window()
-        self._forget(self._spans[0].start * FRAME_LENGTH if self._spans else self._num_frames * FRAME_LENGTH)
-
-    def _complete(self, is_final: bool) -> int | None:
-        """Count the spans of the next piece; 0: it must be cut inside speech; None: wait for more samples."""
-        first = self._spans[0].start
-        for i, span in enumerate(self._spans):
-            if span.end - first > self.rule.window:
-                return self._longest_gap(first)
-            is_last = i == len(self._spans) - 1
-            next_start = self._num_frames if is_last else self._spans[i + 1].start
-            ended = not (is_last and self._is_speech)
-            if ended and next_start - span.end >= self.rule.pause:
-                return i + 1
-        return len(self._spans) if is_final else None
-
-    def _longest_gap(self, first: int) -> int:
-        """Count the spans before the longest gap of a window, in its later three quarters if there is one; 0: none."""
-        gaps = [
-            (span.end - first >= self.rule.window // 4, following.start - span.end, count)
-            for count, (span, following) in enumerate(pairwise(self._spans), 1)
-            if span.end - first <= self.rule.window
-        ]
-        return max(gaps, default=(False, 0, 0))[2]
-
-    def _emit(self, num_spans: int) -> Piece:
-        """Hand out the first spans, with silence on both sides."""
-        taken, self._spans = self._spans[:num_spans], self._spans[num_spans:]
-        next_sample = self._spans[0].start * FRAME_LENGTH if self._spans else self.num_samples
-        end = min(taken[-1].end * FRAME_LENGTH, self.num_samples)
-        gap = max(next_sample - end, 0)
-        limit = end + (gap // 2 if self._spans else gap)
-        end += reach(self._samples(end, min(limit, end + int(REACH_S / 2 * SAMPLING_RATE))))
-        return self._piece(taken[0], end, min(end + self.rule.margin, limit))
-
-    def _emit_window(self) -> Piece:
-        """Hand out one window of speech without a gap; the next begins before its end."""
-        first, limit = self._spans[0], self._spans[0].start + self.rule.window
-        crossing = next(i for i, span in enumerate(self._spans) if span.end > limit)
-        rest = self._spans[crossing]
-        self._spans = self._spans[crossing:]
-        self._spans[0] = _Span(limit - self.rule.overlap, rest.end, overlap=self.rule.overlap)
-        seam = limit - (self.rule.overlap - self.rule.overlap // 2)
-        return self._piece(first, seam * FRAME_LENGTH, limit * FRAME_LENGTH)
-
-    def _piece(self, first: _Span, speech_end: int, end: int) -> Piece:
-        """Cut the samples up to `end` off; speech ends at `speech_end`, or its second half is the next window's."""
-        if first.overlap:
-            begin, speech = first.start * FRAME_LENGTH, (first.start + first.overlap // 2) * FRAME_LENGTH
-        else:
-            speech = self._onset(first, end)
-            begin = max(speech - self.rule.margin, self._cut_until)
-        advance_s = (end - self._cut_until) / SAMPLING_RATE
-        self._cut_until = end
-        return Piece(
-            samples=self._samples(begin, end),
-            start_s=speech / SAMPLING_RATE,
-            end_s=speech_end / SAMPLING_RATE,
-            advance_s=advance_s,
-            overlap_s=first.overlap * FRAME_S,
-            warnings=("no_pause",) if first.overlap else (),
-        )
-
-    def _onset(self, span: _Span, end: int) -> int:
-        """Find the sample with which speech begins: the end of its first frame at the latest, or before detection."""
-        latest = min((span.start + 1) * FRAME_LENGTH, end)
-        earliest = max(latest - int(REACH_S * SAMPLING_RATE), self._cut_until)
-        reached = reach(self._samples(earliest, latest)[::-1])
-        return max(latest - (reached or FRAME_LENGTH), earliest)
-
-    def _samples(self, begin: int, end: int) -> Samples:
-        if begin < self._held_from:
-            raise AssertionError(f"sample {begin} was let go of; the first one held is {self._held_from}")
-        self._held = [np.concatenate(self._held)]
-        return self._held[0][begin - self._held_from : end - self._held_from].copy()
-
-    def _forget(self, next_start: int) -> None:
-        """Let go of samples that no later piece can hold."""
-        lead = self.rule.margin + int(REACH_S * SAMPLING_RATE)  # a piece begins a margin before its onset
-        keep_from = max(min(next_start - lead, self.num_samples), self._held_from)
-        if self._spans and not self._spans[0].overlap:
-            keep_from = max(keep_from, min(self._cut_until, next_start))
-        joined = np.concatenate(self._held) if self._held else np.zeros(0, np.float32)
-        self._held = [joined[keep_from - self._held_from :].copy()]
-        self._held_from = keep_from
+            is_growing = self.is_open and span is spans[-1]
+            following = spans[i + 1].start if i + 1 < len(spans) else self.num_frames
+            if not is_growing and following - span.end >= rule.pause:
+                num_taken = i + 1
+                break
+        self.spans = spans[num_taken:]
+        return spans[:num_taken]
 
 
-def reach(samples: Samples) -> int:
-    """Count the samples before sound has sunk into the pause for good: 0 where the first are no louder than the pause.
+class _HeldSamples:
+    """The samples [begin, end) of a recording, which later pieces may need."""
+
+    def __init__(self) -> None:
+        self.begin = self.end = 0
+        self._blocks = [np.zeros(0, np.float32)]
+
+    def append(self, samples: Samples) -> None:
+        self._blocks.append(samples)
+        self.end += len(samples)
+
+    def read(self, begin: int, end: int) -> Samples:
+        if begin < self.begin:
+            raise AssertionError(f"sample {begin} was dropped; the first one held is {self.begin}")
+        self._blocks = [np.concatenate(self._blocks)]
+        return self._blocks[0][begin - self.begin : end - self.begin].copy()
+
+    def drop_before(self, index: int) -> None:
+        index = max(index, self.begin)
+        self._blocks, self.begin = [self.read(index, self.end)], index
+
+
+def audible_length(samples: Samples) -> int:
+    """Count the samples until a sound has died away in a pause for good; 0 where there is only the pause.
 
     Args:
-        samples: of a pause, beginning where it meets speech; reversed, for the pause before.
+        samples: of a pause, beginning where it meets speech; reversed, for the pause before speech.
     """
     num_levels = len(samples) // LEVEL_LENGTH
     if not num_levels:
         return 0
     levels = np.abs(samples[: num_levels * LEVEL_LENGTH]).reshape(num_levels, LEVEL_LENGTH).max(axis=1)
     is_sound = levels > ABOVE_PAUSE * np.quantile(levels, 0.2)
-    reached = 0
+    audible = 0
     for level in np.flatnonzero(is_sound).tolist():
-        if level >= reached + QUIET:
+        if level >= audible + QUIET:
             break
-        reached = level + 1
-    return reached * LEVEL_LENGTH
+        audible = level + 1
+    return audible * LEVEL_LENGTH
 
 
 def join_texts(before: str, after: str, overlap_s: float) -> tuple[str, str, bool]:
     """Join the texts of two windows that overlap, so that no word is doubled or lost.
 
-    Words at the very edge of a window may be cut in half, so both texts are trusted up to the words they share.
+    Words at the very edge of a window may be cut in half, so both texts are trusted up to the words they share. Words
+    behind them in the first text and before them in the second are such edges, and cost half a word each; a match that
+    costs more than it has words does not count. (difflib's longest match takes the earliest of several, which loses
+    words at a seam.)
 
     Returns:
-        What stands of the first, what stands of the second, and whether they shared a word.
+        What remains of the first text, what remains of the second, and whether they agree.
     """
-    reach = max(3, round(overlap_s * WORDS_PER_SECOND) + 2)
+    most = max(3, round(overlap_s * WORDS_PER_SECOND) + 2)
     left, right = before.split(), after.split()
-    tail, head = [_plain(word) for word in left[-reach:]], [_plain(word) for word in right[:reach]]
-    match = _best_match(tail, head)
-    if match is None:
+    tail, head = [_plain(word) for word in left[-most:]], [_plain(word) for word in right[:most]]
+    matches = []
+    for i, j in product(range(len(tail)), range(len(head))):
+        size = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail[i:], head[j:], strict=False)))
+        behind = len(tail) - i - size
+        if size > 0 and behind + j <= 2 * size:
+            matches.append((size - (behind + j) / 2, -behind - j, len(left) - behind, j + size))
+    if not matches:
         return before, after, not left or not right
-    in_tail, in_head, size = match
-    kept = len(left) - len(tail) + in_tail + size
-    return " ".join(left[:kept]), " ".join(right[in_head + size :]), True
-
-
-def _best_match(tail: list[str], head: list[str]) -> tuple[int, int, int] | None:
-    """Find the shared words that leave the fewest others out: their place in both lists, and how many they are.
-
-    Words behind them in the first list and before them in the second are half-heard edges, and cost half a word each;
-    a match that costs more than it has words is none.
-    """
-    best: tuple[tuple[float, int], tuple[int, int, int]] | None = None
-    for i in range(len(tail)):
-        for j in range(len(head)):
-            size = 0
-            while i + size < len(tail) and j + size < len(head) and tail[i + size] == head[j + size]:
-                size += 1
-            left_out = len(tail) - i - size + j
-            merit = (size - left_out / 2, -left_out)
-            if size and left_out <= 2 * size and (best is None or merit > best[0]):
-                best = merit, (i, j, size)
-    return best[1] if best else None
+    _, _, num_kept, num_skipped = max(matches, key=lambda match: match[:2])
+    return " ".join(left[:num_kept]), " ".join(right[num_skipped:]), True
 
 
 def _plain(word: str) -> str:

@@ -1,1 +1,1 @@
-"""A folder for the hub: model, card with measured numbers, evaluations. `stage.py` makes it."""
+"""The folder of a model for the hub: weights, code, card and evaluations. `stage.py` makes it."""

@@ -1,1 +1,1 @@
-"""Speed and memory of every stage, as ratios measured side by side in one run."""
+"""Benchmarks: speed and memory of the store and of each stage, beside plain alternatives measured in the same run."""

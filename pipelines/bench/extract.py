@@ -1,25 +1,23 @@
-"""How fast stage one is, beside what one would write oneself, in one run on one machine.
+"""How fast stage one is, beside loops that one would write without it, in one run.
 
-    (a) a plain transformers loop, one recording at a time
-    (b) a loop over fixed-size padded batches, in the order of the corpus
-    (c) loop (a) with one .npy file per recording
-    ours: the line of `shard_line`, from encoded audio to committed shards
+    batch1     a plain transformers loop, one recording at a time
+    padded     a loop over fixed-size padded batches, in the order of the corpus
+    npy        loop batch1 with one .npy file per recording
+    ours       the shard pipeline, from encoded audio to committed shards
 
-All decode the same WAV files with durations like LoquaciousSet's (log-normal, 2 to 30 s, mean about 8 s) and run the
-same encoder: the bundled stand-in, or HuBERT-large's shape at random weights. Rounds are interleaved, ratios medians.
+All decode the same WAV files, with durations like LoquaciousSet's (log-normal, 2 to 30 s, mean about 8 s), and run the
+same encoder: the bundled one, or HuBERT-large's shape at random weights.
 """
 
 import io
-import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
-import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +25,11 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 from numpy.typing import NDArray
-from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from cache import FeatureStore
+from pipelines.bench.memory import CountFlops, matmul_peak, measuring_resident
+from pipelines.bench.models import bench_encoder
+from pipelines.bench.race import median_ratio, race
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.extract.plan import Plan, plan_corpus
@@ -37,141 +37,95 @@ from pipelines.extract.report import ExtractReport
 from pipelines.extract.shard_pipeline import ShardLine
 from pipelines.recipes import Recipe, load_recipe
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio, num_frames
-from tinyaudio.model.encoder import encode, give_back_free_memory, load_encoder, load_feature_extractor
-from tinyaudio.model.frozen import freeze
+from tinyaudio.model.encoder import encode, give_back_free_memory
 
-DEMO = Path(__file__).parents[1] / "demo"
-PADDED_BATCH = 8  # recordings in a batch of (b)
-STAND_IN_S, FULL_SIZE_S, GPU_S = 600.0, 100.0, 30_000.0  # seconds of audio in one round; a GPU's is some ten seconds
+PADDED_BATCH = 8  # recordings in a fixed-size batch
+BUNDLED_S, FULL_SIZE_S, GPU_S = 600.0, 100.0, 30_000.0  # seconds of audio in one round; a GPU's takes about ten seconds
 ROW_GROUP = 20  # recordings, so that a shard spans several row groups and a row group two shards, as in reality
-STAND_IN_ROUNDS, FULL_SIZE_ROUNDS = 3, 1
-MATMUL_SIZE = 8_192  # of the square matrices that measure a GPU's peak
+BUNDLED_ROUNDS, FULL_SIZE_ROUNDS = 3, 1
+
+NOTES = {
+    "vs_batch1": "times as fast as one recording at a time",
+    "vs_padded": f"times as fast as padded batches of {PADDED_BATCH}",
+    "vs_npy": "times as fast as one at a time into .npy files",
+    "padding": "at most 0.03 of the encoder's input",
+    "padding_fixed": f"of padded batches of {PADDED_BATCH}",
+    "encoder_busy": "fraction of the time",
+    "decode_share": "of the time, beside the encoder",
+    "write_share": "of the time, beside the encoder",
+    "matmul_share": "of the device's matmul peak; not measured without a GPU",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchExtract:
-    """The outcome; ratios above 1 say that ours is faster."""
-
-    encoder: str
-    device: str
-    audio_s: float
-    mean_duration_s: float
-    real_time_factor: float  # seconds of audio per second
-    vs_batch1: float
-    vs_padded: float
-    vs_npy: float
-    padding: float  # share of the encoder's input
-    padding_fixed: float  # of (b), for comparison
-    encoder_busy: float  # share of the time
-    decode_share: float  # of the time, beside the encoder
-    write_share: float  # of the time, beside the encoder
-    idle_share: float  # the encoder's
-    matmul_share: float | None  # of the measured matrix-product peak, by the wall clock; None without a GPU
-    peak_rss_bytes: int  # of our first round alone, decoding processes included
-    load_average: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        peak = "no GPU" if self.matmul_share is None else f"{100 * self.matmul_share:.0f} % of the matmul peak"
-        return "\n".join(
-            [
-                f"encoder        {self.encoder} on {self.device}, {self.audio_s:,.0f} s of audio a round "
-                f"(mean {self.mean_duration_s:.1f} s), load average {self.load_average:.1f}",
-                f"speed          {self.real_time_factor:,.1f}x real time; {peak}",
-                f"against        {self.vs_batch1:.2f}x one at a time, {self.vs_padded:.2f}x padded batches of "
-                f"{PADDED_BATCH}, {self.vs_npy:.2f}x one at a time into .npy files",
-                f"padding        {100 * self.padding:.1f} % (fixed batches: {100 * self.padding_fixed:.1f} %)",
-                f"encoder        busy {100 * self.encoder_busy:.0f} %, idle {100 * self.idle_share:.0f} %; beside it "
-                f"decoding {100 * self.decode_share:.1f} %, writing {100 * self.write_share:.1f} % of the time",
-                f"peak memory    {self.peak_rss_bytes / 1e9:.2f} GB",
-            ]
-        )
-
-
-def bench_extract(*, full_size: bool = False, audio_s: float | None = None, device: str = "auto") -> BenchExtract:
+def bench_extract(*, full_size: bool = False, audio_s: float | None = None, device: str = "auto") -> dict[str, Any]:
     """Measure.
 
     Args:
-        full_size: HuBERT-large's shape at random weights (315 million parameters) instead of the stand-in.
+        full_size: HuBERT-large's shape at random weights (315 million parameters) instead of the bundled encoder.
         audio_s: seconds of audio in one round; None chooses a few minutes of work.
+
+    Returns:
+        `encoder`, `device`, `audio_s` of a round, `mean_duration_s`; `real_time_factor`: seconds of audio per second;
+        `vs_batch1`, `vs_padded`, `vs_npy`: our speed over theirs; `padding`: fraction of the encoder's input, and
+        `padding_fixed` that of fixed-size batches; `encoder_busy` and `idle_share`: fractions of the time;
+        `decode_share`, `write_share`: work beside the encoder, over the time; `matmul_share`: fraction of the measured
+        matmul peak, by the wall clock, None without a GPU; `peak_rss_bytes`: of our first round alone, decoding
+        processes included; `load_average`.
     """
     where = pick_device(device)
-    encoder = _open_encoder(full_size, where)
-    seconds = audio_s or (GPU_S if where.type == "cuda" else FULL_SIZE_S if full_size else STAND_IN_S)
-    rounds = FULL_SIZE_ROUNDS if full_size and where.type != "cuda" else STAND_IN_ROUNDS
-    with tempfile.TemporaryDirectory(prefix="bench-extract-") as folder:
-        recipe = _make_corpus(Path(folder), seconds)
+    is_gpu = where.type == "cuda"
+    encoder = bench_encoder(where, full_size=full_size)
+    seconds = audio_s or (GPU_S if is_gpu else FULL_SIZE_S if full_size else BUNDLED_S)
+    rounds = FULL_SIZE_ROUNDS if full_size and not is_gpu else BUNDLED_ROUNDS
+    with tempfile.TemporaryDirectory(prefix="bench-extract-") as name:
+        folder = Path(name)
+        recipe = make_wav_corpus(folder, seconds)
         give_back_free_memory()  # so that the peak is not that of making the corpus
-        return _measure(Path(folder), recipe, encoder, rounds, full_size)
+        corpus = open_corpus(recipe.corpus)
+        plan = plan_corpus(recipe, corpus, ["train"])
+        _encode_padded(encoder, [np.zeros(SAMPLING_RATE, np.float32)])  # first calls allocate and choose kernels
+        reports: list[tuple[ExtractReport, int]] = []  # of each round, with its peak memory
 
+        def ours() -> float:
+            with measuring_resident() as peak:
+                took_s, report = extract_once(folder / f"store-{len(reports)}", recipe, corpus, plan, encoder)
+            reports.append((report, peak.size_bytes))
+            return took_s
 
-def _measure(folder: Path, recipe: Recipe, encoder: LoadedEncoder, rounds: int, full_size: bool) -> BenchExtract:
-    corpus = open_corpus(recipe.corpus)
-    plan = plan_corpus(recipe, corpus, ["train"])
+        ways: dict[str, Callable[[], float]] = {
+            "ours": ours,
+            "batch1": partial(_loop, corpus, plan, encoder, 1),
+            "padded": partial(_loop, corpus, plan, encoder, PADDED_BATCH),
+            "npy": partial(_loop, corpus, plan, encoder, 1, folder),
+        }
+        times = race(ways, rounds)
     durations = plan.accepted["duration_s"].to_numpy()
-    times: dict[str, list[float]] = {"ours": [], "batch1": [], "padded": [], "npy": []}
-    _encode_padded(encoder, [np.zeros(SAMPLING_RATE, np.float32)])  # first calls allocate and choose kernels
-    report, peak_rss = ExtractReport(store=""), 0
-    for number in range(rounds):
-        with _PeakMemory() as peak:
-            seconds, report = _ours(folder / f"store-{number}", recipe, corpus, plan, encoder)
-        times["ours"].append(seconds)
-        peak_rss = peak_rss or peak.size_bytes
-        times["batch1"].append(_loop(corpus, plan, encoder, 1))
-        times["padded"].append(_loop(corpus, plan, encoder, PADDED_BATCH))
-        times["npy"].append(_loop(corpus, plan, encoder, 1, folder))
-    wall, audio_s = statistics.median(times["ours"]), float(durations.sum())
-    ratio = {name: statistics.median(t / o for t, o in zip(times[name], times["ours"], strict=True)) for name in times}
-    is_gpu = encoder.model.device.type == "cuda"
-    return BenchExtract(
-        encoder="HuBERT-large at random weights" if full_size else "stand-in",
-        device=torch.cuda.get_device_name() if is_gpu else f"{len(os.sched_getaffinity(0))} CPU cores",
-        audio_s=audio_s,
-        mean_duration_s=float(durations.mean()),
-        real_time_factor=audio_s / wall,
-        vs_batch1=ratio["batch1"],
-        vs_padded=ratio["padded"],
-        vs_npy=ratio["npy"],
-        padding=report.padding,
-        padding_fixed=_fixed_padding(durations),
-        encoder_busy=report.encoder_busy,
-        decode_share=report.decode_s / times["ours"][-1],
-        write_share=report.write_s / times["ours"][-1],
-        idle_share=max(0.0, 1 - report.encoder_busy),
-        matmul_share=_matmul_share(encoder, audio_s / wall) if is_gpu else None,
-        peak_rss_bytes=peak_rss,
-        load_average=os.getloadavg()[0],
-    )
+    batches = [durations[i : i + PADDED_BATCH] for i in range(0, len(durations), PADDED_BATCH)]
+    audio_s, (report, _) = float(durations.sum()), reports[-1]
+    speed = audio_s / statistics.median(times["ours"])
+    return {
+        "encoder": "HuBERT-large at random weights" if full_size else "bundled",
+        "device": torch.cuda.get_device_name() if is_gpu else f"{len(os.sched_getaffinity(0))} CPU cores",
+        "audio_s": audio_s,
+        "mean_duration_s": float(durations.mean()),
+        "real_time_factor": speed,
+        "vs_batch1": median_ratio(times["batch1"], times["ours"]),
+        "vs_padded": median_ratio(times["padded"], times["ours"]),
+        "vs_npy": median_ratio(times["npy"], times["ours"]),
+        "padding": report.padding,
+        "padding_fixed": 1 - audio_s / float(sum(len(batch) * batch.max() for batch in batches)),
+        "encoder_busy": report.encoder_busy,
+        "decode_share": report.decode_s / times["ours"][-1],
+        "write_share": report.write_s / times["ours"][-1],
+        "idle_share": max(0.0, 1 - report.encoder_busy),
+        "matmul_share": _flops_per_audio_second(encoder) * speed / matmul_peak(where) if is_gpu else None,
+        "peak_rss_bytes": reports[0][1],
+        "load_average": os.getloadavg()[0],
+    }
 
 
-# ------------------------------------------------------------------------------------------- what is measured
-
-
-def _open_encoder(full_size: bool, device: torch.device) -> LoadedEncoder:
-    if full_size:
-        torch.manual_seed(0)
-        config = HubertConfig(
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            feat_extract_norm="layer",
-            do_stable_layer_norm=True,
-            conv_bias=True,
-        )
-        model: Any = freeze(HubertModel(config))
-        extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    else:
-        folder = str(DEMO / "encoder")
-        model, extractor = load_encoder(folder), load_feature_extractor(folder)
-    precision = "bfloat16" if device.type == "cuda" else "float32"
-    return LoadedEncoder(model=model.to(device), feature_extractor=extractor, precision=precision, fingerprint={})
-
-
-def _make_corpus(folder: Path, seconds: float) -> Recipe:
-    """Write WAV files of noise into Parquet with LoquaciousSet's columns; the recipe that reads them."""
+def make_wav_corpus(folder: Path, seconds: float) -> Recipe:
+    """Write WAV files of noise into Parquet with LoquaciousSet's columns, and return the recipe that reads them."""
     random, total = np.random.default_rng(0), 0.0
     rows: list[dict[str, Any]] = []
     while total < seconds:
@@ -190,14 +144,13 @@ def _make_corpus(folder: Path, seconds: float) -> Recipe:
     return load_recipe("demo", [*overrides, "extract.disk_margin_gb=0"])
 
 
-def _ours(
+def extract_once(
     path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, encoder: LoadedEncoder
 ) -> tuple[float, ExtractReport]:
-    """Extract; the seconds it took, without those in which decoding processes start (once in days), and the report."""
-    dim = encoder.model.config.hidden_size
-    store = FeatureStore.create(
-        path, plan=plan.table, dim=dim, fingerprint={"bench": True}, rows_per_shard=plan.rows_per_shard
-    )
+    """Extract into a new store; return the seconds, without starting the decoding processes, and the report."""
+    dim, rows_per_shard = encoder.model.config.hidden_size, plan.rows_per_shard
+    fingerprint = {"bench": True}
+    store = FeatureStore.create(path, plan=plan.table, dim=dim, fingerprint=fingerprint, rows_per_shard=rows_per_shard)
     report = ExtractReport(store=str(path))
     with ShardLine(recipe, corpus, encoder, store, report) as line:
         line.warm_up()
@@ -206,39 +159,8 @@ def _ours(
         return time.perf_counter() - begun, report
 
 
-class _PeakMemory:
-    """Sample the resident memory of this process and its children while its `with` block runs."""
-
-    def __init__(self) -> None:
-        self.size_bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-
-    def _watch(self) -> None:
-        while True:
-            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-            self.size_bytes = max(self.size_bytes, sum(_resident_bytes(pid) for pid in pids if pid))
-            if self._done.wait(0.05):
-                return
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # it has just ended, or this is not Linux
-        return 0
-
-
 def _loop(corpus: Corpus, plan: Plan, encoder: LoadedEncoder, size: int, npy: Path | None = None) -> float:
-    """Decode and encode `size` recordings at a time in the order of the corpus; the seconds it took."""
+    """Decode and encode `size` recordings at a time in the order of the corpus; return the seconds it took."""
     begun = time.perf_counter()
     kept: list[NDArray[np.float16]] = []
     waiting: list[Samples] = []
@@ -266,31 +188,8 @@ def _encode_padded(encoder: LoadedEncoder, recordings: list[Samples]) -> list[ND
     return [row[: num_frames(len(samples))] for row, samples in zip(host, recordings, strict=True)]
 
 
-def _fixed_padding(durations: NDArray[np.float64]) -> float:
-    batches = [durations[i : i + PADDED_BATCH] for i in range(0, len(durations), PADDED_BATCH)]
-    return 1 - float(durations.sum()) / float(sum(len(batch) * batch.max() for batch in batches))
-
-
-def _matmul_share(encoder: LoadedEncoder, speed: float) -> float:
-    """Compare the encoder's arithmetic with a large matrix product on the same GPU.
-
-    Args:
-        speed: seconds of audio per second of the whole line, idle time included.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device, seconds = encoder.model.device, 10
-    values = torch.randn(1, seconds * SAMPLING_RATE, device=device)
-    with FlopCounterMode(display=False) as counter:
+def _flops_per_audio_second(encoder: LoadedEncoder, duration_s: int = 10) -> float:
+    values = torch.randn(1, duration_s * SAMPLING_RATE, device=encoder.model.device)
+    with CountFlops() as counter:
         encode(encoder.model, values, torch.ones_like(values, dtype=torch.long), encoder.precision)
-    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16)
-    for _ in range(3):
-        matrix @ matrix
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(20):
-        matrix @ matrix
-    end.record()
-    torch.cuda.synchronize()
-    peak = 20 * 2 * MATMUL_SIZE**3 / (begin.elapsed_time(end) / 1000)
-    return float(counter.get_total_flops() / seconds * speed / peak)
+    return counter.flops / duration_s

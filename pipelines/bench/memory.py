@@ -1,31 +1,40 @@
-"""Measure a piece of PyTorch work: its peak memory (a GPU's allocator, or storages counted on a CPU) and its flops.
+"""Meters of PyTorch work: peak memory, floating-point operations, and the matmul speed of a GPU.
 
-The count sees every tensor that any operation gives, forward and backward, and when it is freed: what the work itself
-needs beyond what was there before, the same on every machine.
+On a CPU, `measuring_peak` counts the storages that operations create, forward and backward, until they are freed. The
+result is what the work needs beyond what was there before, and is the same on every machine.
 """
 
 import contextlib
+import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pipelines.bench.race import seconds
+
+SAMPLING_INTERVAL_S = 0.05  # of resident memory
+MATMUL_SIZE = 8192  # rows and columns of the matrices whose product gives a device's peak speed
+
 
 @dataclass
 class Peak:
-    """Bytes beyond what was in use at the start."""
+    """The highest value so far, in bytes."""
 
     size_bytes: int = 0
 
 
 @contextlib.contextmanager
 def measuring_peak(device: torch.device) -> Iterator[Peak]:
-    """Measure what happens inside."""
+    """Measure the memory that PyTorch allocates inside, beyond what was in use at the start."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,10 +48,46 @@ def measuring_peak(device: torch.device) -> Iterator[Peak]:
         yield peak
 
 
+@contextlib.contextmanager
+def measuring_resident() -> Iterator[Peak]:
+    """Sample the resident memory of this process and the processes it has started through multiprocessing."""
+    peak, is_done = Peak(), threading.Event()
+
+    def watch() -> None:
+        while True:
+            total = 0
+            for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    total += psutil.Process(pid).memory_info().rss
+            peak.size_bytes = max(peak.size_bytes, total)
+            if is_done.wait(SAMPLING_INTERVAL_S):
+                return
+
+    thread = threading.Thread(target=watch, name="resident-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        is_done.set()
+        thread.join()
+
+
+def matmul_peak(device: torch.device) -> float:
+    """Measure a GPU's floating-point operations per second in a large bfloat16 matrix product: the best of twelve."""
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def multiply() -> None:
+        a @ b
+        torch.cuda.synchronize(device)
+
+    torch.cuda.synchronize(device)
+    return 2 * MATMUL_SIZE**3 / min(seconds(multiply) for _ in range(12))
+
+
 class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the floating-point operations of matrix products, convolutions and attention.
 
-    torch's own FlopCounterMode does not bear a gradient taken inside a forward pass, as our loss does.
+    PyTorch's FlopCounterMode does not support a gradient taken inside a forward pass, as our loss does.
     """
 
     def __init__(self) -> None:
@@ -61,7 +106,7 @@ class _CountStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, peak: Peak) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._peak, self._now = peak, 0
-        self._live: set[int] = set()  # addresses of the storages that were made here
+        self._live: set[int] = set()  # addresses of the storages created inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -78,8 +123,8 @@ class _CountStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live.add(address)
         self._now += size
         self._peak.size_bytes = max(self._peak.size_bytes, self._now)
-        weakref.finalize(storage, self._forget, address, size)
+        weakref.finalize(storage, self._remove, address, size)
 
-    def _forget(self, address: int, size: int) -> None:
+    def _remove(self, address: int, size: int) -> None:
         self._live.discard(address)
         self._now -= size

@@ -1,46 +1,83 @@
-"""How fast stage two is, and what each saving is worth: contestants side by side in one run.
+"""How fast stage two is, beside the encoder in the loop and a plain transformers loop, in one run.
 
-Every contestant takes whole optimizer steps on the same models and recordings, a few at a time, turn by turn, so that
-other work on the machine hits all alike; a ratio is the median over the turns. What is compared is seconds of audio
-trained on per second, since batches differ.
+Every contestant takes whole optimizer steps on the same models and recordings, a few at a time, in turns. What is
+compared is seconds of audio trained on per second, since batches differ. The encoder in the loop gets our batches, our
+loss and a thread that prepares its audio and labels. The plain loop prepares what it needs when it needs it, as a
+DataLoader without workers does.
 """
 
 import os
+import statistics
 import tempfile
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.bench.memory import CountFlops, measuring_peak
+from pipelines.bench.memory import CountFlops, matmul_peak, measuring_peak
 from pipelines.bench.models import Parts, build_parts
-from pipelines.bench.store_contestants import drop_from_page_cache
-from pipelines.bench.train_contestants import LIVE, OURS, PLAIN, Batch, Contestant, contestants, our_batches
+from pipelines.bench.race import median_ratio, race, seconds
+from pipelines.bench.store import drop_from_page_cache
 from pipelines.encoders import pick_device
 from pipelines.errors import RunError
+from pipelines.train.batches import BATCHES_AHEAD, TrainingBatches, pad_labels
+from tinyaudio.model.audio import SAMPLING_RATE
+from tinyaudio.model.encoder import encoder_inputs
 from tinyaudio.model.loss import summed_cross_entropy
-from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
+from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
+from tinyaudio.model.prompt import assemble, pad_right
 
+OURS, LIVE, PLAIN = "this stage two", "encoder in the loop", "plain transformers loop"
 TURNS, STEPS_A_TURN = 5, 3
 LOADER_STEPS = 32  # in one stretch, for the share of waiting
 VOCABULARY, LOSS_ROWS, LOSS_TARGETS, LOSS_WIDTH = 128_256, 1536, 384, 64
-MATMUL_SIZE = 8192  # of the product whose speed is taken for the device's best
+
+NOTES = {
+    "vs_plain": "times as much audio per second as a plain loop",
+    "vs_live": "times as much audio per second as with the encoder in the loop",
+    "loss_memory_vs_full": "at most 0.25",
+    "loader_share": f"at most 0.02: waiting for batches, over {LOADER_STEPS} steps from a cold store",
+    "matmul_share": "of the device's matmul peak; not measured without a GPU",
+    "peak_bytes": "beyond weights and inputs",
+    "total_bytes": "with weights and optimizer",
+}
+
+Batch = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    """One way to train."""
+
+    name: str
+    next_batch: Callable[[], Batch]
+    loss: Callable[[TinyAudioForConditionalGeneration, Batch], Tensor]  # mean, in nats per target token
+    needs_encoder: bool = False
+    peak_bytes: int | None = None  # beyond the weights; None: does not fit into the GPU's memory
+    total_bytes: int | None = None  # with the weights that it needs, and the optimizer's state
 
 
 def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = TURNS) -> dict[str, Any]:
     """Measure training steps.
 
     Args:
-        full_size: HuBERT-large and SmolLM3-3B shapes at random weights; wants a GPU.
+        full_size: HuBERT-large and SmolLM3-3B shapes at random weights; requires a GPU.
         turns: of a few steps for each contestant.
 
     Returns:
         `vs_plain`, `vs_live`: our audio seconds per second over theirs, None where they do not fit into the GPU.
-        `loss_memory_vs_full`: peak memory of our loss over that of full logits. `loader_share`: of our step time,
-        waiting for batches, from a cold store. `matmul_share`: of the measured matmul peak, None without a GPU.
-        `peak_bytes`: of our step, beyond the weights; `total_bytes`: with them. `contestants`: by name.
+        `loss_memory_vs_full`: peak memory of our loss over that of full logits. `loader_share`: fraction of our step
+        time spent waiting for batches, from a cold store. `matmul_share`: fraction of the measured matmul peak, None
+        without a GPU. `peak_bytes`: of our step, beyond the weights; `total_bytes`: with them. `contestants`: by name.
+        Then `device`, `full_size`, `tflops_per_step`, `load_average`.
 
     Raises:
         RunError: our own step does not fit into the GPU.
@@ -48,44 +85,129 @@ def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = T
     where = pick_device(device)
     with tempfile.TemporaryDirectory(prefix="bench-train-", dir=Path.cwd()) as folder:
         parts = build_parts(Path(folder), full_size=full_size, device=where)
-        step = _Step(parts)
-        competing = contestants(parts)
-        _race(competing, step, turns)
-        ours = competing[0]
+        step, found = Step(parts), contestants(parts)
+        by_name, ours = compete(found, step, turns), found[0]
         loader_share = _loader_share(ours, step, parts)
-        flops, seconds = step.count_flops(ours), step.time_one(ours)
-    by_name = {one.name: one.to_dict(ours) for one in competing}
+        batch = ours.next_batch()
+        with CountFlops() as counter:
+            step(ours, batch)
+        fastest_s = min(seconds(lambda: step(ours, batch, waits=True)) for _ in range(5))
     return {
         "vs_plain": by_name[PLAIN]["ours_is_faster_by"],
         "vs_live": by_name[LIVE]["ours_is_faster_by"],
         "loss_memory_vs_full": loss_memory_vs_full(where),
         "loader_share": loader_share,
-        "matmul_share": flops / seconds / _matmul_peak(where) if where.type == "cuda" else None,
+        "matmul_share": counter.flops / fastest_s / matmul_peak(where) if where.type == "cuda" else None,
         "peak_bytes": ours.peak_bytes,
         "total_bytes": ours.total_bytes,
         "contestants": by_name,
         "device": where.type,
         "full_size": full_size,
-        "tflops_per_step": flops / 1e12,
+        "tflops_per_step": counter.flops / 1e12,
         "load_average": os.getloadavg()[0],
     }
 
 
-# ------------------------------------------------------------------------------------------- the race
+# ------------------------------------------------------------------------------------------- contestants
 
 
-class _Step:
+def contestants(parts: Parts) -> list[Contestant]:
+    """Set up the three contestants, ours first."""
+    ours = our_batches(parts)
+    planned = (ours.positions(number) for number in range(len(ours)))
+    live, plain = _audio_batches(parts, planned, BATCHES_AHEAD), _audio_batches(parts, _shuffled(parts), 0)
+    return [
+        Contestant(name=OURS, next_batch=map(ours.__getitem__, range(len(ours))).__next__, loss=our_loss),
+        Contestant(name=LIVE, next_batch=live.__next__, loss=our_loss, needs_encoder=True),
+        Contestant(name=PLAIN, next_batch=plain.__next__, loss=plain_loss, needs_encoder=True),
+    ]
+
+
+def our_batches(parts: Parts) -> TrainingBatches:
+    """Plan a million batches as stage two does."""
+    is_pinned = parts.device.type == "cuda"
+    settings: dict[str, Any] = {"budget": parts.budget, "seed": 0, "num_batches": 1_000_000, "is_pinned": is_pinned}
+    return TrainingBatches(parts.reader, parts.targets, parts.costs, **settings)
+
+
+def _shuffled(parts: Parts) -> Iterator[list[int]]:
+    """Draw batches of a fixed number of utterances, the mean of ours."""
+    ours = our_batches(parts)
+    count = round(statistics.mean(len(ours.positions(number)) for number in range(8)))
+    random = np.random.default_rng(0)
+    while True:
+        permutation = random.permutation(len(parts.reader))
+        for start in range(0, len(permutation) - count + 1, count):
+            yield [int(position) for position in permutation[start : start + count]]
+
+
+def _audio_batches(parts: Parts, positions: Iterator[list[int]], num_ahead: int) -> Iterator[Batch]:
+    """Yield batches of audio for an encoder in the loop, made by a thread, `num_ahead` of them in advance."""
+
+    def make(chosen: list[int]) -> Batch:
+        recordings = [parts.recordings[position] for position in chosen]
+        values, mask = encoder_inputs(parts.feature_extractor, recordings)
+        labels, lengths = pad_labels(parts.targets, chosen)
+        batch = {"input_values": values, "attention_mask": mask, "labels": labels}
+        if num_ahead and parts.device.type == "cuda":
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return {
+            **batch,
+            "host_counts": (parts.reader.num_frames[chosen].tolist(), lengths),
+            "num_tokens": int(parts.costs[chosen].sum()),
+            "duration_s": sum(map(len, recordings)) / SAMPLING_RATE,
+        }
+
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            while len(waiting) <= num_ahead:
+                waiting.append(pool.submit(make, next(positions)))
+            yield waiting.popleft().result()
+
+
+def our_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """Compute the model's own loss: logits at label positions only, in chunks; right padding without a mask."""
+    names = ("features", "num_frames", "labels", "host_counts")
+    loss = model(**{name: batch.get(name) for name in names}).loss
+    assert loss is not None
+    return loss
+
+
+def plain_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """Compute the same loss as a plain transformers loop does: padded, masked, labels passed to the decoder."""
+    projected, lengths = model.project(batch["features"], batch["num_frames"])
+    embed, config, decoder = model.get_input_embeddings(), model.config, model.decoder
+    prefix, suffix = (
+        embed(torch.tensor(ids, device=projected.device))
+        for ids in (config.prompt_prefix_ids, config.prompt_suffix_ids)
+    )
+    targets = [row[row != IGNORED_LABEL] for row in batch["labels"]]
+    rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in targets])
+    labels = batch["labels"].new_full((len(rows), max(map(len, rows))), IGNORED_LABEL)
+    mask = torch.zeros_like(labels)
+    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        labels[i, len(row) - len(target) : len(row)] = target
+        mask[i, : len(row)] = 1
+    loss: Tensor = decoder(inputs_embeds=pad_right(rows), attention_mask=mask, labels=labels).loss
+    return loss
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+class Step:
     """A whole optimizer step for any contestant."""
 
     def __init__(self, parts: Parts) -> None:
         self.model, self.device = parts.model, parts.device
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-5, fused=fused)
-        self.is_bf16 = self.device.type == "cuda"
+        self.is_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-5, fused=self.is_gpu)
 
-    def __call__(self, contestant: Contestant, batch: Batch) -> None:
+    def __call__(self, contestant: Contestant, batch: Batch, waits: bool = False) -> None:
+        """Take the step; `waits`: until the device has done it."""
         batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_gpu):
             if "input_values" in batch:
                 encoded = self.model.encode(batch["input_values"], batch["attention_mask"])
                 batch["features"], batch["num_frames"] = encoded
@@ -94,17 +216,13 @@ class _Step:
         nn.utils.clip_grad_norm_(self.model.projector.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if waits and self.is_gpu:
+            torch.cuda.synchronize(self.device)
 
-    def restore(self) -> None:
-        """Undo what a contestant has switched on, and let go of what it has left."""
+    def free(self) -> None:
+        """Free what a contestant has left on the GPU."""
         self.optimizer.zero_grad()
-        decoder: Any = self.model.decoder
-        decoder.zero_grad()
-        decoder.requires_grad_(False)
-        disable = getattr(decoder, "activation_checkpointing_disable", None) or decoder.gradient_checkpointing_disable
-        disable()  # transformers 5.17 knows the second name only
-        decoder.eval()
-        if self.device.type == "cuda":
+        if self.is_gpu:
             torch.cuda.empty_cache()
 
     def weight_bytes(self, contestant: Contestant) -> int:
@@ -115,87 +233,70 @@ class _Step:
         trained = sum(weight.nbytes for weight in model.projector.parameters())
         return sum(weight.nbytes for weight in weights) + 2 * trained
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-    def count_flops(self, contestant: Contestant) -> float:
-        """Count the arithmetic of one step of matrix products and attention."""
-        batch = contestant.next_batch()
-        with CountFlops() as counter:
-            self(contestant, batch)
-        self._counted = batch
-        return float(counter.flops)
+def compete(found: list[Contestant], step: Step, turns: int) -> dict[str, dict[str, Any]]:
+    """Warm all contestants up, measure their memory, then let those that fit take turns.
 
-    def time_one(self, contestant: Contestant) -> float:
-        """Time the step that was counted: the best of several."""
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            self(contestant, self._counted)
-            self.wait()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-
-def _race(contestants: list[Contestant], step: _Step, turns: int) -> None:
-    """Warm all up and measure their memory, then let them take turns.
+    Returns:
+        By name: `fits` (into the GPU's memory), and if so `audio_seconds_per_second`, `tokens_per_second` (medians),
+        `ours_is_faster_by` (median ratio to the first contestant), `peak_bytes`, `total_bytes`; else None for each.
 
     Raises:
-        RunError: the first of them does not fit into the GPU.
+        RunError: the first contestant does not fit into the GPU.
     """
-    for one in contestants:
-        _begin(one, step)
-    if not contestants[0].fits:
-        raise RunError("this stage two does not fit into the GPU's memory; expected some 21 GB free at full size")
-    for _ in range(turns):
-        for one in (one for one in contestants if one.fits):
-            started = time.perf_counter()
-            audio_s, tokens = _few_steps(one, step)
-            seconds = time.perf_counter() - started
-            one.speeds.append(audio_s / seconds)
-            one.token_speeds.append(tokens / seconds)
-            step.restore()
-
-
-def _begin(one: Contestant, step: _Step) -> None:
-    """Warm up, and measure memory; who does not fit is out."""
-    try:
-        batch = one.next_batch()
-        step(one, batch)  # what is compiled is compiled here
-        with measuring_peak(step.device) as peak:
+    for one in found:
+        try:
+            batch = one.next_batch()
             step(one, batch)
-        step(one, one.next_batch())
-    except torch.OutOfMemoryError:
-        one.fits = False
-    else:
-        one.peak_bytes = peak.size_bytes
-        one.total_bytes = peak.size_bytes + step.weight_bytes(one)
-    step.restore()
+            with measuring_peak(step.device) as peak:
+                step(one, batch)
+            step(one, one.next_batch())
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            one.peak_bytes, one.total_bytes = peak.size_bytes, peak.size_bytes + step.weight_bytes(one)
+        step.free()
+    ours = found[0]
+    if ours.peak_bytes is None:
+        raise RunError("stage two does not fit into the GPU's memory. Full size needs about 21 GB of free memory.")
+
+    def take_turn(one: Contestant) -> tuple[float, float]:
+        started, audio_s, tokens = time.perf_counter(), 0.0, 0
+        for number in range(1, STEPS_A_TURN + 1):
+            batch = one.next_batch()
+            audio_s, tokens = audio_s + batch["duration_s"], tokens + batch["num_tokens"]
+            step(one, batch, waits=number == STEPS_A_TURN)
+        took_s = time.perf_counter() - started
+        step.free()
+        return audio_s / took_s, tokens / took_s
+
+    racing = {one.name: partial(take_turn, one) for one in found if one.peak_bytes is not None}
+    speeds = {name: list(zip(*pairs, strict=True)) for name, pairs in race(racing, turns).items()}
+    by_name = {}
+    for one in found:
+        audio, tokens = speeds.get(one.name, (None, None))
+        by_name[one.name] = {
+            "fits": audio is not None,
+            "audio_seconds_per_second": statistics.median(audio) if audio else None,
+            "tokens_per_second": statistics.median(tokens) if tokens else None,
+            "ours_is_faster_by": median_ratio(speeds[ours.name][0], audio) if audio else None,
+            "peak_bytes": one.peak_bytes,
+            "total_bytes": one.total_bytes,
+        }
+    return by_name
 
 
-def _few_steps(one: Contestant, step: _Step) -> tuple[float, float]:
-    audio_s = tokens = 0.0
-    for _ in range(STEPS_A_TURN):
-        batch = one.next_batch()
-        audio_s, tokens = audio_s + batch["duration_s"], tokens + batch["num_tokens"]
-        step(one, batch)
-    step.wait()
-    return audio_s, tokens
-
-
-def _loader_share(ours: Contestant, step: _Step, parts: Parts) -> float:
-    """Measure the share of our time spent waiting for batches: a stretch of steps that begins with a cold store."""
+def _loader_share(ours: Contestant, step: Step, parts: Parts) -> float:
+    """Measure the fraction of our time spent waiting for batches, over a stretch of steps from a cold store."""
     drop_from_page_cache([path for path in parts.reader.store.path.rglob("c.*") if path.is_file()])
     parts.reader.clear()
-    batches, started = our_batches(parts, parts.reader), time.perf_counter()
+    batches, started = our_batches(parts), time.perf_counter()
     for number in range(LOADER_STEPS):
-        step(ours, batches[number])
-    step.wait()
+        step(ours, batches[number], waits=number == LOADER_STEPS - 1)
     return batches.waited_s / (time.perf_counter() - started)
 
 
-# ------------------------------------------------------------------------------------------- memory and arithmetic
+# ------------------------------------------------------------------------------------------- memory of the loss
 
 
 def loss_memory_vs_full(device: torch.device) -> float:
@@ -217,40 +318,3 @@ def peak_loss_bytes(device: torch.device, *, is_full: bool) -> int:
             is_target = labels != IGNORED_LABEL
             torch.autograd.backward(summed_cross_entropy(hidden[is_target], head, labels[is_target]))
     return peak.size_bytes
-
-
-def _matmul_peak(device: torch.device) -> float:
-    """Measure the floating-point operations per second of a large bf16 product: the best of ten."""
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return float(2 * MATMUL_SIZE**3 / best)
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """Write the result as lines for people."""
-    lines = [f"{'':<36}{'audio s/s':>11}{'tokens/s':>11}{'ours is':>10}{'peak MB':>10}{'with weights':>14}"]
-    for name, one in result["contestants"].items():
-        if not one["fits"]:
-            lines.append(f"{name:<36}{'does not fit':>22}")
-            continue
-        ratio = "" if name == OURS else f"{one['ours_is_faster_by']:.2f}x"
-        lines.append(
-            f"{name:<36}{one['audio_seconds_per_second']:>11,.0f}{one['tokens_per_second']:>11,.0f}{ratio:>10}"
-            f"{one['peak_bytes'] / 1e6:>10,.0f}{one['total_bytes'] / 1e6:>14,.0f}"
-        )
-    share = result["matmul_share"]
-    lines += [
-        "",
-        f"loss memory over full logits  {result['loss_memory_vs_full']:.3f}   at most 0.25",
-        f"waiting for batches           {100 * result['loader_share']:.2f} %  at most 2 %",
-        f"share of the matmul peak      {'not measured without a GPU' if share is None else f'{100 * share:.1f} %'}",
-        f"waiting: over {LOADER_STEPS} steps from a cold store; peak: beyond weights and inputs",
-        f"device {result['device']}, load average {result['load_average']:.1f}",
-    ]
-    return "\n".join(lines)

@@ -1,19 +1,21 @@
-"""The `bench` commands: speed and memory of each stage, as ratios measured side by side. Part of the roof."""
+"""The `bench` commands: speed and memory of the store and of each stage."""
 
 import json as json_module
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli.options import DeviceOption, JsonOption, say
+from tinyaudio.cli.console import aligned
+from tinyaudio.cli.options import DeviceOption, JsonOption
 
 FullSizeOption = Annotated[
     bool, typer.Option("--full-size", help="HuBERT-large and SmolLM3-3B shapes with random weights.")
 ]
 
-bench = typer.Typer(help="Measure speed and memory; ratios come from one run, side by side.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory. Ratios come from one run, side by side.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,12 +24,44 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _bench(stage: str, json: bool, *arguments: Any, **settings: Any) -> None:
-    """Call `pipelines.bench.<stage>.bench_<stage>` and print its table, and its results as JSON where asked for."""
+    """Call `pipelines.bench.<stage>.bench_<stage>` and print its results, also as JSON if requested."""
     module = import_module(f"pipelines.bench.{stage}")
     results = getattr(module, f"bench_{stage}")(*arguments, **settings)
-    print(module.format_table(results))
+    print(format_results(results, module.NOTES))
     if json:
         print(json_module.dumps(results))
+
+
+def format_results(results: Mapping[str, Any], notes: Mapping[str, str]) -> str:
+    """Lay out results: single values with their goals or meanings, then one table for each group of values."""
+    single = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    blocks = [aligned([[name, _cell(value), notes.get(name, "")] for name, value in single.items()])]
+    for name, group in results.items():
+        if isinstance(group, dict):
+            rows = {row: _flat(values) for row, values in group.items()} if _is_table(group) else {"": group}
+            header = [name, *next(iter(rows.values()))]
+            blocks.append(aligned([header, *([row, *map(_cell, values.values())] for row, values in rows.items())]))
+    return "\n\n".join(blocks)
+
+
+def _is_table(group: Mapping[str, Any]) -> bool:
+    return all(isinstance(values, dict) for values in group.values())
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of a nested group beside the others, under their own names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == []:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.3f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
 
 
 @bench.command("store")
@@ -37,41 +71,23 @@ def store(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds, of which medians are taken.")] = 5,
     json: JsonOption = False,
 ) -> None:
-    """The feature store on this disk: writing, reading in training order; against plain alternatives."""
+    """The feature store on this disk: writing, and reading in training order, against plain alternatives."""
     _bench("store", json, directory, size_mb=size_mb, rounds=rounds)
-
-
-@bench.command("encodings")
-def encodings(
-    output: Annotated[Path, typer.Option("--output", help="Folder of stores and runs; the same again goes on.")] = Path(
-        "runs/bench-encodings"
-    ),
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each encoding.")] = 3,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
-    json: JsonOption = False,
-) -> None:
-    """float16 and int8 on the demo corpus: bytes, error, and word errors of projectors trained from each."""
-    _bench("encodings", json, output, seeds=seeds, jobs=jobs, say=say)
 
 
 @bench.command("extract")
 def extract(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
     """Stage one: the encoder over a corpus, against plain loops."""
-    from pipelines.bench.extract import bench_extract
-
-    results = bench_extract(full_size=full_size, device=device)
-    print(results)
-    if json:
-        print(json_module.dumps(results.to_dict()))
+    _bench("extract", json, full_size=full_size, device=device)
 
 
 @bench.command("train")
 def train(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
-    """Stage two: a step from the store, with the encoder in the loop, and in a plain loop; each saving switched off."""
+    """Stage two: a step from the store, against the encoder in the loop and a plain loop."""
     _bench("train", json, full_size=full_size, device=device)
 
 
 @bench.command("transcribe")
 def transcribe(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
-    """Inference: speed over real time and memory, against plain loops."""
+    """Inference: speed over real time and memory, against plain `pipeline()`."""
     _bench("transcribe", json, full_size=full_size, device=device)

@@ -122,7 +122,7 @@ def test_failing_disk_ends_its_input_only(transcriber, spoken):
 def test_disk_that_fails_half_way_keeps_what_was_read(spoken, tmp_path, monkeypatch, capfd):
     """libsndfile calls back from C, where an exception would be printed and lost."""
     soundfile.write(tmp_path / "x.wav", np.tile(spoken[0][0], 10), 16_000)
-    real = audio._Patient.__init__
+    real = audio._SafeStream.__init__
 
     def init(self, stream):
         real(self, stream)
@@ -135,7 +135,7 @@ def test_disk_that_fails_half_way_keeps_what_was_read(spoken, tmp_path, monkeypa
 
         self._read = fail
 
-    monkeypatch.setattr(audio._Patient, "__init__", init)
+    monkeypatch.setattr(audio._SafeStream, "__init__", init)
     with pytest.raises(AudioError, match="cannot be read: Input/output error"):
         audio.load_audio(tmp_path / "x.wav")
     assert "Traceback" not in capfd.readouterr().err
@@ -146,7 +146,7 @@ def test_batch_that_the_gpu_does_not_hold_is_one_line_that_names_the_option(mode
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand so on")
 
     _, recognizer = scripted(model, processor, too_much)
-    with pytest.raises(ModelError, match=r"1 segments .* lower --batch-size") as raised:
+    with pytest.raises(ModelError, match=r"1 segments .* Lower --batch-size") as raised:
         list(recognizer.stream([spoken[0][0]], Options()))
     assert "\n" not in str(raised.value)
 

@@ -1,11 +1,11 @@
 """Audio in: any file, bytes or array becomes mono float32 samples at 16 kHz.
 
-Decoding is libsndfile's (soundfile) and, for what it cannot read (M4A, AAC, WebM, ...), FFmpeg's libraries inside the
-PyAV wheel; no ffmpeg binary is ever called. Resampling is soxr at its "HQ" setting, which is part of a feature store's
-fingerprint because it changes features. Everything is read in blocks, so memory follows what was decoded and not what
-a header promises.
+soundfile (libsndfile) decodes; PyAV, with the FFmpeg libraries in its wheel, decodes the formats that soundfile cannot
+read (M4A, AAC, WebM, ...). The ffmpeg binary is never called. soxr resamples at its "HQ" setting; as this changes
+features, it is part of a feature store's fingerprint. Files are read in blocks, so memory depends on the samples
+decoded, not on what a header promises.
 
-This module knows the frame formula of HuBERT and wav2vec 2.0, and nothing else about models.
+Of models, this module knows the frame formula of HuBERT and wav2vec 2.0 only.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AudioError
+from .errors import AudioError, one_line
 from .truncation import MISSING_S, is_truncated, promised_s
 
 SAMPLING_RATE = 16_000  # Hz; what HuBERT and wav2vec 2.0 were trained on
@@ -29,17 +29,17 @@ WINDOW_LENGTH = 400  # samples, 25 ms: receptive field of the convolutions (kern
 HOP_LENGTH = 320  # samples, 20 ms: product of their strides (5,2,2,2,2,2,2)
 RESAMPLER = "soxr-HQ"
 
-MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; outside lie broken headers, not recordings
+MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; other values are broken headers, not recordings
 BLOCK_S = 10  # seconds decoded at a time
-MAX_BLOCK_VALUES = 1 << 23  # samples of all channels decoded at a time: 32 MiB, whatever a header claims
-SPOOL_BYTES = 1 << 26  # of an input without rewind kept in memory; the rest goes to a temporary file
+MAX_BLOCK_VALUES = 1 << 23  # values of all channels decoded at a time: 32 MiB, whatever a header claims
+SPOOL_BYTES = 1 << 26  # of an input that cannot be rewound are kept in memory; a longer one goes to a temporary file
 
 Samples = NDArray[np.float32]
 AudioSource = str | os.PathLike[str] | bytes | BinaryIO
 
 
 def num_frames(num_samples: int) -> int:
-    """Count the encoder frames of a recording; shorter ones are padded to one window first.
+    """Count the encoder frames of a recording. One shorter than a window is padded to one window first.
 
     Args:
         num_samples: at 16 kHz.
@@ -53,7 +53,7 @@ def num_frames(num_samples: int) -> int:
 
 
 def pad_to_window(samples: Samples) -> Samples:
-    """Zero-pad a recording shorter than one encoder window; leave any other as it is.
+    """Zero-pad a recording that is shorter than one encoder window.
 
     Args:
         samples: (S,) at 16 kHz.
@@ -66,11 +66,11 @@ def pad_to_window(samples: Samples) -> Samples:
 
 
 def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = None) -> Samples:
-    """Read one recording whole.
+    """Read a whole recording.
 
     Args:
         source: path, encoded bytes, binary file object, or an array of samples: (S,), (channels, S) or (S, channels).
-        sampling_rate: Hz, of an array; 16,000 when not given. Files carry their own.
+        sampling_rate: of an array, in Hz; None is 16,000. Files carry their own.
 
     Returns:
         (S,) float32, mono (mean of the channels), 16 kHz, S >= 1.
@@ -80,7 +80,7 @@ def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
     """
     blocks = list(iter_audio(source, sampling_rate))
     if not blocks:
-        raise AudioError(f"{describe(source)} holds no samples; expected at least one")
+        raise AudioError(f"{describe(source)} contains no samples; expected at least one")
     return np.concatenate(blocks)
 
 
@@ -92,25 +92,25 @@ def iter_audio(
     """Read one recording in blocks of about ten seconds; arguments and errors as `load_audio`.
 
     Args:
-        on_truncated: called at the end if the file held less than its header promises, or lacks its end mark (Ogg).
+        on_truncated: called at the end if the file holds less than its header promises, or lacks its end mark (Ogg).
 
     Yields:
-        (n,) float32 at 16 kHz; joined they are what `load_audio` returns.
+        (n,) float32 at 16 kHz; concatenated they are what `load_audio` returns.
     """
     if isinstance(source, np.ndarray):
         decoded = _array_blocks(source, SAMPLING_RATE if sampling_rate is None else sampling_rate)
     else:
         if sampling_rate is not None:
-            raise AudioError("sampling_rate goes with an array; files carry their own")
+            raise AudioError("expected sampling_rate with an array only; files carry their own")
         decoded = _decode(source, on_truncated)
     try:
         yield from _resample(decoded, describe(source))
-    except OSError as error:  # of the disk, or of its being full while a pipe is copied
+    except OSError as error:  # the disk fails, or is full while a pipe is copied
         raise AudioError(f"{describe(source)} cannot be read: {error.strerror or error}") from error
 
 
 def probe_duration_s(path: str | os.PathLike[str]) -> float | None:
-    """Read a file's length from its header, seconds; None where that is not possible at no cost. Headers can lie."""
+    """Return a file's length in seconds from its header, which may be wrong; None if libsndfile cannot read it."""
     import soundfile
 
     try:
@@ -132,27 +132,22 @@ def describe(source: object) -> str:
 
 
 def _array_blocks(array: NDArray[Any], rate: int) -> Iterator[tuple[Samples, int]]:
-    """Slice an array of samples into mono blocks, so that no copy of an hour is ever made."""
+    """Slice an array of samples into mono blocks, so that a long recording is never copied as a whole."""
     if array.ndim not in (1, 2):
-        raise AudioError(f"array of shape {array.shape}; expected (samples,) or (channels, samples)")
+        raise AudioError(f"expected an array of shape (samples,) or (channels, samples), found {array.shape}")
     if array.dtype.kind not in "fiu":
-        raise AudioError(f"array of {array.dtype}; expected real numbers")
+        raise AudioError(f"expected an array of real numbers, found {array.dtype}")
     if not array.size:
-        raise AudioError(f"array of shape {array.shape} holds no samples; expected at least one")
-    _check_rate(rate, "array")
+        raise AudioError(f"array of shape {array.shape} contains no samples; expected at least one")
     rows = array[:, None] if array.ndim == 1 else array.T if array.shape[0] <= array.shape[1] else array
     size = _block_size(rate, rows.shape[1])
     for begin in range(0, len(rows), size):
-        yield _mean(_as_float(rows[begin : begin + size]), axis=1), rate
-
-
-def _as_float(array: NDArray[Any]) -> NDArray[Any]:
-    """Scale integers to [-1, 1) by their type's range; floats stay what they are."""
-    if array.dtype.kind == "f":
-        return array
-    info = np.iinfo(array.dtype)
-    half = (int(info.max) + 1 - int(info.min)) // 2
-    return np.asarray((array.astype(np.float64) - (info.max + 1 - half)) / half)
+        block = rows[begin : begin + size]
+        if block.dtype.kind != "f":  # integers are scaled to [-1, 1) by their type's range
+            info = np.iinfo(block.dtype)
+            half = (int(info.max) + 1 - int(info.min)) // 2
+            block = (block.astype(np.float64) - (info.max + 1 - half)) / half
+        yield _mean(block, axis=1), rate
 
 
 def _block_size(rate: int, num_channels: int) -> int:
@@ -160,42 +155,43 @@ def _block_size(rate: int, num_channels: int) -> int:
 
 
 def _decode(source: AudioSource, on_truncated: Callable[[], None]) -> Iterator[tuple[Samples, int]]:
-    """Yield mono blocks with their sampling rate, by soundfile if it knows the format, else by PyAV."""
+    """Yield mono blocks with their sampling rate, by soundfile if it can read the format, else by PyAV."""
     name = describe(source)
     with _open(source) as stream:
+        if not stream.read(1):
+            raise AudioError(f"{name} is empty (0 bytes); expected an audio file")
+        stream.seek(0)
         import soundfile
 
-        patient = _Patient(stream)
+        safe = _SafeStream(stream)
         try:
-            sound = soundfile.SoundFile(patient)
+            sound = soundfile.SoundFile(safe)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             stream.seek(0)
-            yield from _gather(_decode_with_av(stream, name, str(error), on_truncated))
+            yield from _gather(_decode_with_av(stream, name, error, on_truncated))
             return
         with sound:
             rate, num_read = sound.samplerate, 0
-            _check_rate(rate, name)
-            # The header's length is never believed: 2**60 declared frames end where the file does.
+            # The header's length is not used: 2**60 declared frames end where the file does.
             size = _block_size(rate, sound.channels)
             try:
                 while len(block := sound.read(size, dtype="float32", always_2d=True)):
                     num_read += len(block)
                     yield _mean(block, axis=1), rate
             except (soundfile.LibsndfileError, RuntimeError) as error:
-                patient.complain()
-                reason = _one_line(str(error)) or "its data does not decode"
-                raise AudioError(f"{name} is damaged: {reason}") from error
-        patient.complain()
+                safe.raise_error()
+                raise AudioError(f"{name} is damaged: {_reason(error) or 'its data cannot be decoded'}") from error
+        safe.raise_error()
         if is_truncated(stream, sound, num_read):
             on_truncated()
 
 
 def _decode_with_av(
-    stream: BinaryIO, name: str, first_error: str, on_truncated: Callable[[], None]
+    stream: BinaryIO, name: str, first_error: Exception, on_truncated: Callable[[], None]
 ) -> Iterator[tuple[Samples, int]]:
     import av
 
-    av.logging.set_level(None)  # its complaints reach the caller as exceptions, not on stderr
+    av.logging.set_level(None)  # errors reach the caller as exceptions, not on stderr
     try:
         # Playlists are files too: without this one could make FFmpeg open other files, or the network.
         with av.open(stream, options={"protocol_whitelist": ""}) as container:
@@ -204,8 +200,7 @@ def _decode_with_av(
             track = container.streams.audio[0]
             rate = int(getattr(track, "rate", None) or 0)  # a track in a coding FFmpeg cannot decode has none
             if not rate:
-                raise AudioError(f"{name} has an audio track that cannot be decoded; convert it to WAV or FLAC")
-            _check_rate(rate, name)
+                raise AudioError(f"{name} has an audio track that cannot be decoded. Convert it to WAV or FLAC")
             to_float, num_read = av.AudioResampler(format="fltp", rate=rate), 0
             for frame in container.decode(track):
                 for part in to_float.resample(frame):
@@ -216,15 +211,15 @@ def _decode_with_av(
     except AudioError:
         raise
     except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
-        second_error = getattr(error, "strerror", None) or str(error)
-        reasons = f"libsndfile: {_one_line(first_error)}; FFmpeg: {_one_line(second_error)}"
+        reason = getattr(error, "strerror", None) or _reason(error)
         raise AudioError(
-            f"{name} is not readable as audio ({reasons}); expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
+            f"{name} is not readable as audio (libsndfile: {_reason(first_error)}; FFmpeg: {reason}); "
+            "expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
         ) from error
 
 
 def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, int]]:
-    """Join FFmpeg's blocks of some 20 ms to blocks of `BLOCK_S`: everything behind works a block at a time."""
+    """Join FFmpeg's blocks of some 20 ms into blocks of `BLOCK_S`; every later step works on a block at a time."""
     held: list[Samples] = []
     num_held, rate, failure = 0, 0, None
     try:
@@ -234,7 +229,7 @@ def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, i
             if num_held >= BLOCK_S * rate:
                 yield np.concatenate(held), rate
                 held, num_held = [], 0
-    except AudioError as error:  # what came before it counts
+    except AudioError as error:  # the samples before it count
         failure = error
     if held:
         yield np.concatenate(held), rate
@@ -243,94 +238,74 @@ def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, i
 
 
 def _mean(block: NDArray[Any], axis: int) -> Samples:
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named in `_resample`
+    with np.errstate(invalid="ignore", over="ignore"):  # `_resample` reports values that are not finite
         return np.asarray(block.mean(axis=axis, dtype=np.float32))
 
 
-class _Patient:
-    """A stream that stays where it is when a damaged file asks it to go before its beginning.
+class _SafeStream:
+    """A stream for soundfile, whose methods never raise.
 
-    soundfile calls it from C, where an exception cannot be raised and is printed to stderr with its traceback instead.
-    What the disk complains of ends the file there, and is raised by `complain`.
+    soundfile calls them from C, where an exception is printed to stderr with its traceback and lost. A seek to before
+    the beginning, as damaged files ask for, does nothing; a read error ends the file, and `raise_error` raises it.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.tell, self._read, self._seek = stream.tell, stream.read, stream.seek
-        self._complaint: OSError | None = None
+        self._error: OSError | None = None
 
     def read(self, size: int = -1) -> bytes:
         try:
             return self._read(size)
         except OSError as error:
-            self._complaint = error
+            self._error = error
             return b""
-
-    def complain(self) -> None:
-        if self._complaint is not None:
-            raise self._complaint
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with contextlib.suppress(OSError, ValueError, OverflowError):
             self._seek(offset, whence)
         return self.tell()
 
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
-def _one_line(message: str) -> str:
-    """Shorten a library's message to what it says, without the object it says it about."""
-    words = " ".join(message.split())
-    _, found, reason = words.rpartition(">: ")
-    return (reason if found else words).removeprefix("Error opening ").rstrip(".")
+
+def _reason(error: Exception) -> str:
+    """Return a decoder's message without the name of the object it is about."""
+    return one_line(error).rpartition(">: ")[2].removeprefix("Error opening ").rstrip(".")
 
 
 def _open(source: AudioSource) -> BinaryIO:
-    """Open an input for reading from its start; an empty one is an error here, with its own words."""
+    """Open an input for reading from its start."""
     if isinstance(source, (bytes, bytearray)):
-        stream: BinaryIO = io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        stream = _open_path(source)
-    elif hasattr(source, "read"):
-        stream = _spool(source)
-    else:
-        raise AudioError(f"{describe(source)}: expected a path, bytes, a binary file object or a numpy array")
-    try:
-        is_empty = not stream.read(1)
-    except OSError as error:
-        stream.close()
-        raise AudioError(f"{describe(source)} cannot be read: {error.strerror or error}") from error
-    if is_empty:
-        stream.close()
-        raise AudioError(f"{describe(source)} is empty (0 bytes); expected an audio file")
-    stream.seek(0)
-    return stream
-
-
-def _open_path(source: str | os.PathLike[str]) -> BinaryIO:
+        return io.BytesIO(source)
     name = describe(source)
+    if not isinstance(source, (str, os.PathLike)):
+        if not hasattr(source, "read"):
+            raise AudioError(f"expected a path, bytes, a binary file object or a numpy array, found {name}")
+        return _spool(source)
     try:
-        # Not blocking: opening a named pipe that nobody writes to would wait for ever.
+        # Not blocking: opening a named pipe without a writer would wait for ever.
         handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
-        raise AudioError(f"{name} does not exist; check the path") from error
-    except IsADirectoryError as error:
-        raise AudioError(f"{name} is a directory; expected an audio file") from error
+        raise AudioError(f"{name} does not exist. Check the path") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise AudioError(f"{name} cannot be opened: {reason}") from error
+        raise AudioError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     kind = os.fstat(handle).st_mode
-    if stat.S_ISREG(kind) or stat.S_ISFIFO(kind):
-        os.set_blocking(handle, True)
-        stream = os.fdopen(handle, "rb")
-        if stat.S_ISREG(kind):
-            return stream
-        with stream:
-            return _spool(stream)
-    os.close(handle)
-    what = "directory" if stat.S_ISDIR(kind) else "device or socket"
-    raise AudioError(f"{name} is a {what}; expected an audio file")
+    if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+        os.close(handle)
+        found = "directory" if stat.S_ISDIR(kind) else "device or socket"
+        raise AudioError(f"{name} is a {found}; expected an audio file")
+    os.set_blocking(handle, True)
+    stream = os.fdopen(handle, "rb")
+    if stat.S_ISREG(kind):
+        return stream
+    with stream:
+        return _spool(stream)
 
 
 def _spool(stream: Any) -> BinaryIO:
-    """Copy what cannot be rewound (pipes, sockets), which both decoders need; long input goes to a temporary file."""
+    """Copy an input that cannot be rewound (a pipe, a socket); both decoders need to go back."""
     copy = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (handed over to the caller)
     try:
         shutil.copyfileobj(stream, copy, 1 << 20)
@@ -338,30 +313,24 @@ def _spool(stream: Any) -> BinaryIO:
         copy.close()
         if not isinstance(error, TypeError):
             raise
-        raise AudioError(f"{describe(stream)} gives text; expected a file opened in binary mode") from error
+        raise AudioError(f"expected a file opened in binary mode, found text in {describe(stream)}") from error
     copy.seek(0)
     return cast(BinaryIO, copy)
 
 
-def _check_rate(rate: int, name: str) -> None:
-    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
-        raise AudioError(
-            f"{name} claims a sampling rate of {rate} Hz; expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz"
-        )
-
-
 def _resample(decoded: Iterator[tuple[Samples, int]], name: str) -> Iterator[Samples]:
-    """Bring blocks to 16 kHz, carrying the filter's state from block to block."""
+    """Bring blocks to 16 kHz; the filter's state is carried from block to block."""
     import soxr
 
     resampler: soxr.ResampleStream | None = None
-    rate = SAMPLING_RATE
     for block, rate in decoded:
+        if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
+            expected = f"{MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz"
+            raise AudioError(f"{name} claims a sampling rate of {rate} Hz; expected {expected}")
         if not np.isfinite(block).all():
             raise AudioError(f"{name} holds samples that are NaN or infinite; expected finite values")
         if rate != SAMPLING_RATE:
             if resampler is None:
-                _check_rate(rate, name)
                 resampler = soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32", quality="HQ")
             block = resampler.resample_chunk(block)
         if len(block):

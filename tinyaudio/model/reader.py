@@ -1,6 +1,7 @@
 """Reading ahead: a thread that decodes inputs and cuts them into pieces while the model works on earlier ones.
 
-What one bad input raises ends that input only. Memory is bounded by the queue. Travels with the checkpoint.
+An input that cannot be read ends with an error of its own and does not affect the others. The queue bounds memory.
+Travels with the checkpoint.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from .segments import Piece, cut
 
 Input = AudioSource | np.ndarray | tuple[np.ndarray, int]  # a tuple is samples and their sampling rate in Hz
 
-PATIENCE_S = 1.0  # how long a group waits for company, so that a slow input holds up nothing that is done
-WAIT_S = 0.1  # how often a blocked thread looks whether it should stop
+GROUP_WAIT_S = 1.0  # how long a group waits to be filled, so that a slow input does not delay finished ones
+STOP_CHECK_S = 0.1  # how often a blocked thread checks whether it should stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class End:
     """The last event of an input.
 
     Args:
-        input, name: which one.
+        input, name: number and name of the input.
         duration_s: seconds that could be read.
-        error: one line, if reading broke off.
+        error: one line, if the input could not be read to its end.
         warnings: of the input as a whole, codes of `guard.CODES`.
     """
 
@@ -45,12 +45,12 @@ Event = Piece | End
 
 
 class PieceReader:
-    """Reads `sources` in order, in a thread of its own, while its `with` block lasts.
+    """Reads `sources` in order, in its own thread, inside a `with` block.
 
     Args:
         sources: consumed in the thread, one at a time; may be a generator.
         window_s: the longest piece, seconds.
-        max_pieces: pieces to read ahead; also the most that `groups` hands out at once.
+        max_pieces: pieces to read ahead; also the most pieces in one group.
     """
 
     def __init__(self, sources: Iterable[Input], window_s: float, max_pieces: int) -> None:
@@ -69,12 +69,12 @@ class PieceReader:
         self._thread.join(timeout=5)
 
     def groups(self) -> Iterator[list[Event]]:
-        """Hand out events in order, as many as hold `max_pieces` pieces at a time; fewer where reading is slow."""
+        """Yield events in order, in groups of `max_pieces` pieces; in smaller ones where reading is slow."""
         group: list[Event] = []
         num_pieces = 0
         while True:
             try:
-                event = self._queue.get(timeout=PATIENCE_S if group else None)
+                event = self._queue.get(timeout=GROUP_WAIT_S if group else None)
             except queue.Empty:
                 yield group
                 group, num_pieces = [], 0
@@ -98,41 +98,36 @@ class PieceReader:
                     if not self._put(event):
                         return
             self._put(None)
-        except BaseException as error:  # carried over to the thread that can raise it
+        except BaseException as error:  # `groups` raises it in the caller's thread
             self._put(error)
 
     def _put(self, event: Event | BaseException | None) -> bool:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
-                self._queue.put(event, timeout=WAIT_S)
+                self._queue.put(event, timeout=STOP_CHECK_S)
                 return True
         return False
 
     def _read(self, number: int, source: Input) -> Iterator[Event]:
         audio, rate = source if isinstance(source, tuple) else (source, None)
         name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else describe(audio)
-        clock, error = _Clock(), None
+        num_samples, error = 0, None
         warnings: list[str] = []
+
+        def counted(blocks: Iterable[Samples]) -> Iterator[Samples]:
+            nonlocal num_samples
+            for block in blocks:
+                num_samples += len(block)
+                self.read_s += len(block) / SAMPLING_RATE
+                yield block
+
         try:
             blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
-            for index, piece in enumerate(cut(clock.watch(blocks, self), self._window_s)):
+            for index, piece in enumerate(cut(counted(blocks), self._window_s)):
                 yield replace(piece, input=number, index=index, name=name)
-            if not clock.num_samples:
-                error = f"{describe(audio)} holds no samples; expected at least one"
+            if not num_samples:
+                error = f"{describe(audio)} contains no samples; expected at least one"
         except AudioError as problem:
             error = str(problem)
-        duration_s = clock.num_samples / SAMPLING_RATE
+        duration_s = num_samples / SAMPLING_RATE
         yield End(input=number, name=name, duration_s=duration_s, error=error, warnings=tuple(warnings))
-
-
-class _Clock:
-    """Counts the samples that pass."""
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-
-    def watch(self, blocks: Iterable[Samples], reader: Any) -> Iterator[Samples]:
-        for block in blocks:
-            self.num_samples += len(block)
-            reader.read_s += len(block) / SAMPLING_RATE
-            yield block

@@ -1,11 +1,8 @@
-"""The one way from recordings to transcripts, for the command line, Python and `pipeline()` alike.
+"""From recordings to transcripts; used by the command line, Python and `pipeline()` alike.
 
-A thread (`reader`) reads inputs in order and cuts them into pieces; pieces of all inputs are batched by length; each is
-decoded, judged by the guard and, if need be, decoded once more; transcripts come out in the order of the inputs. Memory
-is bounded by the queue, whatever the length of a recording and the number of inputs. Travels with the checkpoint.
-
-A draft of a transcript (say from the encoder's CTC head) could later be verified by the decoder in one pass: `_write`
-is the only place that asks the decoder, and it is given the encoder's features.
+A thread (`reader`) reads inputs in order and cuts them into pieces. Pieces of all inputs are batched by length and
+decoded; the guard judges each output, and a faulty one is decoded once more. Transcripts are returned in the order of
+the inputs. Memory is bounded, whatever the length of a recording and the number of inputs. Travels with the checkpoint.
 """
 
 import copy
@@ -13,13 +10,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .audio import SAMPLING_RATE
 from .encoder import encoder_inputs, give_back_free_memory
@@ -29,16 +25,18 @@ from .reader import End, Event, Input, PieceReader
 from .segments import Piece, join_texts
 from .transcript import Segment, Transcript
 
-# How an output that trips the guard is decoded again. Penalties see generated tokens only, never the prompt.
+# How a faulty output is decoded again. Penalties count generated tokens only, never the prompt.
 RETRY = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4}
 RETRY_NUM_BEAMS = 4
-BATCHES_AHEAD = 4  # batches read before any is decoded, so that pieces of like length meet
+BATCHES_AHEAD = 4  # batches read before any is decoded, so that pieces of similar length share a batch
 MAX_BATCH_S = 480.0  # seconds of padded audio in one batch: 16 pieces of 30 s
+
+Output = tuple[str, tuple[str, ...]]  # the text of a piece and its warnings, codes of `guard.CODES`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to decode. None means: what the model's generation_config says.
+    """How to decode. None takes the value of the model's generation_config.
 
     Args:
         batch_size: pieces decoded at once; changes the speed only.
@@ -46,7 +44,7 @@ class Options:
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
-        generate: anything else `generate` takes.
+        generate: any other options of `generate`.
     """
 
     batch_size: int = 8
@@ -65,12 +63,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a stream has come.
+    """The progress of a stream.
 
     Args:
-        done_s: seconds of audio done with so far: transcribed, without speech, or of an input that ended.
+        done_s: seconds of audio that are transcribed, without speech, or part of an input that ended.
         read_s: seconds of audio read so far.
-        num_done: inputs finished, in whatever way.
+        num_done: inputs finished, with or without an error.
     """
 
     done_s: float
@@ -82,7 +80,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class TokenBudgets(StoppingCriteria):
-    """Stop every row of a batch at its own budget, so that a row ends the same alone and in company."""
+    """Stop every row of a batch at its own budget, so that its text does not depend on the other rows."""
 
     def __init__(self, budgets: Tensor) -> None:
         self.budgets = budgets
@@ -93,7 +91,7 @@ class TokenBudgets(StoppingCriteria):
 
 
 class Recognizer:
-    """A loaded model, ready for recordings.
+    """A loaded model that transcribes recordings.
 
     Args:
         model: a TinyAudioForConditionalGeneration with both frozen parts attached.
@@ -111,52 +109,68 @@ class Recognizer:
         An input that cannot be read gives a transcript with `error` set; nothing is raised for it.
 
         Raises:
-            ModelError: a batch that the GPU's memory does not hold.
+            ModelError: a batch does not fit into the GPU's memory.
         """
         window_s = options.window_s or self.model.config.window_s
-        desk = _Desk()
-        tell = on_progress or (lambda _: None)
+        inputs: dict[int, _OpenInput] = {}
+        done_s, num_done = 0.0, 0
         with PieceReader(sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size) as reader:
+
+            def report() -> None:
+                if on_progress is not None:
+                    on_progress(Progress(done_s=done_s, read_s=reader.read_s, num_done=num_done))
+
             for events in reader.groups():
-                desk.open(events)
+                for event in events:
+                    inputs.setdefault(event.input, _OpenInput(event.name)).add(event)
                 pieces = [event for event in events if isinstance(event, Piece)]
                 for batch in batches_by_length(pieces, options.batch_size):
-                    desk.fill(batch, self._decode_if_it_fits(batch, options))
-                    tell(Progress(done_s=desk.done_s, read_s=reader.read_s, num_done=desk.num_done))
-                finished = list(desk.finished())
+                    try:
+                        outputs = self.decode(batch, options)
+                    except torch.OutOfMemoryError as error:
+                        longest_s = max(len(piece.samples) for piece in batch) / SAMPLING_RATE
+                        raise ModelError(
+                            f"{len(batch)} segments of up to {longest_s:.1f} s do not fit into the memory of "
+                            f"{self.model.device}. Lower --batch-size (batch_size, now {options.batch_size}), or free "
+                            "memory there"
+                        ) from error
+                    for piece, output in zip(batch, outputs, strict=True):
+                        inputs[piece.input].outputs[piece.index] = output
+                        inputs[piece.input].done_s += piece.advance_s
+                        done_s += piece.advance_s
+                    report()
+                finished = []
+                while num_done in inputs and (end := inputs[num_done].end):  # its pieces came before and are decoded
+                    entry = inputs.pop(num_done)
+                    finished.append(entry.transcript(end))
+                    done_s += end.duration_s - entry.done_s
+                    num_done += 1
                 give_back_free_memory()
-                tell(Progress(done_s=desk.done_s, read_s=reader.read_s, num_done=desk.num_done))
+                report()
                 yield from finished
 
-    def _decode_if_it_fits(self, batch: Sequence[Piece], options: Options) -> list[tuple[str, tuple[str, ...]]]:
-        try:
-            return self.decode(batch, options)
-        except torch.OutOfMemoryError as error:
-            longest_s = max(len(piece.samples) for piece in batch) / SAMPLING_RATE
-            raise ModelError(
-                f"{len(batch)} segments of up to {longest_s:.1f} s do not fit into the memory of {self.model.device}; "
-                f"lower --batch-size (batch_size, now {options.batch_size}), or free memory there"
-            ) from error
-
-    def decode(self, pieces: Sequence[Piece], options: Options) -> list[tuple[str, tuple[str, ...]]]:
-        """Decode one batch of pieces that fit the window: (text, warnings) of each."""
-        recordings = [piece.samples for piece in pieces]
-        values, mask = encoder_inputs(self.feature_extractor, recordings)
+    def decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
+        """Decode one batch of pieces that fit the window."""
+        config = copy.deepcopy(self.model.generation_config)
+        for name in ("num_beams", "max_new_tokens", "length_penalty"):
+            if getattr(options, name) is not None:
+                setattr(config, name, getattr(options, name))
+        values, mask = encoder_inputs(self.feature_extractor, [piece.samples for piece in pieces])
         features, num_frames = self.model.encode(values.to(self.model.device), mask.to(self.model.device))
-        durations = [len(samples) / SAMPLING_RATE for samples in recordings]
-        first = self._write(features, num_frames, durations, options, {})
-        find_fault = [
-            partial(judge, duration_s=duration, speech_s=piece.end_s - piece.start_s)
-            for piece, duration in zip(pieces, durations, strict=True)
-        ]
-        faults = [find(text, is_complete=whole) for find, (text, whole) in zip(find_fault, first, strict=True)]
-        outputs: list[tuple[str, tuple[str, ...]]] = [(text, ()) for text, _ in first]
+        durations = [len(piece.samples) / SAMPLING_RATE for piece in pieces]
+
+        def find_fault(i: int, text: str, is_complete: bool) -> str | None:
+            return judge(text, durations[i], is_complete, speech_s=pieces[i].end_s - pieces[i].start_s)
+
+        first = self._write(features, num_frames, durations, config, options.generate)
+        faults = [find_fault(i, *output) for i, output in enumerate(first)]
+        outputs: list[Output] = [(text, ()) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
         if again:
-            settings = {**RETRY, "num_beams": max(RETRY_NUM_BEAMS, self._setting(options, "num_beams"))}
-            second = self._write(features[again], num_frames[again], [durations[i] for i in again], options, settings)
-            for i, (text, whole) in zip(again, second, strict=True):
-                outputs[i] = _settle(first[i][0], str(faults[i]), text, find_fault[i](text, is_complete=whole))
+            settings = {**options.generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
+            second = self._write(features[again], num_frames[again], [durations[i] for i in again], config, settings)
+            for i, (text, is_complete) in zip(again, second, strict=True):
+                outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
         return outputs
 
     def _write(
@@ -164,30 +178,27 @@ class Recognizer:
         features: Tensor,
         num_frames: Tensor,
         durations: Sequence[float],
-        options: Options,
+        config: GenerationConfig,
         settings: dict[str, Any],
     ) -> list[tuple[str, bool]]:
-        """Ask the decoder: the text of each row, and whether it ended by itself within its token budget."""
-        limit = self._setting(options, "max_new_tokens")
-        budgets = torch.tensor([token_budget(duration, limit) for duration in durations])
-        config = copy.deepcopy(self.model.generation_config)
-        chosen = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
-        config.update(**{name: value for name, value in chosen.items() if value is not None})
-        others = config.update(**{**options.generate, **settings, "max_new_tokens": int(budgets.max())})
+        """Run the decoder: the text of each row, and whether it ended by itself within its token budget.
+
+        Args:
+            settings: options of `generate` that take precedence over `config`.
+        """
+        budgets = torch.tensor([token_budget(duration, config.max_new_tokens) for duration in durations])
+        config = copy.deepcopy(config)
+        others = config.update(**{**settings, "max_new_tokens": int(budgets.max())})
         criteria = StoppingCriteriaList([TokenBudgets(budgets)])
         with warnings.catch_warnings():
-            # Penalties not seeing the prompt is what we want: it holds audio.
+            # Penalties do not count the prompt, as intended: it is audio.
             warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
             tokens = self.model.generate(
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
-        return [(" ".join(text.split()), whole) for text, whole in zip(texts, ended, strict=True)]
-
-    def _setting(self, options: Options, name: str) -> int:
-        chosen = getattr(options, name)
-        return int(getattr(self.model.generation_config, name) if chosen is None else chosen)
+        return [(" ".join(text.split()), is_complete) for text, is_complete in zip(texts, ended, strict=True)]
 
 
 def batches_by_length(pieces: Sequence[Piece], batch_size: int) -> Iterator[list[Piece]]:
@@ -204,88 +215,56 @@ def batches_by_length(pieces: Sequence[Piece], batch_size: int) -> Iterator[list
 
 
 def _ended(tokens: Tensor, eos_token_id: int, budgets: Tensor) -> Tensor:
-    """Tell which rows ended by themselves, (B,) bool: what fills a row stopped at its budget may be end-of-text too."""
+    """Find the rows that ended by themselves, (B,) bool. A row stopped at its budget may be padded with end-of-text."""
     num_written = (tokens != eos_token_id).cumprod(-1).sum(-1)
     return (num_written < tokens.shape[1]) & (num_written != budgets)
 
 
-def _settle(first: str, fault: str, second: str, new_fault: str | None) -> tuple[str, tuple[str, ...]]:
-    """Choose between an output that tripped the guard and its second decoding; nothing is no better than a loop cut."""
+def _choose(first: str, fault: str, second: str, new_fault: str | None) -> Output:
+    """Choose between a faulty output and its second decoding. An empty text is no better than a loop that was cut."""
     if new_fault is None and (second or fault in ("refusal", "implausible_rate")):
         return second, (fault + RETRIED,)
-    if fault == "repetition":  # the cut first output: penalties distort what an unfinished loop says
+    if fault == "repetition":  # cut the first output: penalties distort the text of a loop that did not end
         return cut_loop(first), (fault,)
     return first, (fault,)
 
 
 @dataclass
-class _Open:
-    """An input some of whose pieces are still to be decoded."""
+class _OpenInput:
+    """An input that is not finished: its events so far, and the outputs of its pieces by their index."""
 
     name: str
     pieces: list[Piece] = field(default_factory=list)
-    outputs: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    outputs: dict[int, Output] = field(default_factory=dict)
     end: End | None = None
     done_s: float = 0.0
 
-    def transcript(self) -> Transcript:
-        if self.end is None:
-            raise AssertionError("an input was finished before its end was read")
+    def add(self, event: Event) -> None:
+        if isinstance(event, End):
+            self.end = event
+        else:
+            self.pieces.append(replace(event, samples=np.zeros(0, np.float32)))
+
+    def transcript(self, end: End) -> Transcript:
         segments: list[Segment] = []
-        whole, num_skipped = "", 0  # the last output as it came, and how many words its seam took from its beginning
+        previous, num_skipped = "", 0  # the previous output, and how many words its seam took from its beginning
         for piece in self.pieces:
             output, codes = self.outputs[piece.index]
             text = output
             if piece.overlap_s and segments:
-                before, text, agreed = join_texts(whole, output, piece.overlap_s)
+                before, text, agreed = join_texts(previous, output, piece.overlap_s)
                 segments[-1] = replace(segments[-1], text=" ".join(before.split()[num_skipped:]))
                 codes = (*codes, *(() if agreed else ("seam",)))
-            whole, num_skipped = output, len(output.split()) - len(text.split())
+            previous, num_skipped = output, len(output.split()) - len(text.split())
             codes = (*piece.warnings, *codes)
             segments.append(Segment(id=piece.index, start=piece.start_s, end=piece.end_s, text=text, warnings=codes))
         return Transcript(
             source=self.name,
             text=" ".join(segment.text for segment in segments if segment.text),
             segments=tuple(segments),
-            duration_s=self.end.duration_s,
+            duration_s=end.duration_s,
             warnings=tuple(code for segment in segments for code in segment.warnings)
-            + (() if segments or self.end.error else ("no_speech",))
-            + self.end.warnings,
-            error=self.end.error,
+            + (() if segments or end.error else ("no_speech",))
+            + end.warnings,
+            error=end.error,
         )
-
-
-class _Desk:
-    """Where outputs, decoded in order of length, are put back under the inputs they belong to."""
-
-    def __init__(self) -> None:
-        self.done_s, self.num_done = 0.0, 0
-        self._inputs: dict[int, _Open] = {}
-
-    def open(self, events: Sequence[Event]) -> None:
-        for event in events:
-            entry = self._inputs.setdefault(event.input, _Open(event.name))
-            if isinstance(event, End):
-                entry.end = event
-            else:
-                entry.pieces.append(replace(event, samples=np.zeros(0, np.float32)))
-
-    def fill(self, batch: Sequence[Piece], outputs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-        for piece, output in zip(batch, outputs, strict=True):
-            self._inputs[piece.input].outputs[piece.index] = output
-            self._advance(self._inputs[piece.input], piece.advance_s)
-
-    def _advance(self, entry: _Open, seconds: float) -> None:
-        self.done_s += seconds
-        entry.done_s += seconds
-
-    def finished(self) -> Iterator[Transcript]:
-        """Hand out, in order of the inputs, those whose end was read (all pieces before it are decoded by then)."""
-        for number in sorted(self._inputs):
-            entry = self._inputs[number]
-            if entry.end is None:
-                return
-            del self._inputs[number]
-            self.num_done += 1
-            self._advance(entry, entry.end.duration_s - entry.done_s)  # what follows its last piece
-            yield entry.transcript()

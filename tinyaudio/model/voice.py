@@ -1,9 +1,9 @@
-"""Voice activity: how likely there is speech, 31 times a second.
+"""Voice activity: the probability of speech, 31 times a second.
 
-The model and its weights are Silero VAD's, from the `silero-vad` package (MIT, needs only torch, carries its weights).
-The forward pass is written here, for whole blocks of frames at a time: frame by frame, as the package does it, it is
-ten times slower, and importing the package sets torch to one thread for the whole process. A test holds the two against
-each other. Travels with the checkpoint.
+The model and its weights are Silero VAD's, from the `silero-vad` package (MIT, needs only torch, contains its weights).
+The package computes frame by frame, which is ten times slower, and importing it sets torch to one thread for the whole
+process. So the forward pass is written here, for blocks of frames; a test compares the two. Travels with the
+checkpoint.
 """
 
 import warnings
@@ -21,8 +21,8 @@ from .errors import ModelError
 
 FRAME_LENGTH = 512  # samples, 32 ms: what the model was trained on at 16 kHz
 FRAME_S = FRAME_LENGTH / SAMPLING_RATE
-_CONTEXT = 64  # samples of the frame before that every frame starts with
-# The package's .safetensors holds older weights than its .jit, which is what its own functions load (6.2.3).
+_CONTEXT = 64  # samples of the previous frame at the beginning of every frame
+# The package's .safetensors has older weights than its .jit, which is what its own functions load (6.2.3).
 _WEIGHTS = "data/silero_vad.jit"
 _NAMES = {
     "stft_conv.weight": "stft.forward_basis_buffer",
@@ -33,7 +33,7 @@ _NAMES = {
 
 
 class VoiceActivity:
-    """One recording's voice activity; feed it block by block."""
+    """The voice activity of one recording, given block by block."""
 
     def __init__(self) -> None:
         self._model = _load_model()
@@ -45,7 +45,7 @@ class VoiceActivity:
         """Take the next samples, any number of them.
 
         Returns:
-            (n,) probabilities of speech in 0..1, one for every frame of 512 samples that is complete by now.
+            (n,) probabilities of speech in 0..1, one for every frame of 512 samples that is now complete.
         """
         joined = np.concatenate([self._rest, samples])
         num_whole = len(joined) // FRAME_LENGTH * FRAME_LENGTH
@@ -96,12 +96,12 @@ class _Silero(nn.Module):
 def _load_model() -> _Silero:
     package = find_spec("silero_vad")
     if package is None or not package.submodule_search_locations:
-        raise ModelError("finding speech needs the package silero-vad, which is not installed; pip install silero-vad")
+        raise ModelError("finding speech requires silero-vad, which is not installed. Try: pip install silero-vad")
     path = Path(package.submodule_search_locations[0]) / _WEIGHTS
     if not path.is_file():
-        raise ModelError(f"{str(path)!r} is missing; expected silero-vad 6.2 or later (pip install -U silero-vad)")
+        raise ModelError(f"expected silero-vad 6.2 or later; {str(path)!r} is missing. Try: pip install -U silero-vad")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which is all we read the weights from
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, from which only the weights are read
         theirs = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     model = _Silero()
     model.load_state_dict({ours: theirs[f"_model.{name}"] for ours, name in _NAMES.items()})

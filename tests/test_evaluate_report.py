@@ -285,6 +285,19 @@ def test_the_page_is_well_formed_and_needs_no_other_file(tmp_path: Path) -> None
         assert part in page
 
 
+@pytest.mark.filterwarnings("error")
+def test_charts_are_drawn_for_any_name_of_a_source(tmp_path: Path) -> None:
+    names = ["\u4e2d\u6587", "$\\frac{", "long " * 40, "plain"]
+    rows = [prediction(i, "a b c", "a x c", source=names[i % 4]) for i in range(8)]
+    folder = evaluation(tmp_path / "a", *rows, prediction(9, "", "noise", source="no words"), prediction(10, "lost"))
+    score_again(folder, folder, Scoring())
+    page = (folder / "report.html").read_text()
+    figures = re.findall(r"<figure>(.*?)</figure>", page, re.DOTALL)
+    assert len(figures) == 3, "by source, by duration, and the number of errors"
+    for label in ("\u4e2d\u6587", "$\\frac{", "plain", "no words", "not stated*"):
+        assert f">{label}</text>" in figures[0]
+
+
 def test_loquacious_ids_tell_their_source_where_they_can() -> None:
     name = "speechbrain/LoquaciousSet"
     assert source_of(name, "1688-142285-0000") == "librispeech"

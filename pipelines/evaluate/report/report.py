@@ -7,6 +7,7 @@ that leaves failed utterances out carries a "*" everywhere.
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ METHOD = (
     "through the same normaliser. Intervals are from a bootstrap on a log scale that treats utterances as independent; "
     f"below {MIN_UTTERANCES} utterances or {MIN_ERRORS} errors it would be too narrow, and none is given."
 )
+MAX_LABEL_LENGTH = 40  # characters of a chart's label; the table has the whole name
 MARKS = {"equal": "", "substitute": "S", "delete": "D", "insert": "I"}
 # What CommonMark or GitHub (autolinks, strikethrough, math, mentions) could read as markup inside a line. Values are
 # only ever put inside a line of ours, so list markers and the like need no escape.
@@ -257,7 +259,8 @@ def _chart(rows: Sequence[str]) -> tuple[Figure, Axes]:
     """Make an empty chart with one row for each label, from top to bottom."""
     figure = Figure(figsize=(7.5, 0.7 + 0.3 * len(rows)), facecolor="none", layout="constrained")
     axes = figure.subplots(subplot_kw={"facecolor": "none"})
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    labels = [label if len(label) <= MAX_LABEL_LENGTH else f"{label[: MAX_LABEL_LENGTH - 3]}..." for label in rows]
+    axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(colors=_INK, length=0)
     axes.grid(axis="x", color=_GRID, clip_on=False)
@@ -270,7 +273,8 @@ def _to_svg(figure: Figure) -> str:
     """Return a chart as an SVG element, the same for the same chart, with its text as text."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts draw the text
         FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -1,5 +1,5 @@
-# Every target is one command, printed before it runs. RECIPE defaults to demo, so that nothing here downloads or writes
-# gigabytes unless told to.
+# Every target is one command, which is printed before it runs. RECIPE defaults to demo, so that no target downloads or
+# writes gigabytes by default.
 
 PYTHON ?= python3
 RECIPE ?= demo
@@ -13,17 +13,19 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TINY   := $(BIN)/tinyaudio
 
-# Two thread pools that wait busily on two shared cores run several times slower.
+# Thread pools that wait busily on shared cores run several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format extract train-projector eval transcribe ablate bench demo-assets smoke clean
+.PHONY: help setup demo transcribe serve extract train-projector eval ablate bench test test-all lint format smoke demo-assets clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: RECIPE=$(RECIPE) STORE=$(STORE) RUN=$(RUN) GRID=$(GRID) ARGS='more options'"
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nVariables: RECIPE=%s STORE=%s RUN=%s GRID=%s ARGS="more options"\n' '$(RECIPE)' '$(STORE)' '$(RUN)' '$(GRID)'
 
-setup: $(READY) ## build .venv with plain pip (the other targets do it by themselves)
+##@ Try
+setup: $(READY) ## create .venv with plain pip (every target does this first)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,44 +33,50 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY) ## the main job, offline: extract, train, evaluate and transcribe on the bundled corpus
-	$(TINY) tour $(ARGS)
+demo: $(READY) ## extract, train, evaluate and transcribe offline, on tiny bundled models
+	$(TINY) demo $(ARGS)
 
-test: $(READY) ## the test suite on two cores, without the slow and GPU tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+transcribe: $(READY) ## transcribe files: make transcribe ARGS="a.wav b.mp3"
+	$(TINY) transcribe $(ARGS)
 
-test-all: $(READY) ## the slow tests too: full-size models, hundreds of kills
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+serve: $(READY) ## serve a web page to try a model on (needs pip install -e '.[serve]')
+	$(TINY) serve $(ARGS)
 
-lint: $(READY) ## ruff and strict mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-
-format: $(READY) ## rewrite the code as `make lint` wants it
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-
+##@ Train
 extract: $(READY) ## stage one: encode a corpus into a feature store (RECIPE, STORE)
 	$(TINY) extract --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 train-projector: $(READY) ## stage two: train the projector from the store (RECIPE, STORE, RUN)
 	$(TINY) train --recipe $(RECIPE) --store $(STORE) $(if $(RUN),--run $(RUN)) $(ARGS)
 
-eval: $(READY) ## word errors of a run on its test split, from raw audio (RUN)
+eval: $(READY) ## word error rate of a run on its test split, from raw audio (RUN)
 	$(TINY) eval $(or $(RUN),runs/latest) $(ARGS)
-
-transcribe: $(READY) ## transcribe files: make transcribe ARGS="a.wav b.mp3"
-	$(TINY) transcribe $(ARGS)
 
 ablate: $(READY) ## train every combination of a grid on one store (GRID, STORE)
 	$(TINY) ablate $(GRID) --store $(STORE) $(ARGS)
 
-bench: $(READY) ## speed and memory of the store, as ratios side by side (ARGS="extract", "train", ...)
+##@ Measure
+bench: $(READY) ## speed and memory of the store (ARGS=extract, train, transcribe: of the stages)
 	$(TINY) bench $(or $(ARGS),store)
 
-demo-assets: $(READY) ## make the bundled stand-ins again (needs espeak-ng; three quarters of an hour)
-	$(BIN)/python -m pipelines.demo.make --out pipelines/demo --examples pipelines/space/examples
+##@ Develop
+test: $(READY) ## run the tests on two cores, except slow and GPU tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
-smoke: $(READY) ## build the wheel and try it in a fresh environment
+test-all: $(READY) ## run the slow tests too: full-size models, hundreds of kills
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(READY) ## run ruff and strict mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY) ## fix and format the code with ruff
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+smoke: $(READY) ## build the wheel and test it in a fresh environment
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
 
-clean: ## remove the environment and caches; data/ and runs/ stay
+demo-assets: $(READY) ## generate the tiny bundled models and corpus again (needs espeak-ng; 45 minutes)
+	$(BIN)/python -m pipelines.demo.make --out pipelines/demo --examples pipelines/space/examples
+
+clean: ## remove the environment and caches, but not data/ and runs/
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -99,7 +99,7 @@ def command_named_in(message: str) -> str:
     return next(part for part in message.split("`") if part.startswith("tinyaudio"))
 
 
-@pytest.mark.parametrize("how", ["merge", "export", "export of some"])
+@pytest.mark.parametrize("how", ["merge", "export"])
 def test_the_message_of_a_damaged_merged_or_exported_store_names_a_command_that_repairs_it(
     tmp_path: Path, how: str
 ) -> None:
@@ -107,7 +107,7 @@ def test_the_message_of_a_damaged_merged_or_exported_store_names_a_command_that_
     if how == "merge":
         store_merge(tmp_path / "made", [source.path])
     else:
-        store_export(source.path, tmp_path / "made", ids=None if how == "export" else {"u0", "u4", "u5"}, seed=1)
+        store_export(source.path, tmp_path / "made", seed=1)
     made = FeatureStore.open(tmp_path / "made")
     before = {path.name: path.read_bytes() for path in (made.path / "features").iterdir()}
     damage(made, 0)
@@ -153,15 +153,6 @@ def test_an_export_reads_one_utterance_at_a_time(tmp_path: Path, monkeypatch: py
     store_export(source.path, tmp_path / "small")
     assert len(held) == 8
     assert most <= 2
-
-
-def test_ids_that_are_not_stored_are_counted_and_named(tmp_path: Path) -> None:
-    source = sealed(tmp_path / "store", FEATURES)
-    (tmp_path / "ids").write_text("u0\nnobody\nu1\nno one\n")
-    said = run(f"tinyaudio store export {source.path} {tmp_path / 'small'} --ids {tmp_path / 'ids'}")
-    assert "2 of the 4 ids" in said
-    assert "nobody, no one" in said
-    assert len(FeatureReader(tmp_path / "small")) == 2
 
 
 def test_info_names_machines_as_people_do(tmp_path: Path) -> None:

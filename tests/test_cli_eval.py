@@ -14,8 +14,8 @@ from pipelines.evaluate import eval_sets
 from pipelines.evaluate.stage import check_output
 from pipelines.recipes import Recipe, load_recipe
 from pipelines.recipes.recipe import Columns
+from tinyaudio.cli import demo
 from tinyaudio.cli import evaluate as cli_eval
-from tinyaudio.cli import tour as cli_tour
 from tinyaudio.model.errors import MissingModelError
 
 
@@ -109,13 +109,13 @@ def test_other_decoding_settings_go_to_another_folder(corpus: Path, checkpoint: 
         assert Path(numbers(result)["output"]).name == name
 
 
-def test_what_the_tour_evaluated_is_not_decoded_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _set_default(checkpoint, max_new_tokens=4, num_beams=cli_tour.BEAMS)
+def test_what_the_demo_evaluated_is_not_decoded_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_default(checkpoint, max_new_tokens=4, num_beams=demo.BEAMS)
     recipe = load_recipe("demo")
     recipe.save(checkpoint / "recipe.toml")
     monkeypatch.setattr(eval_sets, "open_eval_set", partial(eval_sets.open_eval_set, max_samples=2))
-    for num_beams in (1, cli_tour.BEAMS):
-        cli_tour._score(recipe, checkpoint, "test_unseen", num_beams)
+    for num_beams in (1, demo.BEAMS):
+        demo.score(recipe, checkpoint, "test_unseen", num_beams)
     names = {"demo-test_unseen-2-seed0", "demo-test_unseen-2-seed0-beams1"}
     assert {path.name for path in (checkpoint / "eval").iterdir()} == names
     result = run_eval(str(checkpoint), "--split", "test_unseen", "--max-samples", "2")

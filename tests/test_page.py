@@ -63,7 +63,7 @@ def test_page_without_gradio_says_how_to_get_it(transcriber, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(TinyAudioError, match=r"tinyaudio\[demo\]"):
+    with pytest.raises(TinyAudioError, match=r"tinyaudio\[serve\]"):
         build_page(transcriber)
 
 
@@ -76,8 +76,8 @@ def test_command_asks_for_gradio_before_it_loads_a_model(monkeypatch):
     from tinyaudio.cli.app import app
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    done = CliRunner().invoke(app, ["demo", "-m", "/nonexistent/model"])
-    assert "tinyaudio[demo]" in str(done.exception)
+    done = CliRunner().invoke(app, ["serve", "-m", "/nonexistent/model"])
+    assert "tinyaudio[serve]" in str(done.exception)
 
 
 def test_taken_port_is_one_line():
@@ -120,15 +120,15 @@ def test_space_folder_has_what_a_space_needs():
     assert "tinyaudio" in (SPACE / "requirements.txt").read_text()
 
 
-def test_command_and_space_offer_the_same_examples():
-    from tinyaudio.cli.demo import _examples
+def test_command_and_space_offer_the_sameexample_recordings():
+    from tinyaudio.cli.serve import example_recordings
 
-    assert [path.name for path in _examples()] == [
+    assert [path.name for path in example_recordings()] == [
         "five-sentences.opus",
         "one-sentence.opus",
         "voice-never-heard.opus",
     ]
-    assert all(path.parent == SPACE / "examples" for path in _examples())
+    assert all(path.parent == SPACE / "examples" for path in example_recordings())
 
 
 @pytest.fixture

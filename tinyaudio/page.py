@@ -1,6 +1,6 @@
 """A page to try a model on: microphone and upload, transcript, segments to click, warnings in plain words.
 
-Needs the optional extra `demo` (gradio), imported only when a page is built. `pipelines/space` lays the same page out
+Needs the optional extra `serve` (gradio), imported only when a page is built. `pipelines/space` lays the same page out
 as a Hugging Face Space.
 """
 
@@ -44,7 +44,7 @@ def import_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise TinyAudioError("the page needs gradio, which is not installed; pip install 'tinyaudio[demo]'") from error
+        raise TinyAudioError("the page needs gradio, which is not installed; pip install 'tinyaudio[serve]'") from error
 
 
 def open_page(page: Any, host: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""The page of `tinyaudio demo`, as a Hugging Face Space runs it. The model is named by the variable TINYAUDIO_MODEL."""
+"""The page of `tinyaudio serve` as a Hugging Face Space; the variable TINYAUDIO_MODEL names the model."""
 
 from pathlib import Path
 

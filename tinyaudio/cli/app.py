@@ -1,59 +1,74 @@
-"""The roof: the `tinyaudio` command. Parse, call, print; nobody imports it.
+"""The `tinyaudio` command: every command under its heading, and what errors become. Nothing imports the command line.
 
-One verb per stage, in a module of its own. Heavy imports happen inside commands, so that
-`--help` answers at once. stdout carries results, stderr progress and messages. Errors of ours, and places that cannot
-be read or written, are one line and exit 1; usage errors exit 2; an interrupt exits 130; bugs keep their traceback.
+Commands parse, call and print, and import heavy packages inside functions, so that `--help` answers at once. Results
+go to stdout; messages and progress go to stderr. An error of ours, or a path that cannot be read or written, is one
+line and exit code 1; usage errors exit 2, an interrupt 130; bugs keep their traceback.
 """
 
 import errno
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperGroup
 
+from tinyaudio.cli import bench, demo, doctor, evaluate, extract, publish, serve, store, train, transcribe
+from tinyaudio.cli.console import warn
+from tinyaudio.cli.options import CommandGroup
 from tinyaudio.version import __version__
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_UNUSABLE = {
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EIO,
+# Heading in `tinyaudio --help` -> name -> command, in the order in which a newcomer needs them.
+COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
+    "Try": {"demo": demo.demo, "transcribe": transcribe.transcribe, "doctor": doctor.doctor, "serve": serve.serve},
+    "Train": {
+        "extract": extract.extract,
+        "train": train.train,
+        "eval": evaluate.evaluate,
+        "ablate": train.ablate,
+        "runs": train.runs,
+    },
+    "Store and publish": {"store": store.store, "publish": publish.publish},
+    "Measure": {"bench": bench.bench},
 }
+_UNUSABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_UNUSABLE |= {errno.EIO}  # the user can change these; a missing file (ENOENT) is a bug unless an error of ours says so
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class _Root(TyperGroup):
-    """All commands; says a word about Ctrl-C, which typer by itself turns into a silent exit 130."""
+class _Root(CommandGroup):
+    """All commands. Ctrl-C prints a line; typer by itself exits with 130 and prints nothing."""
+
+    headings: ClassVar = COMMANDS
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
-                print("tinyaudio: interrupted; the same command again goes on", file=sys.stderr)
+            from pipelines.processes import is_main_process
+
+            if is_main_process():
+                warn("interrupted; run the same command again to resume")
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     cls=_Root,
     name="tinyaudio",
-    help="Speech recognition out of a frozen encoder, a small trained projector and a frozen language model.",
+    help="Speech recognition from a frozen encoder, a small trained projector and a frozen language model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --output_dir is --output-dir, as in Whisper
+    },
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         print(f"tinyaudio {__version__}")
         raise typer.Exit
 
@@ -61,63 +76,49 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Set up nothing; commands bring what they need."""
+    pass
 
 
-def _add_commands() -> None:
-    from tinyaudio.cli import bench, demo, evaluate, extract, publish, store, tour, train, transcribe
-
-    for module in (extract, train, evaluate, publish, tour, transcribe, demo, store, bench):
-        module.add_to(app)
-
-
-_add_commands()
+for commands in COMMANDS.values():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, cls=CommandGroup)
+        else:
+            app.command(name)(command)
 
 
-def _quieten_libraries() -> None:
-    """Keep stdout and stderr ours; anything the user has set wins. Takes effect because commands import late."""
+def main() -> None:
+    """Run the command line and turn errors of ours into one line and an exit code."""
+    if sys.stderr is None:  # closed by the caller; print would write messages to stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 (open until the process ends)
+    # Defaults for libraries that commands import later; what the user has set wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting pools on shared cores run several times slower
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def main() -> None:
-    """Run the command line and turn errors of ours into one line and an exit code."""
-    if sys.stderr is None:  # closed by the caller; print would else send messages to stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for as long as the process lives)
-    _quieten_libraries()
     try:
         app(standalone_mode=True)
     except Exception as error:
-        message = str(error) if _is_ours(error) else _explain_place(error)
+        message = _one_line(error)
         if message is None:
             raise
-        print(f"tinyaudio: {' '.join(message.split())}", file=sys.stderr)
+        warn(message)
         sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Tell our error trees apart from bugs, without importing what did not run."""
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    return bool(
-        names & {"tinyaudio.model.errors.TinyAudioError", "cache.errors.CacheError", "pipelines.errors.PipelineError"}
-    )
-
-
-def _explain_place(error: Exception) -> str | None:
-    """Say which file cannot be read or written and why; None for anything else, which is a bug."""
+def _one_line(error: Exception) -> str | None:
+    """Describe an error that the user can act on; None for anything else, which is a bug."""
+    if type(error).__module__.split(".")[0] in ("tinyaudio", "cache", "pipelines"):
+        return " ".join(str(error).split())
     if not isinstance(error, OSError):
         return None
-    name = None if error.filename is None else os.fsdecode(error.filename)
+    text = str(error).split("] ", 1)[-1]  # without [Errno 28]
     if error.errno in _FULL:
-        return (
-            f"{'a file' if name is None else repr(name)} cannot be written: {error.strerror}; make room and try again"
-        )
-    if error.errno in _UNUSABLE and name is not None:
-        return f"{name!r} cannot be read or written: {error.strerror}; name another place, or make this one usable"
+        return f"{text}. Free some space and run the same command again."
+    if error.errno in _UNUSABLE and error.filename is not None:
+        return f"{text}. Name another path, or make this one accessible."
     return None

@@ -1,5 +1,6 @@
-"""How the commands talk to people: messages, usage errors and progress bars on stderr, aligned tables."""
+"""What the commands print: results on stdout; messages, usage errors and progress bars on stderr; aligned tables."""
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -19,6 +20,13 @@ def usage(message: str) -> NoReturn:
     """Print what was found and what was expected, and exit with code 2."""
     warn(message)
     sys.exit(2)
+
+
+def print_report(report: Any, as_json: bool) -> None:
+    """Print results for people, then on request as one JSON object; `report` has `__str__` and `to_dict`."""
+    print(report)
+    if as_json:
+        print(json.dumps(report.to_dict()))
 
 
 def printable(text: str) -> str:
@@ -53,6 +61,7 @@ class ProgressBar:
             file=sys.stderr,
             disable=not self.is_drawn,
             dynamic_ncols=True,
+            leave=False,
             bar_format="{l_bar}{bar}| {n:.10g}/{total_fmt} " + unit + " [{elapsed}<{remaining}{postfix}]",
         )
 

@@ -1,59 +1,121 @@
-"""The roof over trying things out: `tinyaudio doctor` and `tinyaudio demo`."""
+"""The `demo` command, which `make demo` runs: both stages on the bundled corpus, word error rates, a transcript."""
 
 import json
-import sys
+import os
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli.options import ANY_SPELLING, say
+from tinyaudio.cli.console import aligned, say
 
-
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.command("doctor")(doctor)
-    app.command("demo", context_settings=ANY_SPELLING)(demo)
-
-
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Say what this machine can do, a line each, with remedies. Exit 1 if something will fail."""
-    from dataclasses import asdict
-
-    from tinyaudio import doctor as office
-
-    findings = list(office.examine())
-    if as_json:
-        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
-    else:
-        for finding in findings:
-            remedy = f"  -> {finding.remedy}" if finding.remedy else ""
-            print(f"{finding.state:4}  {finding.name}: {finding.found}{remedy}")
-    sys.exit(1 if any(finding.state == "bad" for finding in findings) else 0)
+TEST_SPLITS = {"test": "new sentences, known voices", "test_unseen": "new sentences, unknown voices"}
+BEAMS = 4
 
 
 def demo(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id; default $TINYAUDIO_MODEL, else runs/latest.")
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the projector's weights and of the batch order.")] = 0,
+    store: Annotated[Path, typer.Option("--store", help="Feature store.")] = Path("data/demo"),
+    encoding: Annotated[
+        str, typer.Option("--encoding", help="float16 or int8; int8 needs a separate --store.")
+    ] = "float16",
+    run: Annotated[
+        str | None, typer.Option("--run", help="Name under runs/, or a folder.  [default: demo, or demo-seed<N>]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
 ) -> None:
-    """Open a page to try a model: microphone, upload, transcript with segments. Needs the extra: tinyaudio[demo]."""
-    from tinyaudio.page import build_page, import_gradio, open_page
+    """Run extract, train, eval and transcribe offline, on tiny bundled models. Takes minutes on two CPU cores.
 
-    import_gradio()  # before the model takes its time to load
+    The same commands with another --recipe train the real models. A finished demo run is not repeated.
+    """
+    import torch
+
+    from cache import FeatureStore
+    from pipelines.corpora import open_corpus
+    from pipelines.extract.request import wanted_splits
+    from pipelines.extract.stage import extract
+    from pipelines.files import write_text
+    from pipelines.recipes import load_recipe
+    from pipelines.train.model import build_model
+    from pipelines.train.runs import Run, run_folder
+    from pipelines.train.stage import train
     from tinyaudio.transcribe import Transcriber
 
-    page = build_page(Transcriber.load(model, device=device), _examples())
-    say(f"tinyaudio: the page is at {open_page(page, host, port)}; Ctrl-C ends it")
-    page.block_thread()
+    recipe = load_recipe("demo", [f"train.seed={seed}", f"store.encoding={encoding}"])
+    folder = run_folder(run or ("demo" if seed == 0 else f"demo-seed{seed}"), recipe.name).absolute()
+    results = folder / "demo.json"
+    if results.is_file():
+        say(f"{folder} already contains a finished demo run; delete it or pass a different --run to repeat the demo")
+        _print_results(json.loads(results.read_text()), folder)
+        return
+    started = time.monotonic()
+
+    say(f"\n1. Stage one: tinyaudio extract --recipe demo --store {store}")
+    corpus = open_corpus(recipe.corpus)
+    splits, _ = wanted_splits(recipe, corpus)
+    stored = extract(recipe, store, splits=splits)
+    say(str(stored))
+
+    say("\n2. Word errors before training, with a random projector")
+    untrained = folder.with_name(f"{folder.name}-untrained")
+    model, processor = build_model(recipe, FeatureStore.open(store), torch.device("cpu"))
+    model.save_pretrained(untrained)
+    processor.save_pretrained(untrained)
+    scores = {"wer_before": score(recipe, untrained, "test", 1)}
+
+    say(f"\n3. Stage two: tinyaudio train --recipe demo --store {store} --run {folder.name}")
+    started_run = Run(folder)
+    resume = bool(started_run.state) and not started_run.is_finished
+    trained = train(recipe, store, started_run, resume=resume, say=say)
+
+    say("\n4. Word errors after training, from raw audio: tinyaudio eval")
+    for split in TEST_SPLITS:
+        scores[f"wer_{split}"] = score(recipe, folder, split, 1)
+        scores[f"wer_{split}_beam{BEAMS}"] = score(recipe, folder, split, BEAMS)
+    summary = {
+        **scores,
+        "hours": stored.hours,
+        "store_bytes": stored.store_bytes,
+        "steps": trained.steps,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_text(results, json.dumps(summary, indent=2) + "\n")
+    _print_results(summary, folder)
+
+    first = corpus.scan("test_unseen").slice(0, 1).to_pylist()[0]
+    ((_, audio),) = corpus.read_audio([first["source_id"]])
+    clip = store.parent / "held-out.opus"
+    clip.write_bytes(audio)
+    (transcript,) = Transcriber.load(folder).transcribe([clip])
+    print(f"\n$ tinyaudio transcribe {clip}\n{transcript.text}")
+    print(f"  (an unknown voice; reference: {first['transcript']!r})")
 
 
-def _examples() -> list[Path]:
-    """Find the recordings that the Space offers; none where only the package tinyaudio is installed."""
-    from importlib.util import find_spec
+def score(recipe: Any, model: Path, split: str, num_beams: int) -> float:
+    """Evaluate a model in the folder in which `tinyaudio eval` looks for the same evaluation, and return its WER."""
+    from pipelines.evaluate.eval_sets import open_eval_set
+    from pipelines.evaluate.providers.base import ProviderOptions
+    from pipelines.evaluate.providers.registry import open_provider
+    from pipelines.evaluate.stage import evaluate, evaluation_name
 
-    spec = find_spec("pipelines")
-    return sorted(Path(spec.origin).with_name("space").glob("examples/*.opus")) if spec and spec.origin else []
+    options = ProviderOptions(model=str(model), num_beams=num_beams, batch_size=32)
+    eval_set = open_eval_set(recipe.corpus, split=split)
+    folder = model / "eval" / evaluation_name("tinyaudio", eval_set, options)
+    word_errors = evaluate(open_provider("tinyaudio", options), eval_set, folder).word_errors
+    say(f"   {split}, {num_beams} beam{'s' * (num_beams > 1)}: {word_errors}")
+    return word_errors.wer
+
+
+def _print_results(summary: dict[str, Any], folder: Path) -> None:
+    rows = [("before training", f"{100 * summary['wer_before']:.1f} % greedy")]
+    for split, meaning in TEST_SPLITS.items():
+        greedy, beam = summary[f"wer_{split}"], summary[f"wer_{split}_beam{BEAMS}"]
+        rows.append((meaning, f"{100 * greedy:.1f} % greedy, {100 * beam:.1f} % with {BEAMS} beams"))
+    rows += [
+        ("feature store", f"{summary['store_bytes'] / 1e6:.1f} MB for {summary['hours']:.2f} h of speech"),
+        ("training", f"{summary['steps']} steps"),
+        ("total time", f"{summary['seconds']:.0f} s"),
+        ("model", os.path.relpath(folder)),
+    ]
+    print("\nWord error rate on synthetic speech with tiny test models; says nothing about the real models")
+    print(aligned(rows, indent="  "))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli.transcribe_output import usage
+from tinyaudio.cli.console import usage
 
 ModelArgument = Annotated[
     str | None,

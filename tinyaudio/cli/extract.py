@@ -1,27 +1,15 @@
-"""The command `extract`: stage one. Part of the roof."""
+"""The `extract` command: stage one."""
 
-import json as json_module
-import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli.options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store, say
+from tinyaudio.cli.console import ProgressBar, print_report, say
+from tinyaudio.cli.options import DeviceOption, JsonOption, RecipeOption, SetOption, StoreOption, default_store
 
-LOG_EVERY_S = 60.0  # between lines of progress where stderr is not a terminal
-PLAN_PATIENCE_S = 60.0  # seconds to keep trying for an answer of the hub: somebody waits for the plan
-_PLAN_HELP = "Say what would be done, and stop. A hub data set's list is kept beside the store, for the extraction."
-_UNSEALED = (
-    "{store} is not complete: living processes elsewhere are writing the shards that are missing. Type the same again "
-    "when they are done; training wants a sealed store"
-)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("extract")(extract)
+LOG_EVERY_S = 60.0  # between progress messages if stderr is not a terminal
+PLAN_TIMEOUT_S = 60.0  # retries of the hub for --plan, whose user is waiting; an extraction waits as the recipe says
 
 
 def _parse_part(part: str) -> tuple[int, int]:
@@ -34,143 +22,127 @@ def _parse_part(part: str) -> tuple[int, int]:
 def extract(
     recipe: RecipeOption = "demo",
     store: StoreOption = None,
-    split: Annotated[str | None, typer.Option("--split", help="Only this split; default train and dev.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Extract only this split.  [default: train and dev]")
+    ] = None,
     set_: SetOption = None,
-    plan: Annotated[bool, typer.Option("--plan", help=_PLAN_HELP)] = False,
-    shard: Annotated[str, typer.Option("--shard", help="i/N: only every N-th shard from the i-th on.")] = "0/1",
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print what would be done, and exit. The file list of a hub data set is kept for the extraction.",
+        ),
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", help="i/N: write only every N-th shard, starting with the i-th.")
+    ] = "0/1",
     max_bad: Annotated[
         float | None,
         typer.Option(
             "--max-bad",
             min=0.0,
             max=1.0,
-            help="Share of rows that may be bad, exactly: audio that fails, no text or far too much, duplicate ids; "
-            "not what the recipe filters out by length.  [default: the recipe's extract.max_bad, and ten]",
+            help="Maximum fraction of unusable rows (undecodable audio, missing or overlong text, duplicate ids) "
+            "before extraction stops. Rows filtered by duration do not count.  [default: the recipe's extract.max_bad; "
+            "the first 10 are always tolerated]",
         ),
     ] = None,
     ray: Annotated[
-        int, typer.Option("--ray", min=0, help="Ray actors, one GPU each where there are any; 0: this process.")
+        int, typer.Option("--ray", min=0, help="Number of Ray actors, one per GPU; 0 extracts in this process.")
     ] = 0,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Stage one: run the frozen encoder once over a corpus and store its features.
 
-    Typed again it goes on where it stopped; typed after damage it repairs exactly the damaged shards.
+    If it is interrupted, run the same command again to resume. On a damaged store, the same command repairs exactly
+    the damaged shards.
     """
-    from pipelines.extract.request import finished
-    from pipelines.processes import place
+    from pipelines.extract.request import finished, pinned
+    from pipelines.processes import place, use_all_cores, wait_for_all
     from pipelines.recipes import load_recipe
 
     part = _parse_part(shard)
     loaded = load_recipe(recipe, set_ or [])
     path = store or default_store(loaded.name, split)
     if plan:
-        _plan(loaded, path, split, device, part, json)
+        from pipelines.extract.forecast import forecast
+        from pipelines.extract.stage import planned
+
+        timeout_s = min(loaded.corpus.fetch_patience_s, PLAN_TIMEOUT_S)
+        section = loaded.corpus.model_copy(update={"fetch_patience_s": timeout_s})
+        loaded = pinned(loaded.model_copy(update={"corpus": section}), path)
+        corpus, splits = _open_corpus(loaded, split)
+        report: Any = forecast(loaded, corpus, planned(loaded, corpus, splits, path), path, device, part)
+        print_report(report, json)
         return
     here = place()
-    report: Any = finished(loaded, path, split) if here.world == 1 else None
+    report = finished(loaded, path, split) if here.world == 1 else None
     if report is not None:
         say(f"{path} is complete; nothing to do")
     else:
-        report = _work(loaded, path, split, part, max_bad, ray, device)
+        _, splits = _open_corpus(pinned(loaded, path), split)
+        chosen: dict[str, Any] = {"splits": splits, "part": part, "max_bad": max_bad, "device": device}
+        if ray:
+            from pipelines.extract.ray_cluster import ray_extract
+
+            report = ray_extract(loaded, path, **chosen, num_actors=ray)
+        else:
+            from pipelines.extract.stage import extract as stage_one
+            from pipelines.extract.stage import read_report
+
+            if here.world > 1:
+                use_all_cores()
+            with ProgressBar("extract", unit="h", is_shown=here.rank == 0) as bar:
+                on_progress = _Progress(bar, is_logged=here.rank == 0 and not bar.is_drawn)
+                report = stage_one(loaded, path, **chosen, group=here, on_progress=on_progress)
+            wait_for_all()
+            report = read_report(report)
     if here.rank:
         return
-    print(report)
-    if json:
-        print(json_module.dumps(report.to_dict()))
+    print_report(report, json)
     if not report.is_complete and part == (0, 1):
-        say("error: " + _UNSEALED.format(store=path))
+        say(
+            f"error: {path} is incomplete: other processes are still writing the remaining shards. Run this command "
+            "again when they finish; training needs a complete store."
+        )
         raise typer.Exit(1)
 
 
-def _work(
-    recipe: Any, path: Path, split: str | None, part: tuple[int, int], max_bad: float | None, ray: int, device: str
-) -> Any:
-    """Extract, and give the report."""
-    from pipelines.processes import place, use_all_cores, wait_for_all
-
-    splits = _splits(recipe, path, split)
-    if ray:
-        from pipelines.extract.ray_cluster import ray_extract
-
-        return ray_extract(recipe, path, splits=splits, part=part, num_actors=ray, max_bad=max_bad, device=device)
-    from pipelines.extract.stage import extract as stage_one
-    from pipelines.extract.stage import read_report
-
-    here = place()
-    if here.world > 1:
-        use_all_cores()
-    with _ProgressBar(is_shown=here.rank == 0) as bar:
-        report = stage_one(
-            recipe, path, splits=splits, part=part, group=here, max_bad=max_bad, device=device, on_progress=bar
-        )
-    wait_for_all()
-    return read_report(report)
-
-
-def _splits(recipe: Any, path: Path, split: str | None) -> list[str]:
+def _open_corpus(recipe: Any, split: str | None) -> tuple[Any, list[str]]:
+    """Open the corpus of a pinned recipe and choose its splits, with a warning for a missing one."""
     from pipelines.corpora import open_corpus
-    from pipelines.extract.request import pinned, wanted_splits
+    from pipelines.extract.request import wanted_splits
 
-    splits, warnings = wanted_splits(recipe, open_corpus(pinned(recipe, path).corpus), split)
+    corpus = open_corpus(recipe.corpus)
+    splits, warnings = wanted_splits(recipe, corpus, split)
     for warning in warnings:
         say(f"warning: {warning}")
-    return splits
+    return corpus, splits
 
 
-def _plan(recipe: Any, path: Path, split: str | None, device: str, part: tuple[int, int], json: bool) -> None:
-    from pipelines.corpora import open_corpus
-    from pipelines.extract.forecast import forecast
-    from pipelines.extract.request import pinned
-    from pipelines.extract.stage import planned
+class _Progress:
+    """Hours of audio done, after every batch: on the bar, or else as a message once a minute."""
 
-    patience_s = min(recipe.corpus.fetch_patience_s, PLAN_PATIENCE_S)
-    corpus_section = recipe.corpus.model_copy(update={"fetch_patience_s": patience_s})
-    fixed = pinned(recipe.model_copy(update={"corpus": corpus_section}), path)
-    corpus = open_corpus(fixed.corpus)
-    found = forecast(fixed, corpus, planned(fixed, corpus, _splits(fixed, path, split), path), path, device, part)
-    print(found)
-    if json:
-        print(json_module.dumps(found.to_dict()))
-
-
-class _ProgressBar:
-    """Audio hours done, on stderr: a bar in a terminal, else a line now and then."""
-
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._begun: float | None = None  # when the first batch was done: what came before says nothing of the speed
-        self._said = self._first_s = self._done_s = 0.0
-
-    def __enter__(self) -> "_ProgressBar":
-        from tqdm import tqdm
-
-        form = "{desc} {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]"
-        is_hidden = not (self._is_shown and sys.stderr.isatty())
-        self._bar = tqdm(total=0, file=sys.stderr, disable=is_hidden, bar_format=form, desc="extract")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def __init__(self, bar: ProgressBar, is_logged: bool) -> None:
+        self._bar, self._is_logged = bar, is_logged
+        self._started_at = self._logged_at = 0.0
+        self._first_s = self._done_s = 0.0
 
     def __call__(self, audio_s: float, state: dict[str, Any]) -> None:
         now = time.monotonic()
         self._done_s += audio_s
-        if self._begun is None:
-            self._begun = self._said = now
-            self._first_s = audio_s
-            self._bar.reset()
-        speed = (self._done_s - self._first_s) / max(now - self._begun, 1e-9)
-        words = (
+        if not self._first_s:  # the first batch includes warming up, which says nothing about the speed
+            self._first_s, self._started_at, self._logged_at = audio_s, now, now
+            self._bar.restart()
+        speed = (self._done_s - self._first_s) / max(now - self._started_at, 1e-9)
+        note = (
             f"{speed:,.1f}x real time, {state['written_bytes'] / 1e9:.2f} GB, shard {state['shard']}, "
             f"{state['bad']} quarantined"
         )
-        self._bar.total = state["total_s"] / 3600
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update(audio_s / 3600)
-        if self._is_shown and self._bar.disable and now - self._said > LOG_EVERY_S:
-            self._said = now
-            left = max(state["total_s"] - self._done_s, 0) / max(speed, 1e-9)
-            done = f"{self._done_s / 3600:.2f} of {state['total_s'] / 3600:.2f} h"
-            say(f"extract: {done}, {words}, {left / 60:.0f} min left")
+        done_h, total_h = self._done_s / 3600, state["total_s"] / 3600
+        self._bar.update(round(done_h, 2), round(total_h, 2), note)
+        if self._is_logged and now - self._logged_at > LOG_EVERY_S:
+            self._logged_at = now
+            left_s = max(state["total_s"] - self._done_s, 0) / max(speed, 1e-9)
+            say(f"extract: {done_h:.2f} of {total_h:.2f} h, {note}, {left_s / 60:.0f} min left")

@@ -1,12 +1,12 @@
-"""Which recordings are meant by the words of a command line, and where their transcripts go.
+"""Which recordings the arguments of `transcribe` name, and which files their transcripts are written to.
 
-Folders and patterns become files, in sorted order, each once; symlink loops end; every output gets a name of its own.
+Folders and patterns become files, sorted and without duplicates. Every output has a name of its own.
 """
 
 import contextlib
 import glob
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +14,18 @@ from pathlib import Path
 from tinyaudio.model.errors import TinyAudioError
 
 STDIN = "-"
-# What is looked for in folders; files named one by one are tried whatever they are called.
-AUDIO_EXTENSIONS = (
-    "aac",
-    "aif",
-    "aiff",
-    "amr",
-    "au",
-    "caf",
-    "flac",
-    "m4a",
-    "m4b",
-    "mka",
-    "mp2",
-    "mp3",
-    "oga",
-    "ogg",
-    "opus",
+# Files with these extensions are found in folders. A file named on the command line is tried whatever its name.
+EXTENSIONS = frozenset(
+    "aac aif aiff amr au caf flac m4a m4b mka mkv mov mp2 mp3 mp4 oga ogg opus wav wave webm wma".split()
 )
-EXTENSIONS = frozenset({*AUDIO_EXTENSIONS, "wav", "wave", "wma", "mkv", "mov", "mp4", "webm"})
 
 
 class OutputError(TinyAudioError, ValueError):
-    """Results that cannot be put where they should go."""
+    """Results that cannot be written where they should go."""
 
 
 class OutputClashError(OutputError):
-    """Two inputs whose transcripts would have one name."""
+    """Two inputs whose transcripts would have the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +34,9 @@ class FoundInput:
 
     Args:
         path: the file; None for stdin.
-        below: its folder relative to the folder named on the command line; "" for files named themselves.
-        is_named: it stands on the command line itself, so there is one of it whatever a folder or pattern holds.
-        problem: why it cannot be looked at: one line; None for a file to try.
+        below: its folder, relative to the folder given on the command line; "" for other files.
+        is_named: the command line names this file itself, not a folder or pattern that contains it.
+        problem: one line that says why the input cannot be used; None for a file to try.
     """
 
     path: Path | None
@@ -64,40 +49,37 @@ class FoundInput:
         return "stdin" if self.path is None else str(self.path)
 
 
-def find_inputs(words: Sequence[str], recursive: bool) -> list[FoundInput]:
+def find_inputs(arguments: Sequence[str], recursive: bool) -> list[FoundInput]:
     """Turn paths, folders, patterns and "-" into recordings, each file once."""
-    found: list[FoundInput] = []
-    seen: set[str] = set()
-    for word in words:
-        for item in _expand(word, recursive):
+    found: dict[str, FoundInput] = {}
+    for argument in arguments:
+        for item in _expand(argument, recursive):
             key = item.name if item.path is None or item.problem else os.path.realpath(item.path)
-            if key not in seen:
-                seen.add(key)
-                found.append(item)
-    return found
+            found.setdefault(key, item)
+    return list(found.values())
 
 
-def _expand(word: str, recursive: bool) -> Iterator[FoundInput]:
-    path = Path(word)
-    if word == STDIN:
+def _expand(argument: str, recursive: bool) -> Iterator[FoundInput]:
+    path = Path(argument)
+    if argument == STDIN:
         yield FoundInput(path=None, is_named=True)
     elif _is_folder(path):
         yield from _list_folder(path, recursive)
-    elif glob.has_magic(word) and not os.path.lexists(word):
-        matches = sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        folders = [Path(match) for match in matches if _is_folder(Path(match))]
-        files = [Path(match) for match in matches if Path(match) not in folders]
+    elif glob.has_magic(argument) and not os.path.lexists(argument):
+        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]  # noqa: PTH207 (absolute too)
+        files = [match for match in matches if not _is_folder(match)]
         yield from (FoundInput(path=file) for file in files)
-        for folder in folders if not files else []:  # as if the shell had named them
-            yield from _list_folder(folder, recursive)
+        if not files:  # only folders match: list them, as if the shell had expanded the pattern
+            for folder in matches:
+                yield from _list_folder(folder, recursive)
         if not matches:
-            yield FoundInput(path=path, problem=f"{word!r} matches no file; check the pattern")
+            yield FoundInput(path=path, problem=f"{argument!r} matches no file; check the pattern")
     else:
         yield FoundInput(path=path, is_named=True)
 
 
 def exists(path: Path) -> bool:
-    """Tell whether there is such a file; one that cannot be there or be looked at is not."""
+    """Check whether a file exists; a path that is impossible or not accessible does not."""
     with contextlib.suppress(OSError, ValueError):
         return path.exists()
     return False
@@ -110,21 +92,19 @@ def _is_folder(path: Path) -> bool:
 
 
 def _list_folder(folder: Path, recursive: bool) -> Iterator[FoundInput]:
-    any_file = False
-    for item in _walk(folder, Path(), recursive, set()):
-        any_file = True
-        yield item
-    if not any_file:
+    found = list(_walk(folder, Path(), recursive, set()))
+    if not found:
         hint = "" if recursive else ", or add --recursive"
-        problem = f"{str(folder)!r} holds no audio files; expected names such as *.wav or *.mp3{hint}"
-        yield FoundInput(path=folder, problem=problem)
+        problem = f"{str(folder)!r} contains no audio files; expected names such as *.wav or *.mp3{hint}"
+        found = [FoundInput(path=folder, problem=problem)]
+    yield from found
 
 
-def _walk(folder: Path, below: Path, recursive: bool, seen: set[str]) -> Iterator[FoundInput]:
+def _walk(folder: Path, below: Path, recursive: bool, visited: set[str]) -> Iterator[FoundInput]:
     real = os.path.realpath(folder)
-    if real in seen:  # a symlink back to where we have been
+    if real in visited:  # a symlink back to a folder that has been listed
         return
-    seen.add(real)
+    visited.add(real)
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -133,7 +113,7 @@ def _walk(folder: Path, below: Path, recursive: bool, seen: set[str]) -> Iterato
     for entry in entries:
         if _is_folder(entry):
             if recursive:
-                yield from _walk(entry, below / entry.name, recursive, seen)
+                yield from _walk(entry, below / entry.name, recursive, visited)
         elif entry.suffix.lower().removeprefix(".") in EXTENSIONS:
             yield FoundInput(path=entry, below=below)
 
@@ -141,62 +121,47 @@ def _walk(folder: Path, below: Path, recursive: bool, seen: set[str]) -> Iterato
 def plan_outputs(
     inputs: Sequence[FoundInput], output_dir: Path | None, formats: Sequence[str], keep_extension: bool = False
 ) -> list[dict[str, Path]]:
-    """Name the output of every input in every format: beside it, or in `output_dir` as its folders lie.
+    """Name the output of every input in every format: beside the input, or under `output_dir` in the same folders.
 
-    A name depends on its own input only, so that --skip-existing finds it again in any company.
+    A name depends on its own input only, so that --skip-existing finds it whatever else is transcribed.
 
     Args:
-        keep_extension: talk.wav becomes talk.wav.txt and not talk.txt.
+        keep_extension: talk.wav becomes talk.wav.txt instead of talk.txt.
 
     Raises:
-        OutputClashError: two inputs that would share a name.
+        OutputClashError: two inputs would have the same output.
     """
-    bases = [_place(item, output_dir, keep_extension) for item in inputs]
+    outputs: list[dict[str, Path]] = []
     first: dict[Path, FoundInput] = {}
-    for item, base in zip(inputs, bases, strict=True):
-        if item.problem is not None:
-            continue
-        other = first.setdefault(base, item)
+    for item in inputs:
+        name = "stdin" if item.path is None else item.path.name if keep_extension else item.path.stem
+        if output_dir is not None:
+            base = output_dir / item.below / name
+        else:
+            base = Path(name) if item.path is None else item.path.with_name(name)
+        outputs.append({kind: base.with_name(f"{base.name}.{kind}") for kind in formats})
+        other = first.setdefault(base, item) if item.problem is None else item
         if other is not item:
-            name = str(base.with_name(f"{base.name}.{formats[0]}"))
-            raise OutputClashError(
-                f"{other.name!r} and {item.name!r} would both be written to {name!r}; {_way_out(other, item)}"
-            )
-    return [{kind: base.with_name(f"{base.name}.{kind}") for kind in formats} for base in bases]
-
-
-def _way_out(one: FoundInput, other: FoundInput) -> str:
-    if one.path and other.path and one.path.name == other.path.name:
-        return "transcribe them one by one, each with an --output-dir of its own"
-    return "--keep-extension tells them apart, as in talk.wav.txt and talk.mp3.txt"
-
-
-def _place(item: FoundInput, output_dir: Path | None, keep_extension: bool) -> Path:
-    name = "stdin" if item.path is None else item.path.name if keep_extension else item.path.stem
-    if output_dir is not None:
-        return output_dir / item.below / name
-    return Path(name) if item.path is None else item.path.with_name(name)
+            if other.path and item.path and other.path.name == item.path.name:
+                remedy = "Transcribe them one by one, each with its own --output-dir."
+            else:
+                remedy = "Add --keep-extension, which writes talk.wav.txt and talk.mp3.txt."
+            clash = str(outputs[-1][formats[0]])
+            raise OutputClashError(f"{other.name!r} and {item.name!r} would both be written to {clash!r}. {remedy}")
+    return outputs
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary neighbour, then rename.
+    """Write a file whole or not at all: a temporary file beside it, then a rename.
 
     Raises:
-        OSError: the folder cannot be made or written to, or the disk is full.
+        OSError: the folder cannot be created or written to, or the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tinyaudio-", suffix=".tmp")
+    temporary = path.with_name(f".tinyaudio-{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        Path(temporary).replace(path)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,23 +1,41 @@
-"""Options that several commands share, and how they speak. Part of the roof."""
+"""Options that several commands share, and how help lists commands."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
+from typer.core import TyperGroup
 
 from tinyaudio.cli.console import say as say
 
-ANY_SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --output_dir is --output-dir
-
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or the path of a TOML file.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a bundled recipe, or path of a TOML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. Repeatable.")
 ]
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store.  [default: data/<recipe>]")]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or hub id.  [default: $TINYAUDIO_MODEL, else runs/latest]"),
+]
+
+
+class CommandGroup(TyperGroup):
+    """Commands whose help lists the whole first sentence of each, under headings, in order."""
+
+    headings: ClassVar[Mapping[str, Iterable[str]]] = {}  # heading -> names of commands; without any: one list
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for heading, names in (self.headings or {"Commands": self.commands}).items():
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(name.ljust(width), self.commands[name].get_short_help_str(limit=1000)) for name in names]
+                )
 
 
 def default_store(recipe_name: str, split: str | None = None) -> Path:
-    """data/<recipe>, or data/<recipe>-<split> for a split extracted by itself."""
+    """Return data/<recipe>, or data/<recipe>-<split> for a split extracted on its own."""
     return Path("data") / (recipe_name if split is None else f"{recipe_name}-{split}")

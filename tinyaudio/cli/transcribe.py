@@ -1,67 +1,57 @@
-"""The roof over transcription: `tinyaudio transcribe`.
+"""The `transcribe` command.
 
-stdout carries transcripts and nothing else; stderr carries progress, warnings and failures, one line each, and a bar
-only where it is a terminal. Exit codes: 0 all done (silence is success), 1 some input failed (the others are done),
-2 usage, 130 interrupted.
+stdout carries transcripts only. stderr carries warnings and failures, one line each, and a progress bar on a terminal.
+Exit codes: 0 all inputs done (silence counts as done), 1 some input failed (the others are done), 2 usage,
+130 interrupted.
 """
 
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tinyaudio.cli.inputs import FoundInput, exists, find_inputs
-from tinyaudio.cli.options import ANY_SPELLING
-from tinyaudio.cli.transcribe_output import (
-    Bar,
-    Desk,
-    Outcome,
-    close,
-    kinds_of,
-    let_go_of_stdout,
-    outputs_of,
-    route_of,
-    say,
-    spare,
-    usage,
+from tinyaudio.cli.console import ProgressBar, printable, usage, warn
+from tinyaudio.cli.inputs import (
+    STDIN,
+    FoundInput,
+    OutputClashError,
+    OutputError,
+    exists,
+    find_inputs,
+    plan_outputs,
+    write_text,
 )
-from tinyaudio.subtitles import Layout
+from tinyaudio.cli.options import DeviceOption, ModelOption
+from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:
-    from tinyaudio.transcribe import Transcriber
+    from tinyaudio.model.transcript import Transcript
 
-BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("transcribe", context_settings=ANY_SPELLING)(transcribe)
+BROKEN_PIPE = 141  # exit code that a shell reports for a process ended by SIGPIPE
 
 
 def transcribe(
     paths: Annotated[list[str], typer.Argument(metavar="PATH|DIR|GLOB|-...", help="Recordings; - is stdin.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id; default $TINYAUDIO_MODEL, else runs/latest.")
-    ] = None,
+    model: ModelOption = None,
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", "--output-format", "-f", help="Files to write: txt,srt,vtt,tsv,json or all."),
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", help="Where to write files; default beside each input; - is stdout."),
+        typer.Option("--output-dir", "-o", help="Folder for files; - is stdout.  [default: beside each input]"),
     ] = None,
-    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Look into folders of folders.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search subfolders too.")] = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave inputs alone whose files are all there.")
+        bool, typer.Option("--skip-existing", help="Skip inputs whose output files already exist.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write over .txt files that no --format or --output-dir asked for.")
+        bool, typer.Option("--overwrite", help="Allow the default .txt outputs to replace existing files.")
     ] = False,
     keep_extension: Annotated[
         bool, typer.Option("--keep-extension", help="Name files talk.wav.txt instead of talk.txt.")
@@ -69,36 +59,41 @@ def transcribe(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per input.")] = False,
     num_beams: Annotated[
         int | None,
-        typer.Option("--num-beams", "--beam-size", min=1, help="Beams; 1 is greedy; default the model's (4)."),
+        typer.Option("--num-beams", "--beam-size", min=1, help="Beams; 1 is greedy.  [default: the model's (4)]"),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of one segment; default the model's (200).")
+        int | None, typer.Option(min=1, help="Maximum tokens per segment.  [default: the model's (200)]")
     ] = None,
     length_penalty: Annotated[
-        float | None, typer.Option(help="Of beam search: above 0 favours longer texts; default the model's (1.0).")
+        float | None,
+        typer.Option(help="Length penalty of beam search; above 0 favours longer texts.  [default: the model's (1.0)]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Segments decoded at once; changes the speed only.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Segments decoded at once; changes the speed, not the text.")
+    ] = 8,
     chunk_length: Annotated[
         float | None,
-        typer.Option("--chunk-length", help="Longest piece decoded at once, seconds; default the model's."),
+        typer.Option("--chunk-length", help="Maximum length of a segment, in seconds.  [default: the model's]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")] = None,
+    device: DeviceOption = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one per core]")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Decoder precision: float32, bfloat16, float16; default as trained.")
+        str | None, typer.Option(help="Precision of the decoder: float32, bfloat16, float16.  [default: as trained]")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a model on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     encoder_id: Annotated[
-        str | None, typer.Option(help="Another copy of the encoder: folder or hub id, or id@revision.")
+        str | None, typer.Option(help="Another copy of the encoder: folder, hub id, or id@revision.")
     ] = None,
     decoder_id: Annotated[
-        str | None, typer.Option(help="Another copy of the decoder: folder or hub id, or id@revision.")
+        str | None, typer.Option(help="Another copy of the decoder: folder, hub id, or id@revision.")
     ] = None,
-    max_line_width: Annotated[int, typer.Option(min=1, help="Subtitles: characters a line.")] = 42,
-    max_line_count: Annotated[int, typer.Option(min=1, help="Subtitles: lines.")] = 2,
-    language: Annotated[str, typer.Option(help="Only en: this model hears English.")] = "en",
-    task: Annotated[str, typer.Option(help="Only transcribe: this model does not translate.")] = "transcribe",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar, warnings or summary; failures only.")] = False,
+    max_line_width: Annotated[int, typer.Option(min=1, help="Maximum characters in a line of subtitles.")] = 42,
+    max_line_count: Annotated[int, typer.Option(min=1, help="Maximum lines in a subtitle.")] = 2,
+    language: Annotated[str, typer.Option(help="Must be en: the model transcribes English only.")] = "en",
+    task: Annotated[str, typer.Option(help="Must be transcribe: the model does not translate.")] = "transcribe",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print failures only: no progress bar, warnings or summary.")
+    ] = False,
     fp16: Annotated[str | None, typer.Option(hidden=True)] = None,
     verbose: Annotated[str | None, typer.Option(hidden=True)] = None,
     temperature: Annotated[str, typer.Option(hidden=True)] = "0",
@@ -106,104 +101,255 @@ def transcribe(
 ) -> None:
     """Turn recordings into text.
 
-    One recording: its text on stdout, a line a segment. Several, or a folder: a .txt beside each, which is never
-    written over unless --overwrite says so, and "name: text" lines on stdout. With --format or --output-dir: those
-    files only, written anew each time. With --json: objects on stdout, and no files unless asked for.
+    One recording: prints its text, one line per segment. Several, or a folder: prints "name: text" lines and writes a
+    .txt beside each recording; existing files are replaced only with --overwrite. With --format or --output-dir: writes
+    those files only, and replaces them. With --json: prints objects, and writes no other files unless asked.
 
-    Whisper's options have its names; its --fp16, --verbose, --temperature 0 and --word_timestamps False are taken too.
+    Whisper's options have the same names here; --fp16, --verbose, --temperature 0 and --word_timestamps False are
+    accepted too.
     """
-    _refuse_what_whisper_can(language, task, temperature, word_timestamps)
-    for name, value in (("--chunk-length", chunk_length), ("--length-penalty", length_penalty)):
-        if value is not None and not (math.isfinite(value) and (value > 0 or name == "--length-penalty")):
-            usage(f"{name} {value:g}: expected {'a number' if name == '--length-penalty' else 'seconds above 0'}")
-    inputs = find_inputs(paths, recursive)
-    _check_stdin(inputs)
-    route = route_of(
-        inputs, kinds_of(formats), output_dir, as_json=as_json, explicit=bool(formats) or output_dir is not None
-    )
-    outputs = outputs_of(inputs, route, keep_extension)
-    if route.is_implicit and not skip_existing and not overwrite:
-        spare(path for files in outputs for path in files.values())
-    outcome, todo = Outcome(), []
-    for item, files in zip(inputs, outputs, strict=True):
-        if skip_existing and files and all(map(exists, files.values())):
-            outcome.num_skipped += 1
-        else:
-            todo.append((item, files))
-    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-    options |= {"batch_size": batch_size, "window_s": chunk_length}
+    _check_whisper_options(language, task, temperature, word_timestamps)
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        usage(f"--length-penalty {length_penalty:g}: expected a number")
+    if chunk_length is not None and not (math.isfinite(chunk_length) and chunk_length > 0):
+        usage(f"--chunk-length {chunk_length:g}: expected seconds above 0")
     load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
-    quiet = quiet or _is_false(verbose)
-    layout = Layout(max_line_width=max_line_width, max_line_count=max_line_count)
+    decoding = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
+    decoding |= {"batch_size": batch_size, "window_s": chunk_length}
+
+    inputs = find_inputs(paths, recursive)
+    _check_streams(inputs)
+    sink = Sink(
+        **_destination(inputs, formats, output_dir, as_json),
+        layout=Layout(max_line_width=max_line_width, max_line_count=max_line_count),
+        quiet=quiet or _is_false(verbose),
+    )
+    todo = []
+    for item, files in zip(inputs, sink.plan(inputs, keep_extension), strict=True):
+        if skip_existing and files and all(map(exists, files.values())):
+            sink.num_skipped += 1
+            continue
+        existing = next(filter(exists, files.values()), None)
+        if sink.is_implicit and existing is not None and not skip_existing and not overwrite:
+            usage(
+                f"{str(existing)!r} already exists. Add --skip-existing to keep it, --overwrite to replace it, or "
+                "--output-dir DIR to write elsewhere."
+            )
+        todo.append((item, files))
     try:
         if todo:
-            _run(todo, load, options, threads, Desk(route, layout, outcome, quiet))
+            _run(todo, load, decoding, threads, sink)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        say(f"interrupted; {outcome.num_done} of {len(inputs)} inputs are done; --skip-existing goes on from here")
+        warn(
+            f"interrupted; {sink.num_done} of {len(inputs)} inputs are done. Run the same command with --skip-existing "
+            "to resume."
+        )
         os._exit(130) if _has_stuck_reader() else sys.exit(130)
     except BrokenPipeError:
-        let_go_of_stdout()
+        _discard_stdout()
         sys.exit(BROKEN_PIPE)
-    close(outcome, len(inputs), quiet)
+    sink.finish(len(inputs))
 
 
 def _run(
     todo: Sequence[tuple[FoundInput, dict[str, Path]]],
     load: dict[str, Any],
-    options: dict[str, Any],
+    decoding: dict[str, Any],
     threads: int | None,
-    desk: "Desk",
+    sink: "Sink",
 ) -> None:
-    """Transcribe what is to be done, in order; failures are collected."""
+    """Transcribe inputs in order; failures are collected."""
     from tinyaudio.model.transcript import Transcript
 
-    tries = [item for item, _ in todo if item.problem is None]
+    usable = [item for item, _ in todo if item.problem is None]
     transcripts: Iterator[Transcript] = iter(())
-    with Bar(tries, desk.quiet) as bar:
-        if tries:
-            transcriber = _load(load, threads)
-            sources = (sys.stdin.buffer if item.path is None else item.path for item in tries)
-            transcripts = transcriber.stream(sources, on_progress=bar.update, **options)
+    with ProgressBar("audio", unit="s", is_shown=not sink.quiet) as bar:
+        if usable:
+            import torch
+
+            from tinyaudio.model.audio import probe_duration_s
+            from tinyaudio.transcribe import Transcriber
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            transcriber = Transcriber.load(**load)
+            total_s: float | None = None
+            if bar.is_drawn:
+                lengths = [None if item.path is None else probe_duration_s(item.path) for item in usable]
+                known = [length for length in lengths if length is not None]
+                total_s = round(sum(known), 1) if len(known) == len(lengths) else None
+            sources = (sys.stdin.buffer if item.path is None else item.path for item in usable)
+            transcripts = transcriber.stream(
+                sources, on_progress=lambda progress: bar.update(round(progress.done_s, 1), total_s), **decoding
+            )
         for item, files in todo:
             if item.problem is None:
                 transcript = replace(next(transcripts), source=item.name)
             else:
                 transcript = Transcript(source=item.name, text="", error=item.problem)
             bar.clear()
-            desk.finish(item, transcript, files)
+            sink.add(item, transcript, files)
 
 
-def _load(load: dict[str, Any], threads: int | None) -> "Transcriber":
-    import torch
-
-    from tinyaudio.transcribe import Transcriber
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return Transcriber.load(**load)
+# ------------------------------------------------------------------------------------------- where transcripts go
 
 
-def _refuse_what_whisper_can(language: str, task: str, temperature: str, word_timestamps: str) -> None:
+@dataclass(kw_only=True)
+class Sink:
+    """Where transcripts go, and how many of the inputs are done.
+
+    Args:
+        kinds: formats of the files.
+        output_dir: folder for files; None: beside each input.
+        on_stdout: a format, "lines" for lines of "name: text", or "" for nothing.
+        is_implicit: the command line asks for no files; they are written because there are several inputs.
+    """
+
+    kinds: tuple[str, ...]
+    output_dir: Path | None = None
+    on_stdout: str
+    is_implicit: bool = False
+    layout: Layout
+    quiet: bool
+    num_done: int = 0
+    num_skipped: int = 0
+    num_warnings: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def plan(self, inputs: Sequence[FoundInput], keep_extension: bool) -> list[dict[str, Path]]:
+        """Name the files of every input by format, and create their folder before the model is loaded."""
+        if not self.kinds:
+            return [{} for _ in inputs]
+        try:
+            outputs = plan_outputs(inputs, self.output_dir, self.kinds, keep_extension)
+            if self.output_dir is not None:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OutputClashError as error:
+            usage(str(error))
+        except OSError as error:
+            warn(f"--output-dir {str(self.output_dir)!r} cannot be written: {error.strerror or error}")
+            sys.exit(1)
+        return outputs
+
+    def add(self, item: FoundInput, transcript: "Transcript", files: dict[str, Path]) -> None:
+        """Write and print one transcript, with its warnings.
+
+        Raises:
+            BrokenPipeError: the process that read stdout is gone. OutputError: stdout cannot be written.
+        """
+        if transcript.error is None:
+            for kind, path in files.items():
+                try:
+                    write_text(path, WRITERS[kind](transcript, self.layout))
+                except OSError as error:
+                    reason = f"{str(path)!r} cannot be written: {error.strerror or error}"
+                    transcript = replace(transcript, error=reason)
+                    break
+        if self.on_stdout == "json" or (self.on_stdout and transcript.error is None):
+            if self.on_stdout == "lines":
+                text = f"{printable(transcript.source)}: {plain(transcript.text)}\n"
+            else:
+                text = WRITERS[self.on_stdout](transcript, self.layout)
+            try:
+                print(text, end="", flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                _discard_stdout()
+                raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
+        if transcript.error is not None:
+            self.failures.append(item.name)
+            warn(transcript.error)
+            return
+        self.num_done += 1
+        self.num_warnings += len(transcript.warnings)
+        if not self.quiet:
+            for line in _describe_warnings(transcript):
+                warn(f"{item.name}: {line}")
+
+    def finish(self, num_inputs: int) -> NoReturn:
+        """Print a summary of several inputs, and exit with 1 if any failed."""
+        if num_inputs > 1 or self.num_skipped:
+            counts = [f"{self.num_done} transcribed", f"{len(self.failures)} failed"]
+            counts += [f"{self.num_skipped} skipped (output exists)"] if self.num_skipped else []
+            counts += [f"{self.num_warnings} warnings"] if self.num_warnings else []
+            if self.failures or not self.quiet:
+                warn(f"{num_inputs} inputs: {', '.join(counts)}")
+            if self.failures:
+                warn(f"failed: {', '.join(repr(name) for name in self.failures)}")
+        sys.exit(1 if self.failures else 0)
+
+
+def _destination(
+    inputs: Sequence[FoundInput], formats: Sequence[str] | None, output_dir: Path | None, as_json: bool
+) -> dict[str, Any]:
+    """Decide where transcripts go: the first fields of `Sink`."""
+    kinds = [kind.strip().lower() for given in formats or ["txt"] for kind in given.split(",") if kind.strip()]
+    if "all" in kinds:
+        kinds = [*WRITERS, *(kind for kind in kinds if kind != "all")]
+    if not kinds or any(kind not in WRITERS for kind in kinds):
+        usage(f"--format {','.join(formats or [])!r}: expected some of {','.join(WRITERS)}, or all")
+    kinds = list(dict.fromkeys(kinds))
+    if output_dir == Path(STDIN):
+        if len(kinds) != 1 or len(inputs) != 1 or as_json:
+            usage("--output-dir - is stdout and takes one format of one input; name a folder instead")
+        return {"kinds": (), "on_stdout": kinds[0]}
+    if formats or output_dir is not None:
+        return {"kinds": tuple(kinds), "output_dir": output_dir, "on_stdout": "json" if as_json else ""}
+    if as_json:
+        return {"kinds": (), "on_stdout": "json"}
+    if len(inputs) == 1 and inputs[0].is_named:
+        return {"kinds": (), "on_stdout": "txt"}
+    return {"kinds": tuple(kinds), "on_stdout": "lines", "is_implicit": True}
+
+
+def _describe_warnings(transcript: "Transcript") -> Iterator[str]:
+    from tinyaudio.model.guard import CODES, RETRIED
+
+    def explain(code: str) -> str:
+        base = code.removesuffix(RETRIED)
+        return (
+            f"{base} in the first decoding; the second was clean and is used"
+            if base != code
+            else f"{code}: {CODES[code]}"
+        )
+
+    for segment in transcript.segments:
+        for code in segment.warnings:
+            yield f"{segment.start:.1f} to {segment.end:.1f} s: {explain(code)}"
+    num_of_segments = sum(len(segment.warnings) for segment in transcript.segments)
+    yield from map(explain, transcript.warnings[num_of_segments:])
+
+
+def _discard_stdout() -> None:
+    """Redirect stdout to nowhere, so that flushing its buffer at exit does not fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ------------------------------------------------------------------------------------------- checks of options
+
+
+def _check_whisper_options(language: str, task: str, temperature: str, word_timestamps: str) -> None:
     if language.strip().lower() not in ("en", "english"):
-        usage(f"--language {language!r}: this model hears English only (en)")
+        usage(f"--language {language!r}: the model transcribes English only; expected en")
     if task != "transcribe":
-        usage(f"--task {task!r}: this model writes down what is said, in English (transcribe)")
+        usage(f"--task {task!r}: the model does not translate; expected transcribe")
     if temperature not in ("0", "0.0"):
-        usage(f"--temperature {temperature!r}: this model does not sample; expected 0, or leave it out")
+        usage(f"--temperature {temperature!r}: the model does not sample; expected 0, or omit it")
     if not _is_false(word_timestamps):
-        usage("--word-timestamps: this model has times of segments only; they stand in srt, vtt, tsv and json")
+        usage("--word-timestamps: only segments have times, which srt, vtt, tsv and json contain; omit it")
 
 
 def _is_false(value: str | None) -> bool:
-    """Read a switch as Whisper's command line takes it: True or False behind the name."""
+    """Read the value of a switch as Whisper's command line does: --verbose False."""
     return value is not None and value.strip().lower() in ("false", "no", "0")
 
 
 def _dtype(dtype: str | None, fp16: str | None) -> str | None:
     if dtype is None:
-        return "float32" if _is_false(fp16) else None  # --fp16 True: a GPU's decoder is in half precision as trained
+        return "float32" if _is_false(fp16) else None  # --fp16 True: the default, since training used half precision
     known = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if known.get(dtype, dtype) not in known.values():
         usage(f"--dtype {dtype!r}: expected one of {', '.join(known.values())}")
@@ -211,7 +357,7 @@ def _dtype(dtype: str | None, fp16: str | None) -> str | None:
 
 
 def _part(part: str, name: str | None) -> dict[str, str]:
-    """Split id@revision; a folder's name may hold an @."""
+    """Split id@revision; the name of an existing folder may contain an @."""
     if name is None:
         return {}
     model_id, _, revision = name.rpartition("@")
@@ -220,21 +366,20 @@ def _part(part: str, name: str | None) -> dict[str, str]:
     return {f"{part}_id": model_id, f"{part}_revision": revision}
 
 
-def _check_stdin(inputs: Sequence[FoundInput]) -> None:
+def _check_streams(inputs: Sequence[FoundInput]) -> None:
     if sys.stdout is None:
-        usage("stdout is closed; leave it open, results go there")
+        usage("stdout is closed, and results go there; leave it open")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
-    if not any(item.path is None for item in inputs):
-        return
-    if sys.stdin is None:
-        usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
-    if sys.stdin.isatty():
-        usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that show ASCII only
+    if any(item.path is None for item in inputs):
+        if sys.stdin is None:
+            usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
+        if sys.stdin.isatty():
+            usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
 
 
 def _has_stuck_reader() -> bool:
-    """Tell whether a thread still waits for input (a pipe that stays open would keep the process alive)."""
+    """Check whether a thread still waits for input: a pipe that stays open would keep the process alive."""
     import threading
 
     return any(thread.name == "tinyaudio-reader" for thread in threading.enumerate())

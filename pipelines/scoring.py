@@ -103,40 +103,22 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> jiwer.W
     return jiwer.process_words(fold(references), fold(hypotheses)) if references else None
 
 
-def count_word_errors(
-    references: Sequence[str], hypotheses: Sequence[str], failed: int = 0, *, merge_compounds: bool = False
-) -> WordErrors:
+def count_word_errors(references: Sequence[str], hypotheses: Sequence[str], failed: int = 0) -> WordErrors:
     """Align pairs and add up their errors; neither side is normalised beyond white space.
 
     Args:
         references, hypotheses: pairs.
         failed: utterances without an answer, to be carried along.
-        merge_compounds: "note book" for "notebook" is no error; the alignment is then kaldialign's.
 
     Raises:
         ValueError: lists of different lengths.
     """
-    if merge_compounds:
-        return _count_merging_compounds(references, hypotheses, failed)
     aligned = align_words(references, hypotheses)
     return WordErrors(
         substitutions=aligned.substitutions if aligned else 0,
         deletions=aligned.deletions if aligned else 0,
         insertions=aligned.insertions if aligned else 0,
         words=sum(len(reference.split()) for reference in references),
-        utterances=len(references),
-        failed=failed,
-    )
-
-
-def _count_merging_compounds(references: Sequence[str], hypotheses: Sequence[str], failed: int) -> WordErrors:
-    check_pairs(references, hypotheses)
-    counts = kaldialign.batch_error_rate(_words(references), _words(hypotheses), merge_compounds=True)
-    return WordErrors(
-        substitutions=int(counts["sub"]),
-        deletions=int(counts["del"]),
-        insertions=int(counts["ins"]),
-        words=int(counts["ref_len"]),
         utterances=len(references),
         failed=failed,
     )
@@ -165,7 +147,6 @@ def wer_interval(
     references: Sequence[str],
     hypotheses: Sequence[str],
     *,
-    merge_compounds: bool = False,
     replications: int = REPLICATIONS,
     seed: int = SEED,
 ) -> Interval | None:
@@ -178,12 +159,10 @@ def wer_interval(
     Returns:
         None where there is too little to resample: fewer than `MIN_UTTERANCES`, or fewer than `MIN_ERRORS`.
     """
-    counted = count_word_errors(references, hypotheses, merge_compounds=merge_compounds)
+    counted = count_word_errors(references, hypotheses)
     if counted.utterances < MIN_UTTERANCES or counted.errors < MIN_ERRORS:
         return None
-    found = kaldialign.bootstrap_wer_ci(
-        _words(references), _words(hypotheses), replications=replications, seed=seed, merge_compounds=merge_compounds
-    )
+    found = kaldialign.bootstrap_wer_ci(_words(references), _words(hypotheses), replications=replications, seed=seed)
     half_width = (float(found["ci95max"]) - float(found["ci95min"])) / 2
     if not math.isfinite(half_width):  # resamples without a reference word
         return None
@@ -196,7 +175,6 @@ def probability_of_improvement(
     hypotheses: Sequence[str],
     other_hypotheses: Sequence[str],
     *,
-    merge_compounds: bool = False,
     replications: int = REPLICATIONS,
     seed: int = SEED,
 ) -> float:
@@ -214,7 +192,6 @@ def probability_of_improvement(
         _words(other_hypotheses),
         replications=replications,
         seed=seed,
-        merge_compounds=merge_compounds,
     )
     return float(found["p_s2_improv_over_s1"])
 

@@ -1,4 +1,4 @@
-"""`tinyaudio eval`: what is scored, compared, refused and paid for, from raw audio and from a store."""
+"""`tinyaudio eval`: what is scored, compared, refused and paid for."""
 
 import json
 from functools import partial
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import typer
-from evaluations import NUM_CLIPS, answers, noise_clips, numbers, run_eval
+from evaluations import NUM_CLIPS, noise_clips, numbers, run_eval
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate import eval_sets
-from pipelines.evaluate.stage import check_output
-from pipelines.recipes import Recipe, load_recipe
+from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import Columns
 from tinyaudio.cli import demo
 from tinyaudio.cli import evaluate as cli_eval
@@ -26,42 +25,35 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("typed", "rate"), [("5%", 0.05), ("0.05", 0.05), ("250 %", 2.5), ("0", 0.0), ("1", 1.0)])
 def test_rates_can_be_typed_as_percent_or_fraction(typed: str, rate: float) -> None:
-    assert cli_eval._rate(typed) == pytest.approx(rate)
+    assert cli_eval.parse_rate(typed) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("typed", ["5", "five", "-1%", "-0.1", ""])
 def test_a_rate_that_may_mean_something_else_is_refused(typed: str) -> None:
     with pytest.raises(typer.BadParameter, match="expected"):
-        cli_eval._rate(typed)
+        cli_eval.parse_rate(typed)
 
 
-def request(model: str | None, **choice: Any) -> Any:
-    options = {"provider": "tinyaudio", "revision": None, "recipe": None, "corpus": None, "settings": []}
-    return cli_eval._Request(model, **{**options, **choice})
-
-
-def test_another_corpus_brings_its_own_columns_and_overrides_come_last(checkpoint: Path, corpus: Path) -> None:
-    recipe = {"recipe": "loquacious-small"}
-    hub = request(str(checkpoint), corpus="someone/else", **recipe).section
+def test_another_corpus_brings_its_own_columns_and_overrides_come_last(corpus: Path) -> None:
+    choose = cli_eval.choose_corpus
+    hub = choose("loquacious-small", "someone/else", [])
     assert (hub.name, hub.config, hub.revision, hub.columns) == ("someone/else", None, None, Columns())
     assert (hub.text_case, hub.text_punctuation) == ("lower", "remove"), "the model's own text policy"
     settings = ["corpus.config=en", "corpus.columns.id=path", "corpus.text_case=keep"]
-    hub = request(str(checkpoint), corpus="someone/else", settings=settings, **recipe).section
+    hub = choose("loquacious-small", "someone/else", settings)
     assert (hub.config, hub.columns.id, hub.text_case) == ("en", "path", "keep")
-    named = request(str(checkpoint), corpus="loquacious", settings=["corpus.config=clean"], **recipe).section
+    named = choose("loquacious-small", "loquacious", ["corpus.config=clean"])
     assert (named.name, named.config) == ("speechbrain/LoquaciousSet", "clean")
-    same = request(str(checkpoint), corpus="speechbrain/LoquaciousSet", **recipe).section
+    same = choose("loquacious-small", "speechbrain/LoquaciousSet", [])
     assert same.revision is not None, "the recipe's own corpus stays at the recipe's commit"
-    local = request(str(checkpoint), corpus=str(corpus), recipe="gigaspeech").section
+    local = choose("gigaspeech", str(corpus), [])
     assert (local.path, local.name, local.revision, local.columns.id) == (str(corpus), None, None, "segment_id")
 
 
-def test_a_model_without_recipe_is_not_scored_on_whatever_is_at_hand(checkpoint: Path, ctc_folder: Path) -> None:
-    for model, provider in ((str(checkpoint), "tinyaudio"), (str(ctc_folder), "hf"), (None, "assemblyai")):
-        with pytest.raises(
-            EvaluationError, match=r"brings no recipe.toml; say what to score with --corpus or --recipe"
-        ):
-            request(model, provider=provider)
+def test_a_model_without_recipe_requires_a_corpus(checkpoint: Path, ctc_folder: Path) -> None:
+    for arguments in ([str(checkpoint)], [str(ctc_folder), "--provider", "hf"], ["--provider", "assemblyai"]):
+        with pytest.raises(EvaluationError, match=r"has no recipe.toml; name a --corpus or a --recipe"):
+            raise run_eval(*arguments).exception
 
 
 def test_the_command_compares_rescores_and_fails_over_a_limit(corpus: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -81,9 +73,9 @@ def test_the_command_compares_rescores_and_fails_over_a_limit(corpus: Path, chec
     file = run_eval("--rescore", str(tmp_path / "a" / "predictions.jsonl"), "--json")
     assert numbers(file)["output"] == str(tmp_path / "a"), "the file of an evaluation means the evaluation"
     ignored = run_eval(str(checkpoint), "--rescore", str(tmp_path / "a"), "--split", "dev")
-    assert (ignored.exit_code, "leave out MODEL, --split" in " ".join(ignored.output.split())) == (2, True)
+    assert (ignored.exit_code, "omit MODEL, --split" in " ".join(ignored.output.split())) == (2, True)
     again = run_eval(str(checkpoint), *common, "--num-beams", "1", "--output", str(tmp_path / "a"))
-    assert "holds every answer already" in again.output
+    assert "already contains every answer" in again.output
     assert numbers(again) == numbers(first)
     assert run_eval("--rescore", str(tmp_path / "a"), "--fail-over", "0.01%").exit_code == 1
     assert run_eval("--rescore", str(tmp_path / "a"), "--fail-over", "1000%").exit_code == 0
@@ -119,7 +111,7 @@ def test_what_the_demo_evaluated_is_not_decoded_again(checkpoint: Path, monkeypa
     names = {"demo-test_unseen-2-seed0", "demo-test_unseen-2-seed0-beams1"}
     assert {path.name for path in (checkpoint / "eval").iterdir()} == names
     result = run_eval(str(checkpoint), "--split", "test_unseen", "--max-samples", "2")
-    assert "holds every answer already" in result.output
+    assert "already contains every answer" in result.output
     assert "on demo test_unseen" in result.output
 
 
@@ -129,13 +121,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("pipelines.evaluate.providers.registry.open_provider", lambda *_: pytest.fail("loaded"))
     result = run_eval(str(checkpoint), "--corpus", str(corpus), "--output", str(tmp_path / "file" / "x"))
-    with pytest.raises(EvaluationError, match=r"file/x' cannot be written \(Not a directory\).*--output"):
+    with pytest.raises(NotADirectoryError, match=r"file/x'"):
         raise result.exception
-
-
-def test_a_check_of_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_output(tmp_path / "not" / "there")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_model_eval_names_no_option_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +171,7 @@ def test_paying_needs_a_yes(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("ASSEMBLYAI_API_KEY", "fake")
     result = run_eval("--provider", "assemblyai", "--corpus", str(corpus), "--output", str(tmp_path / "out"))
     assert "12 clips, 0.00 h: about $0.00 (list price of 2026-10-07)" in result.output
-    with pytest.raises(EvaluationError, match="nobody is here to say yes; add --yes to pay"):
+    with pytest.raises(EvaluationError, match="without confirmation; pass --yes to run non-interactively"):
         raise result.exception
 
 
@@ -192,71 +179,3 @@ def test_a_corpus_that_is_nowhere_is_one_clear_line(checkpoint: Path) -> None:
     result = run_eval(str(checkpoint), "--corpus", "librispech")
     with pytest.raises(EvaluationError, match="no corpus 'librispech'; expected a folder, a hub data set, or one of"):
         raise result.exception
-
-
-def extracted(recipe: Recipe, store: Path) -> None:
-    from pipelines.corpora import open_corpus
-    from pipelines.extract.stage import extract, wanted_splits
-
-    splits, _ = wanted_splits(recipe, open_corpus(recipe.corpus), None)
-    extract(recipe, store, splits=splits, device="cpu")
-
-
-def trained(recipe: Recipe, store: Path, run: Path) -> None:
-    from pipelines.train.runs import Run
-    from pipelines.train.stage import train
-
-    train(recipe, store, Run(run), device="cpu", say=lambda _: None)
-
-
-def test_what_a_store_leaves_out_is_counted_as_failed_with_its_reason(recipe_file: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(str(recipe_file), ["train.steps=2", "corpus.max_duration_s=1.0", "extract.max_bad=0.5"])
-    dev = Path(str(recipe.corpus.path)) / "dev"
-    (dev / "001.wav").write_bytes(b"RIFF")
-    folder = Path(str(recipe.corpus.path)).rename(tmp_path / "LoquaciousSet")
-    recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"path": str(folder)})})
-    extracted(recipe, tmp_path / "store")
-    trained(recipe, tmp_path / "store", tmp_path / "run")
-    result = run_eval(
-        *[str(tmp_path / "run"), "--split", "dev", "--num-beams", "1", "--max-new-tokens", "4", "--device", "cpu"],
-        *["--from-store", str(tmp_path / "store"), "--json"],
-    )
-    assert result.exit_code == 1
-    summary = json.loads((Path(numbers(result)["output"]) / "summary.json").read_text())
-    # 0.30 to 1.21 s: two are longer than 1 s, one cannot be read
-    assert sorted(one["error"] for one in summary["failures"]) == [
-        "not in the store: too_long",
-        "not in the store: too_long",
-        "not in the store: undecodable",
-    ]
-    assert (numbers(result)["utterances"], numbers(result)["failed"]) == (5, 3)
-    assert summary["timing"]["rtfx"] is None, "the encoder's time is missing"
-    [source] = summary["analysis"]["breakdowns"]["source"]
-    assert (source["name"], source["word_errors"]["failed"]) == ("yodas-or-peoples-speech", 3)
-
-
-def test_stored_features_give_the_transcripts_of_raw_audio(recipe_file: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(str(recipe_file), ["train.steps=2"])
-    extracted(recipe, tmp_path / "store")
-    trained(recipe, tmp_path / "store", tmp_path / "run")
-    common = [str(tmp_path / "run"), "--split", "dev", "--num-beams", "1", "--max-new-tokens", "12", "--device", "cpu"]
-    raw = run_eval(*common, "--no-guard", "--json")
-    assert raw.exit_code == 0, raw.output
-    stored = run_eval(*common, "--from-store", str(tmp_path / "store"), "--json")
-    assert stored.exit_code == 0, stored.output
-    folders = [Path(numbers(result)["output"]) for result in (raw, stored)]
-    assert folders[0] != folders[1]
-    # references lie in the store as the recipe's text policy leaves them; answers must be the same to the letter
-    assert answers(folders[0]) == answers(folders[1])
-    assert {**numbers(raw), "output": ""} == {**numbers(stored), "output": ""}
-
-
-def test_a_store_of_another_encoder_is_refused(recipe_file: Path, checkpoint: Path, tmp_path: Path) -> None:
-    extracted(load_recipe(str(recipe_file)), tmp_path / "store")
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "encoder_digest": "0" * 64}))
-    result = run_eval(
-        str(checkpoint), "--recipe", str(recipe_file), "--split", "dev", "--from-store", str(tmp_path / "store")
-    )
-    assert result.exit_code != 0
-    assert "weights" in str(result.exception)

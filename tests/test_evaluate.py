@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 import typer
+from evaluations import answers
 from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.eval_sets import EvalSet, Utterance, open_eval_set, unique_names
+from pipelines.evaluate.eval_sets import Clip, EvalSet, Utterance, open_eval_set, unique_names
 from pipelines.evaluate.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
-from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
+from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.stage import Scoring, evaluate, read_evaluation, score_again
 from pipelines.evaluate.summary import load_summary, summarize
 from pipelines.recipes.recipe import CorpusSection
@@ -61,13 +62,13 @@ class Parrot:
     def environment(self) -> dict[str, Any]:
         return {}
 
-    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         for clip in clips:
             if self.dies_after is not None and len(self.asked) >= self.dies_after:
                 raise KeyboardInterrupt
             self.asked.append(clip.utterance_id)
             name, error = clip.utterance_id, self.fails.get(clip.utterance_id)
-            yield Answer(utterance_id=name, text=None if error else self.texts[name], time_s=0.1, error=error)
+            yield clip.answer(None if error else self.texts[name], time_s=0.1, error=error)
 
 
 def parrot(**changes: Any) -> Parrot:
@@ -112,23 +113,24 @@ def test_a_failed_clip_is_counted_and_never_scored_as_text(folder: Path, tmp_pat
 def test_undecodable_audio_is_a_failure_with_its_reason(folder: Path, tmp_path: Path) -> None:
     (folder / "test" / "1.wav").write_bytes(b"not audio at all")
     done = evaluate(parrot(), eval_set(folder), tmp_path / "out")
-    [failed] = [one for one in done.predictions if one.is_failed]
+    [failed] = done.failures
     assert failed.utterance_id == "utt-1"
-    assert "not readable as audio" in str(failed.error)
+    assert "not readable as audio" in failed.error
 
 
 def test_an_interrupted_evaluation_goes_on_and_asks_nothing_twice(folder: Path, tmp_path: Path) -> None:
-    undisturbed = evaluate(parrot(), eval_set(folder), tmp_path / "undisturbed")
+    evaluate(parrot(), eval_set(folder), tmp_path / "undisturbed")
     first = parrot(dies_after=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(first, eval_set(folder), tmp_path / "out")
     with (tmp_path / "out" / "predictions.jsonl").open("a") as stream:
         stream.write('{"audio_filepath": "torn')
     second = parrot()
-    resumed = evaluate(second, eval_set(folder), tmp_path / "out")
+    evaluate(second, eval_set(folder), tmp_path / "out")
     assert sorted(first.asked + second.asked) == [f"utt-{i}" for i in range(6)]
-    assert resumed.num_resumed == 2
-    assert resumed.predictions == undisturbed.predictions
+    assert len(second.asked) == 4
+    files = [tmp_path / name / "predictions.jsonl" for name in ("out", "undisturbed")]
+    assert read_predictions(files[0]) == read_predictions(files[1])
     third = parrot()
     evaluate(third, eval_set(folder), tmp_path / "out")
     assert third.asked == []
@@ -195,16 +197,15 @@ def test_what_lies_on_the_disk_scores_as_what_was_answered(folder: Path, tmp_pat
     system = Parrot({f"utt-{i}": text for i, text in enumerate(odd)}, fails={"utt-1": "l\u2019\u00e9chec\n"})
     done = evaluate(system, eval_set(folder), tmp_path / "out", trained_on="somewhere")
     settings, predictions = read_evaluation(tmp_path / "out")
-    assert tuple(predictions) == done.predictions
-    assert [one.pred_text for one in done.predictions if not one.is_failed] == [odd[0], *odd[2:]]
-    in_memory = summarize(settings, done.predictions)
-    assert in_memory == load_summary(tmp_path / "out" / "summary.json")
-    assert in_memory == score_again(tmp_path / "out", tmp_path / "again", Scoring())
+    assert [one.pred_text for one in predictions if not one.is_failed] == [odd[0], *odd[2:]]
+    assert done == summarize(settings, predictions)
+    assert done == load_summary(tmp_path / "out" / "summary.json")
+    assert done == score_again(tmp_path / "out", tmp_path / "again", Scoring())
 
 
 def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder), tmp_path / "out")
-    with pytest.raises(EvaluationError, match=r"holds another evaluation \(model.version 1 there, 2 now\)"):
+    with pytest.raises(EvaluationError, match=r"contains another evaluation \(model.version 1 there, 2 now\)"):
         evaluate(parrot(version=2), eval_set(folder), tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"\(set.max_samples None there, 2 now; set.seed None there, 0 now\)"):
         evaluate(parrot(), eval_set(folder, max_samples=2), tmp_path / "out")
@@ -229,7 +230,7 @@ def test_a_sample_is_random_seeded_and_part_of_a_larger_one(folder: Path) -> Non
 
 def test_a_source_can_be_scored_alone(folder: Path) -> None:
     assert {one.source for one in eval_set(folder, source="talk").utterances} == {"talk"}
-    with pytest.raises(EvaluationError, match="no utterance of source 'radio'; sources there: read, talk"):
+    with pytest.raises(EvaluationError, match="has no utterance of source 'radio'; its sources: read, talk"):
         eval_set(folder, source="radio")
 
 
@@ -275,8 +276,8 @@ def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: 
     texts = []
     for batch_size in (1, 4):
         options = ProviderOptions(model=str(checkpoint), device="cpu", batch_size=batch_size, max_new_tokens=12)
-        done = evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / str(batch_size))
-        texts.append([one.pred_text for one in done.predictions])
+        evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / str(batch_size))
+        texts.append(answers(tmp_path / str(batch_size)))
     assert texts[0] == texts[1]
 
 

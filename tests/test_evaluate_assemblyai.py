@@ -20,9 +20,10 @@ from fake_assemblyai import FakeAssemblyAI, Reply, error, serving
 from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.predictions import read_predictions, write_predictions
+from pipelines.evaluate.eval_sets import Clip, Utterance
+from pipelines.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipelines.evaluate.providers.assemblyai import JOBS_FILE, AssemblyAIProvider
-from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
+from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.paid_jobs import Job, Ledger, Patience, quote
 from tinyaudio.cli import evaluate as cli_eval
 
@@ -41,7 +42,7 @@ def hear(wav: bytes) -> str:
 def clip(tenths: int) -> Clip:
     rng = np.random.default_rng(tenths)
     samples = (0.1 * rng.standard_normal(1_600 * tenths)).astype(np.float32)
-    return Clip(utterance_id=f"utt-{tenths}", samples=samples)
+    return Clip(utterance=Utterance(utterance_id=f"utt-{tenths}", source_id=""), samples=samples)
 
 
 @pytest.fixture
@@ -56,21 +57,21 @@ def provider(folder: Path, key: str = "fake-key", **changes: Any) -> AssemblyAIP
     return AssemblyAIProvider(ProviderOptions(output=folder, **changes), key, patience)
 
 
-def answer_one(folder: Path, tenths: int = 10, **changes: Any) -> Answer:
+def answer_one(folder: Path, tenths: int = 10, **changes: Any) -> Prediction:
     [answer] = provider(folder, **changes).transcribe([clip(tenths)])
     return answer
 
 
 def test_a_queued_job_is_polled_until_it_is_completed(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     answer = answer_one(tmp_path)
-    assert (answer.text, answer.error, answer.warnings) == ("clip of 10", None, ())
+    assert (answer.pred_text, answer.error, answer.warnings) == ("clip of 10", None, ())
     assert answer.provider_id in fake.jobs
     assert [endpoint for endpoint, *_ in fake.requests] == ["upload", "create", "poll", "poll", "poll"]
 
 
 def test_a_job_that_is_completed_at_once_is_polled_once(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     fake.statuses = ["completed"]
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert [endpoint for endpoint, *_ in fake.requests] == ["upload", "create", "poll"]
 
 
@@ -90,12 +91,12 @@ def test_requests_look_as_the_service_wants_them(fake: FakeAssemblyAI, tmp_path:
 def test_a_job_with_status_error_is_a_failure_with_its_reason(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     fake.statuses = ["processing", "error"]
     answer = answer_one(tmp_path)
-    assert (answer.text, answer.error) == (None, "Download error, unable to download the file")
+    assert (answer.pred_text, answer.error) == (None, "Download error, unable to download the file")
 
 
 def test_a_clip_under_160_ms_is_the_services_failure(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     answer = answer_one(tmp_path, tenths=1)
-    assert (answer.text, answer.error) == (None, "Audio duration is too short.")
+    assert (answer.pred_text, answer.error) == (None, "Audio duration is too short.")
 
 
 @pytest.mark.parametrize("text", ["", None])
@@ -104,7 +105,7 @@ def test_a_completed_job_without_text_is_an_empty_answer(
 ) -> None:
     fake.hear = lambda _: text
     answer = answer_one(tmp_path)
-    assert (answer.text, answer.error) == ("", None)
+    assert (answer.pred_text, answer.error) == ("", None)
 
 
 def test_a_wrong_key_stops_the_evaluation(fake: FakeAssemblyAI, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_refused_request_is_a_failure_of_its_clip_alone(fake: FakeAssemblyAI, 
 def test_429_is_waited_out_as_the_server_says(fake: FakeAssemblyAI, tmp_path: Path, endpoint: str) -> None:
     fake.trouble = {endpoint: [error(429, "Too Many Requests", Retry_After="1")]}
     started = time.monotonic()
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert time.monotonic() - started >= 1.0
     assert len(fake.posts) == 1
 
@@ -174,14 +175,14 @@ def test_passing_trouble_is_survived_without_a_second_payment(
     fake: FakeAssemblyAI, tmp_path: Path, endpoint: str, replies: list[Reply]
 ) -> None:
     fake.trouble = {endpoint: list(replies)}
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert len(fake.posts) == 1
 
 
 def test_lasting_trouble_is_a_failure_and_not_an_empty_text(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     fake.trouble = {"create": [Reply(502, b"<html>Bad Gateway</html>")] * 10}
     answer = answer_one(tmp_path)
-    assert (answer.text, answer.error) == (None, "HTTP 502 with a body that is no JSON")
+    assert (answer.pred_text, answer.error) == (None, "HTTP 502 with a body that is no JSON")
 
 
 @pytest.mark.parametrize("endpoint", ["upload", "create", "poll"])
@@ -190,14 +191,14 @@ def test_a_page_of_html_that_stays_is_a_failure_of_its_clip_alone(
 ) -> None:
     fake.trouble = {endpoint: [Reply(200, HTML)] * HURRY.attempts}
     answers = list(provider(tmp_path, concurrency=1).transcribe([clip(10), clip(12)]))
-    assert [answer.text for answer in answers] == [None, "clip of 12"]
+    assert [answer.pred_text for answer in answers] == [None, "clip of 12"]
     assert answers[0].error == "HTTP 200 with a body that is not the service's JSON"
 
 
 @pytest.mark.parametrize("status", ["processing", "completed", "error"])
 def test_a_creation_may_answer_with_any_status(fake: FakeAssemblyAI, tmp_path: Path, status: str) -> None:
     fake.created_as = status
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert len(fake.posts) == 1
 
 
@@ -205,10 +206,10 @@ def test_a_job_that_never_ends_is_given_up_and_can_be_fetched_later(fake: FakeAs
     fake.statuses = ["processing"]
     soon = Patience(first_s=0.01, attempts=2, poll_first_s=0.01, poll_most_s=0.02, give_up_s=0.1)
     answer = answer_one(tmp_path, patience=soon)
-    assert answer.text is None
+    assert answer.pred_text is None
     assert "is processing after 0.1 s" in str(answer.error)
     fake.statuses = ["completed"]
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert len(fake.posts) == 1
 
 
@@ -241,16 +242,16 @@ def test_a_job_whose_id_was_lost_is_found_by_its_upload(fake: FakeAssemblyAI, tm
         other._submit(clip(tenths))
     fake.trouble = {"list": [Reply(503), error(429, "Too Many Requests"), Reply(200, HTML)]}
     answer = answer_one(tmp_path)
-    assert (answer.provider_id, answer.text) == (lost, "clip of 10")
+    assert (answer.provider_id, answer.pred_text) == (lost, "clip of 10")
     assert len(fake.posts) == 21
     assert fake.trouble["list"] == []
 
 
 def test_a_failed_job_is_submitted_anew_when_tried_again(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     fake.statuses = ["error"]
-    assert answer_one(tmp_path).text is None
+    assert answer_one(tmp_path).pred_text is None
     fake.statuses = ["completed"]
-    assert answer_one(tmp_path).text == "clip of 10"
+    assert answer_one(tmp_path).pred_text == "clip of 10"
     assert len(fake.posts) == 2
 
 
@@ -268,7 +269,7 @@ def test_another_model_than_asked_for_is_warned_about(fake: FakeAssemblyAI, tmp_
 def test_no_more_jobs_are_in_flight_than_allowed(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     clips = [clip(tenths) for tenths in range(10, 30)]
     answers = list(provider(tmp_path, concurrency=5).transcribe(clips))
-    assert {answer.utterance_id: answer.text for answer in answers} == {
+    assert {answer.utterance_id: answer.pred_text for answer in answers} == {
         f"utt-{tenths}": f"clip of {tenths}" for tenths in range(10, 30)
     }
     assert fake.most_in_flight <= 5
@@ -302,7 +303,7 @@ def test_what_another_process_has_paid_meanwhile_is_not_paid_again(fake: FakeAss
     list(first.transcribe([clip(10)]))
     assert second.quote([("utt-10", 1.0)]).clips == 0
     [answer] = second.transcribe([clip(10)])
-    assert (answer.text, len(fake.posts)) == ("clip of 10", 1)
+    assert (answer.pred_text, len(fake.posts)) == ("clip of 10", 1)
 
 
 def test_a_ledger_torn_by_a_kill_is_read_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ def test_a_model_of_the_hub_brings_its_recipe_and_the_note_that_goes_with_it(
     assert summaries["tiny"]["settings"]["model"]["revision"], "pinned to a commit"
     assert summaries["bare"]["settings"]["trained_on"] is None
     [line] = unsaid[2]
-    assert line.startswith("tinyaudio: 'someone/bare' brings no recipe.toml (no folder here, and nothing fetched")
-    assert line.endswith("say what to score with --corpus or --recipe")
+    assert line.startswith("tinyaudio: 'someone/bare' has no recipe.toml (it is not a folder, and none was found on")
+    assert line.endswith("name a --corpus or a --recipe")
 
 
 def test_a_gated_set_asks_for_its_terms_and_a_token_in_one_line(

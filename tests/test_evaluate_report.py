@@ -12,8 +12,9 @@ from markdown_it import MarkdownIt
 
 from pipelines.corpora.sources import contamination_notes, source_of
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.comparison import Side, compare
-from pipelines.evaluate.error_analysis import Pair, align_pair, analyse, bucket_name
+from pipelines.evaluate.comparison import Comparison, compare
+from pipelines.evaluate.error_analysis import analyse, bucket_name
+from pipelines.evaluate.normalizers import Pair, open_normalizer
 from pipelines.evaluate.predictions import Prediction, write_predictions
 from pipelines.evaluate.report.report import align_lines, comparison_line, escape_markdown, headline
 from pipelines.evaluate.stage import Scoring, score_again
@@ -41,8 +42,6 @@ def test_text_is_scored_raw_and_normalised() -> None:
     scores = {score.normalizer: score for score in summary.scores}
     assert (scores["recipe"].wer, scores["whisper"].wer) == (4 / 3, 0.0)
     assert scores["whisper"].detail.startswith("whisper-normalizer ")
-    merged = summary_of(prediction(0, "note book", "notebook"), merge_compounds=True)
-    assert [(one.merge_compounds, one.wer) for one in merged.scores] == [(True, 0.0), (False, 1.0), (False, 1.0)]
 
 
 def test_failures_are_listed_marked_and_kept_out_of_every_rate() -> None:
@@ -92,23 +91,6 @@ def test_failures_are_counted_and_marked_in_every_slice(tmp_path: Path) -> None:
     assert "| read | 33.33 %\\* |" in report
 
 
-def test_merged_compounds_are_merged_wherever_errors_are_shown() -> None:
-    rows = [prediction(i, "a note book", "a notebook", source="read") for i in range(3)]
-    rows.append(prediction(9, "one word", "two word", source="read"))
-    merged = summary_of(*rows, merge_compounds=True)
-    assert merged.headline.word_errors.errors == 1
-    assert [one.utterance_id for one in merged.analysis.worst] == ["utt-9"]
-    assert [(one.reference, one.hypothesis) for one in merged.analysis.confusions] == [("one", "two")]
-    assert merged.analysis.error_histogram[:3] == (3, 1, 0)
-    for slices in merged.analysis.breakdowns.values():
-        assert sum(one.word_errors.errors for one in slices) == 1
-    steps = align_pair("a note book", "a notebook", merge_compounds=True)
-    assert [(step.kind, step.reference, step.hypothesis) for step in steps] == [
-        ("equal", "a", "a"),
-        ("equal", "note book", "notebook"),
-    ]
-
-
 def test_outputs_that_went_wrong_as_a_whole_are_counted() -> None:
     loop = "okay " * 12
     pairs = [
@@ -137,7 +119,8 @@ def test_confusions_are_counted_word_by_word_and_worst_come_first() -> None:
 
 
 def test_alignments_show_every_kind_of_error() -> None:
-    lines = align_lines(align_pair("the cat sat down", "the bat sat right down now"))
+    [worst] = analyse([pair("the cat sat down", "the bat sat right down now")]).worst
+    lines = align_lines(worst.steps)
     assert lines == [
         "REF: the cat sat *     down *",
         "HYP: the bat sat right down now",
@@ -145,11 +128,15 @@ def test_alignments_show_every_kind_of_error() -> None:
     ]
 
 
+def compared(mine: list[Prediction], other: list[Prediction]) -> Comparison:
+    return compare(("a", "b"), mine, other, open_normalizer("none", SETTINGS.section))
+
+
 def test_comparison_tells_which_system_is_better_and_how_surely() -> None:
     texts = [f"word{i} two three four" for i in range(60)]
-    mine = [pair(text, text.replace("two", "2") if i < 3 else text, i) for i, text in enumerate(texts)]
-    other = [pair(text, text.replace("two", "2") if i < 40 else text, i) for i, text in enumerate(texts)]
-    found = compare(Side(name="a", pairs=mine), Side(name="b", pairs=other[1:], failed={"utt-0"}))
+    mine = [prediction(i, text, text.replace("two", "2") if i < 3 else text) for i, text in enumerate(texts)]
+    other = [prediction(i, text, text.replace("two", "2") if i < 40 else text) for i, text in enumerate(texts)]
+    found = compared(mine, [prediction(0, texts[0]), *other[1:]])
     assert (found.utterances, found.failed, found.unshared) == (59, 1, 0)
     assert found.wer is not None
     assert found.other_wer is not None
@@ -157,26 +144,26 @@ def test_comparison_tells_which_system_is_better_and_how_surely() -> None:
     assert found.p_better > 0.999
     assert found.p_other_better < 0.001
     assert (found.num_better, found.num_worse, found.num_tied) == (37, 0, 22)
-    same = compare(Side(name="a", pairs=mine), Side(name="a again", pairs=mine))
+    same = compared(mine, mine)
     assert (same.p_better, same.p_other_better) == (0.0, 0.0)
 
 
 def test_what_is_not_compared_is_said_with_its_reason() -> None:
-    mine = [pair("a b", "a b", i) for i in range(4)]
-    found = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine[:2], failed={"utt-2", "utt-9"}))
+    mine = [prediction(i, "a b", "a b") for i in range(4)]
+    found = compared(mine, [*mine[:2], prediction(2, "a b"), prediction(9, "a b")])
     assert (found.utterances, found.failed, found.unshared) == (2, 1, 2)
     line = comparison_line(found)
     assert "a 0.00 %* against b 0.00 %* on 2 utterances" in line
     assert "(1 without an answer of one or both, 2 in one of the two sets only)" in line
-    whole = compare(Side(name="a", pairs=mine), Side(name="b", pairs=mine))
+    whole = compared(mine, mine)
     assert "a 0.00 % against b 0.00 % on 4 utterances: better" in comparison_line(whole)
 
 
 def test_comparison_of_different_sets_is_refused() -> None:
     with pytest.raises(EvaluationError, match="no utterance in common"):
-        compare(Side(name="a", pairs=[pair("x", "x", 1)]), Side(name="b", pairs=[pair("x", "x", 2)]))
+        compared([prediction(1, "x", "x")], [prediction(2, "x", "x")])
     with pytest.raises(EvaluationError, match="has two references, 'x' and 'y'"):
-        compare(Side(name="a", pairs=[pair("x", "x", 1)]), Side(name="b", pairs=[pair("y", "x", 1)]))
+        compared([prediction(1, "x", "x")], [prediction(1, "y", "x")])
 
 
 def evaluation(folder: Path, *predictions: Prediction) -> Path:
@@ -208,7 +195,7 @@ def test_a_damaged_summary_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="does not exist; expected the folder of an evaluation"):
         load_summary(tmp_path / "summary.json")
     (tmp_path / "summary.json").write_text('{"format": 1}')
-    with pytest.raises(EvaluationError, match="has format 1; expected 2; score again with --rescore"):
+    with pytest.raises(EvaluationError, match=r"has format 1; expected 2\. Score again with --rescore"):
         load_summary(tmp_path / "summary.json")
     (tmp_path / "summary.json").write_text('{"format": 2}')
     with pytest.raises(EvaluationError, match="is not readable: settings"):
@@ -325,9 +312,9 @@ def test_overlap_of_training_and_test_data_is_noted_where_it_applies() -> None:
 
 def test_no_number_of_resamples_makes_a_comparison_certain() -> None:
     texts = [f"word{i} two" for i in range(60)]
-    better = [pair(text, text, i) for i, text in enumerate(texts)]
-    worse = [pair(text, "nothing", i) for i, text in enumerate(texts)]
-    line = comparison_line(compare(Side(name="a", pairs=better), Side(name="b", pairs=worse)))
+    better = [prediction(i, text, text) for i, text in enumerate(texts)]
+    worse = [prediction(i, text, "nothing") for i, text in enumerate(texts)]
+    line = comparison_line(compared(better, worse))
     assert line.endswith("better in > 99.9 % of resamples, worse in < 0.1 %")
 
 

@@ -22,8 +22,7 @@ import sys, time
 from pathlib import Path
 from pipelines.evaluate.eval_sets import open_eval_set
 from pipelines.evaluate.stage import evaluate
-from pipelines.evaluate.providers.registry import Answer
-from pipelines.recipes.recipe import Columns, CorpusSection, Recipe, load_recipe
+from pipelines.recipes.recipe import CorpusSection
 
 class Slow:
     name = "slow"
@@ -33,7 +32,7 @@ class Slow:
         for clip in clips:
             time.sleep(0.05)
             with open(sys.argv[3], "a") as asked: asked.write(clip.utterance_id + "\\n")
-            yield Answer(utterance_id=clip.utterance_id, text=f"a cat and a frog {len(clip.samples)}", time_s=0.05)
+            yield clip.answer(f"a cat and a frog {len(clip.samples)}", time_s=0.05)
 
 evaluate(Slow(), open_eval_set(CorpusSection(path=sys.argv[1]), split="test"), Path(sys.argv[2]))
 """

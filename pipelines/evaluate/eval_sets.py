@@ -1,26 +1,29 @@
 """Evaluation sets: which utterances of a split are scored, and their audio at 16 kHz.
 
-A sample of N is random and not the head, and stays the same whatever the order of files: utterances are ranked by a
-hash of seed and id. A smaller sample is part of a larger one. Ids are unique: a second "x" becomes "x#2", and a row
-without an id goes by its place; how many were renamed is part of the set's identity.
+A sample of N is random rather than the head of the split, and does not depend on the order of files: utterances are
+ranked by a hash of seed and id, so a smaller sample is part of a larger one. Ids are unique: a second "x" becomes
+"x#2", and a row without an id is named after its place. The number of renamed ids is part of the set's identity.
 """
 
 import hashlib
+import io
 import tomllib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import soundfile
+
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.providers.base import Clip
+from pipelines.evaluate.predictions import Prediction
 from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import CorpusSection, recipe_names
-from tinyaudio.model.audio import load_audio
+from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.errors import AudioError
 
 NAMED = Path(__file__).parent / "eval_sets.toml"
@@ -29,15 +32,74 @@ WINDOW_S = 1_200.0  # seconds of audio held in memory at once: 77 MB of float32 
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One utterance to be scored, without its audio; `duration_s` is None if the corpus could not tell it."""
+    """One utterance to be scored, without its audio; `duration_s` is None if the corpus does not state it."""
 
     utterance_id: str
     source_id: str
-    duration_s: float | None
-    transcript: str | None
-    speaker: str | None
-    sex: str | None
-    source: str | None
+    duration_s: float | None = None
+    transcript: str | None = None
+    speaker: str | None = None
+    sex: str | None = None
+    source: str | None = None
+
+    def fail(self, error: str) -> Prediction:
+        """Return the prediction of an utterance that no system was asked for."""
+        return _predict(self, text=None, time_s=0.0, error=error)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clip:
+    """One utterance with its audio, as every provider gets it.
+
+    Args:
+        utterance: read its id only: the rest is what the answer is scored with.
+        samples: (S,) float32, 16 kHz mono.
+    """
+
+    utterance: Utterance
+    samples: Samples
+
+    @property
+    def utterance_id(self) -> str:
+        return self.utterance.utterance_id
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.samples) / SAMPLING_RATE
+
+    def to_wav(self) -> bytes:
+        """Encode as 16 kHz mono 16-bit WAV, which every remote provider is sent."""
+        stream = io.BytesIO()
+        soundfile.write(stream, self.samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+        return stream.getvalue()
+
+    def answer(
+        self,
+        text: str | None,
+        *,
+        time_s: float = 0.0,
+        error: str | None = None,
+        warnings: tuple[str, ...] = (),
+        provider_id: str | None = None,
+    ) -> Prediction:
+        """Make the prediction of this clip; either `text` or `error` is None, the others are as in `Prediction`."""
+        utterance = replace(self.utterance, duration_s=self.duration_s)
+        return _predict(utterance, text, time_s, error=error, warnings=warnings, provider_id=provider_id)
+
+
+def _predict(utterance: Utterance, text: str | None, time_s: float, **details: Any) -> Prediction:
+    return Prediction(
+        audio_filepath=utterance.source_id,
+        duration=round(utterance.duration_s or 0.0, 4),
+        time=round(time_s, 6),
+        text=utterance.transcript or "",
+        pred_text=text,
+        utterance_id=utterance.utterance_id,
+        speaker=utterance.speaker,
+        sex=utterance.sex,
+        source=utterance.source,
+        **details,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +111,25 @@ class EvalSet:
     max_samples: int | None
     seed: int
     source: str | None
-    corpus: Corpus | None  # None where clips do not come from a corpus
+    corpus: Corpus
     utterances: tuple[Utterance, ...]
-    split_size: int  # utterances in the whole split
-    num_renamed: int = 0  # of the whole split
-
-    @property
-    def corpus_name(self) -> str:
-        return corpus_name(self.section)
+    num_renamed: int = 0  # in the whole split
 
     @property
     def name(self) -> str:
-        """Name the set as folders do: "demo-test", with the sample's size and seed if it is one."""
-        parts = [self.corpus_name.split("/")[-1], self.section.config, self.split, self.source]
+        """Name the set for a folder: "demo-test", with size and seed of a sample."""
+        parts = [corpus_name(self.section).split("/")[-1], self.section.config, self.split, self.source]
         if self.max_samples is not None:
             parts.append(f"{self.max_samples}-seed{self.seed}")
-        return "-".join(_file_name(part) for part in parts if part)
+        text = "-".join(part for part in parts if part)
+        return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)
 
     def identity(self) -> dict[str, Any]:
-        """Return what was scored: the corpus, the split and how it was sampled."""
-        assert self.corpus is not None
-        return self._identity({"provenance": self.corpus.provenance(self.split)})
-
-    def _identity(self, origin: dict[str, Any]) -> dict[str, Any]:
+        """Return what is scored: the corpus, the split and how it is sampled."""
         return {
-            "corpus": self.corpus_name,
+            "corpus": corpus_name(self.section),
             "config": self.section.config,
-            **origin,
+            "provenance": self.corpus.provenance(self.split),
             "split": self.split,
             "source": self.source,
             "max_samples": self.max_samples,
@@ -84,26 +138,49 @@ class EvalSet:
         }
 
     def environment(self) -> dict[str, Any]:
-        """Return what decodes and resamples the recordings."""
+        """Return the versions of what decodes and resamples the recordings."""
         return {name: version(name) for name in ("soundfile", "soxr", "av")}
 
-    def load(self, wanted: Iterable[str]) -> Iterator["Window"]:
-        """Decode utterances, in windows of about `WINDOW_S` seconds; what cannot be decoded comes as its error."""
-        assert self.corpus is not None
-        chosen = set(wanted)
-        for window in windows([one for one in self.utterances if one.utterance_id in chosen]):
+    def load(self, ids: Collection[str]) -> Iterator[tuple[list[Clip], list[Prediction]]]:
+        """Decode utterances, about `WINDOW_S` seconds of audio at a time.
+
+        Yields:
+            The clips, and a failed prediction for each utterance without transcript or readable audio.
+        """
+        chosen = set(ids)
+        for window in _windows([one for one in self.utterances if one.utterance_id in chosen]):
             by_place: dict[str, list[Utterance]] = {}
             for one in window:
                 by_place.setdefault(one.source_id, []).append(one)
-            read = self.corpus.read_audio(by_place)
-            yield [(one, _decode(one, encoded)) for place, encoded in read for one in by_place[place]]
+            clips, failures = [], []
+            for place, encoded in self.corpus.read_audio(by_place):
+                for one in by_place[place]:
+                    if one.transcript is None:
+                        failures.append(one.fail("no reference transcript in the corpus"))
+                        continue
+                    try:
+                        clips.append(Clip(utterance=one, samples=load_audio(encoded)))
+                    except AudioError as error:
+                        failures.append(one.fail(str(error)))
+            yield clips, failures
 
 
-Window = list[tuple[Utterance, Clip | AudioError]]
+def _windows(utterances: Iterable[Utterance]) -> Iterator[list[Utterance]]:
+    """Cut a list into parts of about `WINDOW_S` seconds."""
+    window: list[Utterance] = []
+    held_s = 0.0
+    for one in utterances:
+        window.append(one)
+        held_s += one.duration_s or 0.0
+        if held_s >= WINDOW_S:
+            yield window
+            window, held_s = [], 0.0
+    if window:
+        yield window
 
 
 def corpus_name(section: CorpusSection) -> str:
-    """Name a corpus: its hub id, the recipe that it ships with, or its folder's own name; where it lies is not said."""
+    """Name a corpus by its hub id, the recipe that ships it, or its folder's own name, never by a full path."""
     if section.name is not None:
         return section.name
     folder = Path(str(section.path)).expanduser().resolve()
@@ -117,7 +194,7 @@ def _shipped_corpora() -> dict[Path, str]:
 
 
 def named_sections() -> dict[str, CorpusSection]:
-    """Return the test sets that go by a name, see eval_sets.toml."""
+    """Return the test sets of eval_sets.toml by name."""
     return {name: CorpusSection.model_validate(table) for name, table in tomllib.loads(NAMED.read_text()).items()}
 
 
@@ -140,7 +217,20 @@ def open_eval_set(
     corpus = open_corpus(section)
     rows = corpus.scan(split).to_pylist()
     names, num_renamed = unique_names([row["utterance_id"] or f"{split}/{row['source_id']}" for row in rows])
-    everything = [_utterance(row, name, section) for row, name in zip(rows, names, strict=True)]
+    chosen = []
+    for row, name in zip(rows, names, strict=True):
+        stated = row["source"] or source_of(section.name or str(section.path), row["utterance_id"] or "")
+        chosen.append(Utterance(**{**row, "utterance_id": name, "source": stated}))
+    sources = sorted({one.source for one in chosen if one.source})
+    if source is not None:
+        chosen = [one for one in chosen if one.source == source]
+    if not chosen:
+        hint = f" of source {source!r}; its sources: {', '.join(sources) or 'none stated'}" if source else ""
+        raise EvaluationError(f"split {split!r} has no utterance{hint}")
+    if max_samples is not None:
+        ranks = {one.utterance_id: hashlib.sha256(f"{seed} {one.utterance_id}".encode()).digest() for one in chosen}
+        kept = set(sorted(ranks, key=ranks.__getitem__)[:max_samples])
+        chosen = [one for one in chosen if one.utterance_id in kept]
     return EvalSet(
         section=section,
         split=split,
@@ -148,14 +238,13 @@ def open_eval_set(
         seed=seed,
         source=source,
         corpus=corpus,
-        utterances=choose(everything, split, max_samples, seed, source),
-        split_size=len(everything),
+        utterances=tuple(chosen),
         num_renamed=num_renamed + sum(not row["utterance_id"] for row in rows),
     )
 
 
 def unique_names(names: Iterable[str]) -> tuple[list[str], int]:
-    """Give the second bearer of a name the suffix "#2", and so on; returns the names and how many were changed."""
+    """Give a repeated name the suffix "#2", "#3", ...; return the names and how many were changed."""
     seen: set[str] = set()
     made = []
     num_changed = 0
@@ -168,52 +257,3 @@ def unique_names(names: Iterable[str]) -> tuple[list[str], int]:
         seen.add(unique)
         made.append(unique)
     return made, num_changed
-
-
-def choose(
-    everything: list[Utterance], split: str, max_samples: int | None, seed: int, source: str | None
-) -> tuple[Utterance, ...]:
-    """Pick a source and a random sample, in the order of the corpus; errors as `open_eval_set`."""
-    chosen = [one for one in everything if source is None or one.source == source]
-    if not chosen:
-        sources = sorted({one.source for one in everything if one.source})
-        hint = f"; sources there: {', '.join(sources) or 'none stated'}" if source else ""
-        raise EvaluationError(f"split {split!r} holds no utterance{f' of source {source!r}' if source else ''}{hint}")
-    if max_samples is not None:
-        kept = set(sorted((one.utterance_id for one in chosen), key=lambda name: _rank(name, seed))[:max_samples])
-        chosen = [one for one in chosen if one.utterance_id in kept]
-    return tuple(chosen)
-
-
-def _utterance(row: dict[str, Any], name: str, section: CorpusSection) -> Utterance:
-    source = row["source"] or source_of(section.name or str(section.path), row["utterance_id"] or "")
-    return Utterance(**{**row, "utterance_id": name, "source": source})
-
-
-def _rank(utterance_id: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {utterance_id}".encode()).hexdigest()
-
-
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)
-
-
-def windows(utterances: list[Utterance]) -> Iterator[list[Utterance]]:
-    """Cut a list into parts of about `WINDOW_S` seconds."""
-    window: list[Utterance] = []
-    held_s = 0.0
-    for one in utterances:
-        window.append(one)
-        held_s += one.duration_s or 0.0
-        if held_s >= WINDOW_S:
-            yield window
-            window, held_s = [], 0.0
-    if window:
-        yield window
-
-
-def _decode(utterance: Utterance, encoded: bytes) -> Clip | AudioError:
-    try:
-        return Clip(utterance_id=utterance.utterance_id, samples=load_audio(encoded))
-    except AudioError as error:
-        return error

@@ -1,20 +1,19 @@
-"""Predictions: what a system answered, one JSON line per utterance, raw on both sides.
+"""Predictions: what a system answered, one JSON line per utterance, with reference and answer as raw text.
 
-The first five fields are the Open ASR Leaderboard's, so that its own scorer reads the file; the rest are ours. Text is
-never normalised here: scoring does that, and can do it again. A line is either an answer (`pred_text`, perhaps empty)
-or a failure (`error`, and `pred_text` is null); a failure is never an empty answer.
+The first five fields are the Open ASR Leaderboard's, so that its own scorer can read the file; the rest are ours. Text
+is never normalised here; that happens when scoring, and can be repeated. A line is either an answer (`pred_text`,
+perhaps empty) or a failure (`error`, and `pred_text` is null); a failure is never an empty answer.
 
 Source of the five fields: huggingface/open_asr_leaderboard @ d1e99b2, normalizer/eval_utils.py.
 """
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipelines.errors import EvaluationError
 from pipelines.files import write_text
@@ -25,12 +24,17 @@ class Prediction:
     """One utterance and what a system made of it.
 
     Args:
-        audio_filepath: where the corpus keeps the audio; a name, not something to open.
-        duration, time: seconds of audio; seconds of wall time that the answer took (a batch is shared out evenly).
-        text: the reference, as the corpus has it. pred_text: the answer, as the system gave it; None if it failed.
+        audio_filepath: where the corpus keeps the audio; a name, not a path to open.
+        duration: seconds of audio.
+        time: seconds of wall time that the answer took; a batch's time is divided evenly.
+        text: the reference, as the corpus has it.
+        pred_text: the answer, as the system gave it; None if it failed.
         error: why there is no answer; None if there is one.
-        warnings: what a guard did to this answer, as `tinyaudio.Transcript.warnings`.
+        warnings: codes of the guard, as in `tinyaudio.Transcript.warnings`, or of the provider.
         provider_id: the id under which a paid provider keeps the answer.
+
+    Raises:
+        ValueError: both an answer and an error, or neither.
     """
 
     audio_filepath: str
@@ -61,11 +65,10 @@ class Prediction:
 
 
 _FIELDS = {field.name for field in fields(Prediction)}
-_LEADERBOARD = ("audio_filepath", "duration", "time", "text", "pred_text")
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Read a predictions file, ours or the leaderboard's (its lines have no id; the file path then serves).
+    """Read a predictions file, ours or the leaderboard's, whose lines have no id: `audio_filepath` is used instead.
 
     Raises:
         EvaluationError: no such file, a line that is not a prediction, or two lines for one utterance.
@@ -76,73 +79,48 @@ def read_predictions(path: Path) -> list[Prediction]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
-        one = _parse(line, f"{str(path)!r} line {number}")
+        try:
+            values: dict[str, Any] = json.loads(line)
+            values.setdefault("utterance_id", values.get("audio_filepath"))
+            values["warnings"] = tuple(values.get("warnings", ()))
+            one = Prediction(**{name: value for name, value in values.items() if name in _FIELDS})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise EvaluationError(
+                f"{str(path)!r} line {number} is not a prediction ({error}); "
+                "expected JSON with audio_filepath, duration, time, text, pred_text"
+            ) from error
         if one.utterance_id in found:
-            raise EvaluationError(f"{str(path)!r} line {number}: {one.utterance_id!r} stands there twice")
+            raise EvaluationError(f"{str(path)!r} line {number}: {one.utterance_id!r} appears twice")
         found[one.utterance_id] = one
     return list(found.values())
 
 
-def _parse(line: str, where: str) -> Prediction:
-    try:
-        values: dict[str, Any] = json.loads(line)
-        values.setdefault("utterance_id", values.get("audio_filepath"))
-        values["warnings"] = tuple(values.get("warnings", ()))
-        return Prediction(**{name: value for name, value in values.items() if name in _FIELDS})
-    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
-        raise EvaluationError(
-            f"{where} is not a prediction ({error}); expected JSON with {', '.join(_LEADERBOARD)}"
-        ) from error
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Replace a predictions file in one step."""
+    write_text(path, "".join(one.to_line() for one in predictions))
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off a last line without its line end: what a killed process leaves behind."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    """Cut off a last line without its line end, which a killed process leaves behind."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
         with path.open("r+b") as stream:
-            stream.truncate(len(whole))
-            os.fsync(stream.fileno())
-
-
-class PredictionLog:
-    """An open predictions file that grows line by line; a line is on the disk when `add` returns."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def add(self, prediction: Prediction) -> None:
-        self._stream.write(prediction.to_line())
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+            stream.truncate(whole)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; the claim ends with the process, however it ends.
+    """Lock a folder against other processes; the lock ends with this process, however it ends.
 
     Raises:
-        EvaluationError: somebody else holds it.
+        EvaluationError: another process holds it.
     """
     with (folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise EvaluationError(
-                f"another process evaluates into {str(folder)!r}; wait for it, or name --output"
+                f"another process evaluates into {str(folder)!r}; wait for it, or name another folder with --output"
             ) from error
         yield
-
-
-@contextmanager
-def appending(path: Path) -> Iterator[PredictionLog]:
-    """Open a predictions file to add lines to it."""
-    with path.open("a", encoding="utf-8", newline="\n") as stream:
-        yield PredictionLog(stream)
-
-
-def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Replace a predictions file in one step."""
-    write_text(path, "".join(one.to_line() for one in predictions))

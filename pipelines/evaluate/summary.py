@@ -1,7 +1,7 @@
-"""The summary of an evaluation: every number that a report or a model card may state, and everything that made it.
+"""The summary of an evaluation: every number that a report or a model card may state, and everything that produced it.
 
-Made from predictions and settings alone, so that scoring again (`--rescore`) gives the same summary as scoring. What
-may differ between two runs of one evaluation stands in `timing` and `environments` only.
+Made from predictions and settings alone, so that scoring again (`--rescore`) gives the same summary. What may differ
+between two runs of one evaluation is in `timing` and `environments` only.
 """
 
 import platform
@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.corpora.sources import contamination_notes, source_of
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.comparison import Comparison, Side, compare
-from pipelines.evaluate.error_analysis import Analysis, Pair, analyse
-from pipelines.evaluate.normalizers import Normalizer, open_normalizer
+from pipelines.evaluate.comparison import Comparison, compare
+from pipelines.evaluate.error_analysis import Analysis, analyse
+from pipelines.evaluate.normalizers import Normalizer, Pair, make_pairs, open_normalizer
 from pipelines.evaluate.predictions import Prediction
 from pipelines.files import write_text
 from pipelines.recipes.recipe import CorpusSection
@@ -40,14 +40,15 @@ MAX_FAILURES_LISTED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an evaluation is: written before it starts, compared before it goes on.
+    """What an evaluation is: written before it starts, compared before it resumes.
 
     Args:
-        provider: the system's kind. model: its identity, as the provider states it.
+        provider: the system's kind.
+        model: its identity, as the provider states it.
         scored: the set's identity, see `EvalSet.identity`.
         text_policy: the recipe's `text_*` settings, for the normaliser "recipe".
         trained_on: corpus of the training recipe, if known.
-        environments: what answers were computed on; more than one if the evaluation moved.
+        environments: what answers were computed on; several if the evaluation was resumed elsewhere.
     """
 
     provider: str
@@ -68,21 +69,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Error rates under one normaliser; rates are fractions, None where the references hold no words."""
+    """Error rates under one normaliser; rates are fractions, None if the references contain no words."""
 
     normalizer: str
     detail: str
-    merge_compounds: bool
     wer: float | None
     interval: Interval | None
     word_errors: WordErrors
     cer: float | None
     character_errors: CharacterErrors
-
-    @property
-    def label(self) -> str:
-        """Name the text that was compared."""
-        return f"{self.normalizer}, compounds merged" if self.merge_compounds else self.normalizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +85,10 @@ class Timing:
     """How long it took.
 
     Args:
-        audio_s: of the answered utterances. time_s: wall time of their answers, summed.
-        rtfx: audio_s / time_s of a local system; reading and decoding of files is not counted, and no warm-up is left
-            out. None for a remote one, whose times are latencies with network and queue, and for stored features, whose
-            times leave the encoder out.
+        audio_s: seconds of audio of the answered utterances.
+        time_s: seconds of wall time of their answers, summed.
+        rtfx: audio_s / time_s of a local system. Reading and decoding files is not included, warm-up is. None for a
+            remote system, whose times are latencies with network and queue.
     """
 
     audio_s: float
@@ -103,7 +98,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """What intervals and probabilities of improvement were drawn with."""
+    """Parameters of the intervals and of the probabilities of improvement."""
 
     replications: int = REPLICATIONS
     seed: int = SEED
@@ -119,7 +114,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One evaluation in numbers; `scores[0]` is the headline, and the analysis is under its normaliser."""
+    """One evaluation in numbers; `scores[0]` is the headline, and the analysis uses its normaliser."""
 
     settings: Settings
     scores: tuple[Score, ...]
@@ -137,16 +132,15 @@ class Summary:
         return self.scores[0]
 
     @property
+    def word_errors(self) -> WordErrors:
+        """Word errors of the headline."""
+        return self.headline.word_errors
+
+    @property
     def name(self) -> str:
-        """Name the system for people."""
+        """Name the system for a title, such as "tinyaudio: demo"."""
         model = self.settings.model.get("name") or self.settings.model.get("id")
         return f"{self.settings.provider}: {model}" if model else self.settings.provider
-
-
-class _Format(BaseModel):
-    """What a summary of any format says."""
-
-    format: int
 
 
 _SETTINGS, _SUMMARY = TypeAdapter(Settings), TypeAdapter(Summary)
@@ -158,8 +152,8 @@ def save_settings(path: Path, settings: Settings) -> None:
 
 def load_settings(path: Path) -> Settings:
     """Read settings.json; errors as `load_summary`."""
-    loaded: Settings = _load(path, _SETTINGS)
-    return loaded
+    settings: Settings = _load(path, _SETTINGS)
+    return settings
 
 
 def save_summary(path: Path, summary: Summary) -> None:
@@ -179,12 +173,12 @@ def load_summary(path: Path) -> Summary:
 def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
     if not path.is_file():
         raise EvaluationError(f"{str(path)!r} does not exist; expected the folder of an evaluation")
-    content = path.read_bytes()
     try:
-        found = _Format.model_validate_json(content).format if adapter is _SUMMARY else FORMAT
+        content = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+        found = content.get("format", FORMAT)
         if found != FORMAT:
-            raise EvaluationError(f"{str(path)!r} has format {found}; expected {FORMAT}; score again with --rescore")
-        return adapter.validate_json(content)
+            raise EvaluationError(f"{str(path)!r} has format {found}; expected {FORMAT}. Score again with --rescore")
+        return adapter.validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -196,7 +190,6 @@ def summarize(
     predictions: Sequence[Prediction],
     *,
     normalizer: str = "recipe",
-    merge_compounds: bool = False,
     other: tuple[Settings, Sequence[Prediction]] | None = None,
 ) -> Summary:
     """Score predictions.
@@ -205,7 +198,6 @@ def summarize(
         settings: of the evaluation.
         predictions: all of them, failures included.
         normalizer: the headline's; "recipe" and "whisper" are always scored as well.
-        merge_compounds: count "note book" for "notebook" as right, in the headline.
         other: another evaluation of the same set, to compare with.
 
     Raises:
@@ -213,62 +205,47 @@ def summarize(
     """
     if not predictions:
         raise EvaluationError("no predictions to score; expected at least one utterance")
-    predictions = [_with_source(one, settings.corpus_name) for one in predictions]
-    failed = [one for one in predictions if one.is_failed]
-    headline = open_normalizer(normalizer, settings.section)
-    pairs = make_pairs(predictions, headline)
-    scores = [_score(headline, pairs, len(failed), merge_compounds)]
-    for name, merge in (("recipe", False), ("whisper", False)):
-        if (name, merge) != (normalizer, merge_compounds):
-            other_normalizer = open_normalizer(name, settings.section)
-            scores.append(_score(other_normalizer, make_pairs(predictions, other_normalizer), len(failed), merge))
+    corpus = settings.corpus_name
+    predictions = [replace(one, source=one.source or source_of(corpus, one.utterance_id)) for one in predictions]
+    answered, failed = ([one for one in predictions if one.is_failed is is_failed] for is_failed in (False, True))
+
+    names = dict.fromkeys([normalizer, "recipe", "whisper"])
+    normalizers = [open_normalizer(name, settings.section) for name in names]
+    pairs = [make_pairs(answered, each) for each in normalizers]
     comparison = None
     if other is not None:
-        names = _two_names(settings, other[0])
-        sides = [_side(name, each, headline) for name, each in zip(names, (predictions, other[1]), strict=True)]
-        comparison = compare(*sides, merge_compounds=merge_compounds)
+        comparison = compare(_two_names(settings, other[0]), predictions, other[1], normalizers[0])
+
+    audio_s, time_s = sum(one.duration for one in answered), sum(one.time for one in answered)
+    is_remote = any(environment.get("is_remote") for environment in settings.environments)
+    encoder = settings.model.get("encoder")
+    notes = contamination_notes(
+        settings.trained_on,
+        encoder.get("id") if isinstance(encoder, dict) else None,
+        " ".join(filter(None, (corpus, settings.scored.get("config")))),
+    )
+    failures = [Failure(utterance_id=one.utterance_id, error=str(one.error)) for one in failed]
     return Summary(
         settings=settings,
-        scores=tuple(scores),
-        analysis=analyse(pairs, failed, merge_compounds=merge_compounds),
-        failures=tuple(_failures(predictions)),
-        timing=_timing(settings, predictions),
-        notes=tuple(_notes(settings)),
+        scores=tuple(_score(each, of_it, len(failed)) for each, of_it in zip(normalizers, pairs, strict=True)),
+        analysis=analyse(pairs[0], failed),
+        failures=tuple(failures[:MAX_FAILURES_LISTED]),
+        timing=Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and not is_remote else None),
+        notes=tuple(notes),
         comparison=comparison,
         versions=code_versions(),
     )
 
 
-def make_pairs(predictions: Sequence[Prediction], normalizer: Normalizer) -> list[Pair]:
-    """Normalise both sides of every answered utterance."""
-    return [
-        Pair(prediction=one, reference=normalizer.apply(one.text), hypothesis=normalizer.apply(one.pred_text))
-        for one in predictions
-        if one.pred_text is not None
-    ]
-
-
-def _side(name: str, predictions: Sequence[Prediction], normalizer: Normalizer) -> Side:
-    failed = {one.utterance_id for one in predictions if one.is_failed}
-    return Side(name=name, pairs=make_pairs(predictions, normalizer), failed=failed)
-
-
-def _with_source(prediction: Prediction, corpus_name: str) -> Prediction:
-    if prediction.source is not None:
-        return prediction
-    return replace(prediction, source=source_of(corpus_name, prediction.utterance_id))
-
-
-def _score(normalizer: Normalizer, pairs: Sequence[Pair], failed: int, merge_compounds: bool) -> Score:
+def _score(normalizer: Normalizer, pairs: Sequence[Pair], failed: int) -> Score:
     references, hypotheses = [pair.reference for pair in pairs], [pair.hypothesis for pair in pairs]
-    words = count_word_errors(references, hypotheses, failed, merge_compounds=merge_compounds)
+    words = count_word_errors(references, hypotheses, failed)
     characters = count_character_errors(references, hypotheses)
     return Score(
         normalizer=normalizer.name,
         detail=normalizer.detail,
-        merge_compounds=merge_compounds,
         wer=words.wer if words.words else None,
-        interval=wer_interval(references, hypotheses, merge_compounds=merge_compounds),
+        interval=wer_interval(references, hypotheses),
         word_errors=words,
         cer=characters.cer if characters.characters else None,
         character_errors=characters,
@@ -276,30 +253,11 @@ def _score(normalizer: Normalizer, pairs: Sequence[Pair], failed: int, merge_com
 
 
 def _two_names(settings: Settings, other: Settings) -> tuple[str, str]:
-    names = [str(one.model.get("name") or one.model.get("id") or one.provider) for one in (settings, other)]
-    if names[0] == names[1]:
-        names = [f"{name} ({one.provider})" for name, one in zip(names, (settings, other), strict=True)]
-    return (names[0], names[1]) if names[0] != names[1] else (names[0], f"{names[1]}, other")
-
-
-def _failures(predictions: Sequence[Prediction]) -> list[Failure]:
-    failed = [Failure(utterance_id=one.utterance_id, error=str(one.error)) for one in predictions if one.is_failed]
-    return failed[:MAX_FAILURES_LISTED]
-
-
-def _timing(settings: Settings, predictions: Sequence[Prediction]) -> Timing:
-    audio_s = sum(one.duration for one in predictions if not one.is_failed)
-    time_s = sum(one.time for one in predictions if not one.is_failed)
-    is_remote = any(environment.get("is_remote") for environment in settings.environments)
-    is_whole = not is_remote and settings.scored.get("store_fingerprint") is None
-    return Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and is_whole else None)
-
-
-def _notes(settings: Settings) -> list[str]:
-    encoder = settings.model.get("encoder")
-    encoder_id = encoder.get("id") if isinstance(encoder, dict) else None
-    scored_on = " ".join(filter(None, (settings.corpus_name, settings.scored.get("config"))))
-    return contamination_notes(settings.trained_on, encoder_id, scored_on)
+    """Name two systems by their models, told apart by provider where the models have one name."""
+    mine, theirs = (str(one.model.get("name") or one.model.get("id") or one.provider) for one in (settings, other))
+    if mine == theirs:
+        mine, theirs = f"{mine} ({settings.provider})", f"{theirs} ({other.provider})"
+    return mine, theirs if mine != theirs else f"{theirs}, other"
 
 
 def code_versions() -> dict[str, str]:

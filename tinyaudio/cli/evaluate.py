@@ -9,14 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyaudio.cli.console import usage
+from tinyaudio.cli.console import ProgressBar, say, usage
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(help="Run or checkpoint folder, or hub id; default $TINYAUDIO_MODEL, else runs/latest. For a paid "
-                        "provider: its speech model, or the run to score beside."),
-]  # fmt: skip
-PAID = ("assemblyai",)  # their models are no folders; a run says only what to score, and where the result goes
+PAID = ("assemblyai",)  # providers whose models are not folders; a run then only says what to score and where to write
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,185 +19,165 @@ def add_to(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
 
 
-def say(line: str) -> None:
-    """Print a message for people."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _rate(text: str) -> float:
-    """Parse "5%" or "0.05"; a number above 1 without the sign is somebody's 5 %."""
+def parse_rate(text: str) -> float:
+    """Parse "5%" or "0.05" as a fraction; a number above 1 without the sign is refused, since it may mean percent."""
     number = text.strip().removesuffix("%")
+    is_percent = number != text.strip()
     try:
-        value = float(number) / (100 if number != text.strip() else 1)
+        value = float(number) / (100 if is_percent else 1)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no rate; expected 5% or 0.05") from None
-    if value < 0 or (value > 1 and number == text.strip()):
+        raise typer.BadParameter(f"{text!r} is not a rate; expected 5% or 0.05") from None
+    if value < 0 or (value > 1 and not is_percent):
         raise typer.BadParameter(f"{text!r} is {100 * value:g} %; expected a fraction such as 0.05, or {number}%")
     return value
 
 
 def evaluate(
-    model: ModelArgument = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or file; default the model's own.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Run or checkpoint folder, or hub id; default $TINYAUDIO_MODEL, else runs/latest. For a paid "
+            "provider: the provider's model name, or a run to store the results next to."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe that names the corpus: its name or file; default the model's own.")
+    ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="Folder, hub data set, or a name of eval_sets.toml; default the recipe's.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default the recipe's test split.")] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Score a random sample of this many.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
-    source: Annotated[str | None, typer.Option(help="Score utterances of this source only.")] = None,
-    from_store: Annotated[
-        Path | None, typer.Option(help="Take features from this feature store instead of raw audio; no guard.")
-    ] = None,
-    provider: Annotated[str, typer.Option(help="tinyaudio, ctc, hf or assemblyai.")] = "tinyaudio",
+    seed: Annotated[int, typer.Option(help="Random seed for --max-samples.")] = 0,
+    source: Annotated[str | None, typer.Option(help="Score only utterances of this source.")] = None,
+    provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, hf or assemblyai.")] = "tinyaudio",
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams; default the model's own.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens; default the model's own.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Of beam search; default the model's own.")] = None,
-    guard: Annotated[bool, typer.Option(help="Decode as transcribe does, or ask the model alone.")] = True,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of tokens per piece of audio; default the model's own.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Length penalty of beam search; default the model's own.")
+    ] = None,
+    guard: Annotated[bool, typer.Option(help="Decode as transcribe does, or run the model alone.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    api_key: Annotated[str | None, typer.Option(help="Key of a paid provider; default its variable.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key of a paid provider; default its environment variable.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Jobs of a paid provider in flight.")] = 5,
-    yes: Annotated[bool, typer.Option("--yes", help="Pay without being asked.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder; default RUN/eval/CORPUS-SPLIT.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
-    normalizer: Annotated[str, typer.Option(help="Of the headline: recipe, whisper, basic or none.")] = "recipe",
-    merge_compounds: Annotated[bool, typer.Option("--merge-compounds", help='"note book" is "notebook".')] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Pay without asking for confirmation.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Output folder; default RUN/eval/CORPUS-SPLIT.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try utterances again that failed in an earlier call.")
+    ] = False,
+    normalizer: Annotated[
+        str, typer.Option(help="Text normaliser of the headline: recipe, whisper or none.")
+    ] = "recipe",
     rescore: Annotated[
-        Path | None, typer.Option(help="Score this evaluation folder or predictions file again; no model.")
+        Path | None, typer.Option(help="Score this evaluation folder or predictions file again, without a model.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Another evaluation (its folder or predictions), or another run.")
+        Path | None, typer.Option(help="Compare with another evaluation (its folder or predictions) or another run.")
     ] = None,
     fail_over: Annotated[
-        float | None, typer.Option(parser=_rate, metavar="RATE", help="Exit 1 if the WER is above this: 5% or 0.05.")
+        float | None,
+        typer.Option(parser=parse_rate, metavar="RATE", help="Exit with 1 if the WER is above this: 5% or 0.05."),
     ] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override one setting: section.key=value.")] = [],  # noqa: B006
-    json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
 ) -> None:
-    """Score a system on a split: word errors with intervals, breakdowns and a report. Killed, it goes on.
+    """Score a system on a split: word error rate with interval, breakdowns and a report.
 
-    Exits 1 if any utterance has no answer.
+    If it is interrupted, run the same command again to resume. Exits with 1 if any utterance has no answer.
     """
+    from pipelines.errors import EvaluationError
+    from pipelines.evaluate.eval_sets import corpus_name, open_eval_set
     from pipelines.evaluate.providers.base import ProviderOptions
-    from pipelines.evaluate.stage import Scoring, evaluation_name
+    from pipelines.evaluate.providers.registry import open_provider
+    from pipelines.evaluate.stage import Scoring, evaluation_name, score_again
+    from pipelines.evaluate.stage import evaluate as run_stage
+    from pipelines.recipes import load_recipe
+    from tinyaudio.transcribe import default_model
 
     if length_penalty is not None and not math.isfinite(length_penalty):
         usage(f"--length-penalty {length_penalty:g}: expected a number")
+
     if rescore is not None:
-        chosen: dict[str, Any] = {
-            "MODEL": model,
-            "--corpus": corpus,
-            "--recipe": recipe,
-            "--split": split,
-            "--source": source,
-        }
-        chosen |= {"--max-samples": max_samples, "--from-store": from_store}
-        _refuse([name for name, value in chosen.items() if value is not None], "--rescore scores what was answered")
-        scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=compare)
-        _rescore(rescore, output, scoring, fail_over, json)
+        given = {"MODEL": model, "--corpus": corpus, "--recipe": recipe, "--split": split, "--source": source}
+        ignored = [name for name, value in {**given, "--max-samples": max_samples}.items() if value is not None]
+        if ignored:
+            raise typer.BadParameter(f"--rescore scores existing predictions; omit {', '.join(ignored)}")
+        if rescore.name == "predictions.jsonl":
+            rescore = rescore.parent
+        folder = output or (rescore if rescore.is_dir() else rescore.with_suffix(""))
+        summary = score_again(rescore, folder, Scoring(normalizer=normalizer, compare_with=compare))
+        _finish(summary, "summary.json, report.md and report.html", folder, fail_over, json)
         return
-    request = _Request(model, provider, revision, recipe, corpus, set_)
-    eval_set = request.eval_set(split, max_samples, seed, source, from_store)
+
+    # The model, and the recipe that it was trained with.
+    if model is None and provider in ("tinyaudio", "ctc"):
+        model = default_model()
+    is_folder = model is not None and Path(model).is_dir()
+    own = None
+    if model is not None and is_folder:
+        own = _recipe_beside(Path(model))
+    elif model is not None and provider == "tinyaudio":
+        own = _recipe_on_hub(model, revision)
+
+    # The utterances to score.
+    if corpus is None and recipe is None and own is None:
+        where = "" if model is None or is_folder else " (it is not a folder, and none was found on the hub)"
+        raise EvaluationError(f"{model or provider!r} has no recipe.toml{where}; name a --corpus or a --recipe")
+    section = choose_corpus(recipe or own or "demo", corpus, set_)
+    eval_set = open_eval_set(
+        section, split=split or section.test_split, max_samples=max_samples, seed=seed, source=source
+    )
+    if eval_set.num_renamed:
+        say(f"{eval_set.num_renamed} utterances of the split have no id or a repeated one; each was given a new one")
+
+    # The folder, named by what is asked for.
     options = ProviderOptions(
-        model=request.model,
+        model=None if provider in PAID and is_folder else model,
         revision=revision,
         device=device,
         batch_size=batch_size,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         length_penalty=length_penalty,
-        guard=guard and from_store is None,
+        guard=guard,
         api_key=api_key,
         concurrency=concurrency,
     )
-    folder = output or request.folder / evaluation_name(provider, eval_set, options)
-    options = replace(options, output=folder)
-    same = evaluation_name("tinyaudio", eval_set, options)
-    other = compare if compare is None or _is_evaluation(compare) else compare / "eval" / same
-    scoring = Scoring(normalizer=normalizer, merge_compounds=merge_compounds, compare_with=other)
-    summary = _run(request, options, eval_set, folder, scoring, retry_failed, yes)
-    _finish(summary, f"predictions, summary.json, report.md and report.html: {folder}", folder, fail_over, json)
+    beside = Path(str(model)) / "eval"
+    if not is_folder:
+        beside = Path("evaluations") / (model or provider).strip("/").replace("/", "--")
+    folder = output or beside / evaluation_name(provider, eval_set, options)
+    if compare is not None and not (compare.is_file() or (compare / "predictions.jsonl").is_file()):
+        compare = compare / "eval" / evaluation_name("tinyaudio", eval_set, options)
+    folder.mkdir(parents=True, exist_ok=True)  # an unusable folder is reported before a model is loaded for it
 
+    # Decode, score, report.
+    opened: Any = open_provider(provider, replace(options, output=folder))
 
-def _refuse(ignored: list[str], why: str) -> None:
-    if ignored:
-        raise typer.BadParameter(f"{why}; leave out {', '.join(ignored)}")
+    def on_missing(missing: Any) -> None:
+        if not missing:
+            say(f"{folder} already contains every answer; scoring again")
+        elif hasattr(opened, "quote"):
+            _confirm(opened.quote([(one.utterance_id, one.duration_s or 0.0) for one in missing]), yes)
 
-
-def _rescore(source: Path, output: Path | None, scoring: Any, fail_over: float | None, json: bool) -> None:
-    from pipelines.evaluate.stage import score_again
-
-    is_ours = source.name == "predictions.jsonl"
-    folder = output or (source.parent if is_ours else source if source.is_dir() else source.with_suffix(""))
-    summary = score_again(source, folder, scoring)
-    _finish(summary, f"summary.json, report.md and report.html: {folder}", folder, fail_over, json)
-
-
-class _Request:
-    """What is to be evaluated, with the defaults filled in.
-
-    `model` is what the provider gets; `folder` is where evaluations of it go; `section` is what is scored.
-    """
-
-    def __init__(
-        self,
-        model: str | None,
-        provider: str,
-        revision: str | None,
-        recipe: str | None,
-        corpus: str | None,
-        settings: list[str],
-    ) -> None:
-        from pipelines.errors import EvaluationError
-        from pipelines.recipes import load_recipe
-
-        model = _default_model() if model is None and provider in ("tinyaudio", "ctc") else model
-        is_folder = model is not None and Path(model).is_dir()
-        self.provider = provider
-        self.model = None if provider in PAID and is_folder else model
-        self.folder = Path(str(model)) / "eval" if is_folder else Path("evaluations") / _file_name(model or provider)
-        self.own = _recipe_beside(Path(str(model))) if is_folder else None
-        if model is not None and not is_folder and provider == "tinyaudio":
-            self.own = _recipe_on_hub(model, revision)
-        if corpus is None and recipe is None and self.own is None:
-            where = "" if model is None or is_folder else " (no folder here, and nothing fetched from the hub)"
-            raise EvaluationError(
-                f"{model or provider!r} brings no recipe.toml{where}; say what to score with --corpus or --recipe"
-            )
-        base = load_recipe(recipe or self.own or "demo")
-        table = None if corpus is None else _corpus_table(corpus, base.corpus)
-        self.section = load_recipe(recipe or self.own or "demo", settings, corpus=table).corpus
-
-    @property
-    def trained_on(self) -> str | None:
-        from pipelines.evaluate.eval_sets import corpus_name
-        from pipelines.recipes import load_recipe
-
-        if self.own is None or self.provider != "tinyaudio":
-            return None
-        return corpus_name(load_recipe(self.own).corpus)
-
-    def eval_set(
-        self, split: str | None, max_samples: int | None, seed: int, source: str | None, store: Path | None
-    ) -> Any:
-        from pipelines.errors import EvaluationError
-        from pipelines.evaluate.eval_sets import open_eval_set
-        from pipelines.evaluate.stored_sets import open_stored_set
-
-        chosen: dict[str, Any] = {"split": split or self.section.test_split, "max_samples": max_samples, "seed": seed}
-        if store is None:
-            return open_eval_set(self.section, **chosen, source=source)
-        if self.provider != "tinyaudio":
-            raise EvaluationError(f"provider {self.provider!r} cannot use stored features; leave --from-store out")
-        return open_stored_set(store, self.section, **chosen, source=source)
-
-
-def _default_model() -> str:
-    from tinyaudio.transcribe import default_model
-
-    return default_model()
+    with ProgressBar("eval", len(eval_set.utterances), "utt") as bar:
+        summary = run_stage(
+            opened,
+            eval_set,
+            folder,
+            scoring=Scoring(normalizer=normalizer, compare_with=compare),
+            trained_on=corpus_name(load_recipe(own).corpus) if own is not None and provider == "tinyaudio" else None,
+            retry_failed=retry_failed,
+            on_missing=on_missing,
+            on_progress=lambda done, total: bar.update(done),
+        )
+    _finish(summary, "predictions, summary.json, report.md and report.html", folder, fail_over, json)
 
 
 def _recipe_beside(folder: Path) -> str | None:
@@ -219,121 +194,74 @@ def _recipe_on_hub(model: str, revision: str | None) -> str | None:
     try:
         return hf_hub_download(model, "recipe.toml", revision=revision)
     except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError):
-        return None  # a model that is not there at all is reported when it is loaded
+        return None  # a model that does not exist is reported when it is loaded
 
 
-def _file_name(model: str) -> str:
-    return model.strip("/").replace("/", "--")
+def choose_corpus(recipe: str, corpus: str | None, settings: list[str]) -> Any:
+    """Return the corpus section to score.
 
+    Args:
+        recipe: name or file.
+        corpus: a folder, a name of eval_sets.toml, or a hub data set; None takes the recipe's own.
+        settings: overrides, "corpus.key=value".
 
-def _corpus_table(corpus: str, base: Any) -> dict[str, Any]:
-    """Make a corpus section of --corpus: a folder, a name of eval_sets.toml, or a data set of the hub."""
+    Raises:
+        RecipeError: no such recipe, or a setting that it does not have.
+        EvaluationError: no such corpus.
+    """
     from pipelines.errors import EvaluationError
     from pipelines.evaluate.eval_sets import named_sections
+    from pipelines.recipes import load_recipe
+    from tinyaudio.model.frozen import is_hub_id
 
-    table: dict[str, Any] = base.model_dump(exclude_none=True)
+    base = load_recipe(recipe).corpus
     named = named_sections()
+    if corpus is None:
+        return load_recipe(recipe, settings).corpus
+    table: dict[str, Any] = base.model_dump(exclude_none=True)
     if Path(corpus).is_dir():
-        return {key: value for key, value in table.items() if key not in ("name", "config", "revision")} | {
-            "path": corpus
-        }
-    if corpus in named:
-        made: dict[str, Any] = named[corpus].model_dump(exclude_none=True)
-        return made
-    if corpus.count("/") == 1 and not corpus.startswith((".", "/", "~")):
-        if corpus == base.name:
-            return table
-        # columns, splits and revision are those of another set; the text policy is what the model was trained on
-        return {"name": corpus, **{key: value for key, value in table.items() if key.startswith("text_")}}
-    raise EvaluationError(f"no corpus {corpus!r}; expected a folder, a hub data set, or one of {', '.join(named)}")
-
-
-def _is_evaluation(path: Path) -> bool:
-    return path.is_file() or (path / "predictions.jsonl").is_file()
-
-
-def _run(
-    request: _Request, options: Any, eval_set: Any, folder: Path, scoring: Any, retry_failed: bool, yes: bool
-) -> Any:
-    from pipelines.evaluate.providers.registry import open_provider
-    from pipelines.evaluate.stage import check_output
-    from pipelines.evaluate.stage import evaluate as stage
-
-    check_output(folder)
-    opened: Any = open_provider(request.provider, options)
-    if hasattr(eval_set, "encoder_weights"):
-        opened.check_store(eval_set.encoder_weights)
-    if eval_set.num_renamed:
-        say(f"{eval_set.num_renamed} utterances of the split share an id or have none; they were given one each")
-
-    def on_missing(missing: Any) -> None:
-        if not missing:
-            say(f"{folder} holds every answer already; scoring again")
-        elif hasattr(opened, "quote"):
-            _confirm(opened.quote([(one.utterance_id, one.duration_s or 0.0) for one in missing]), yes)
-
-    with _ProgressBar(len(eval_set.utterances)) as bar:
-        done = stage(
-            opened,
-            eval_set,
-            folder,
-            scoring=scoring,
-            trained_on=request.trained_on,
-            retry_failed=retry_failed,
-            on_missing=on_missing,
-            on_progress=bar,
-        )
-    return done.summary
+        table = {key: value for key, value in table.items() if key not in ("name", "config", "revision")}
+        table["path"] = corpus
+    elif corpus in named:
+        table = named[corpus].model_dump(exclude_none=True)
+    elif is_hub_id(corpus) and corpus != base.name:
+        # columns, splits and revision belong to another set; the text policy is the one the model was trained with
+        table = {"name": corpus, **{key: value for key, value in table.items() if key.startswith("text_")}}
+    elif corpus != base.name:
+        raise EvaluationError(f"no corpus {corpus!r}; expected a folder, a hub data set, or one of {', '.join(named)}")
+    return load_recipe(recipe, settings, corpus=table).corpus
 
 
 def _confirm(quote: Any, yes: bool) -> None:
-    """Show what it costs and ask; jobs that are paid for already need no answer."""
+    """Print the price and ask; fetching jobs that are already paid for needs no confirmation."""
     from pipelines.errors import EvaluationError
 
     say(str(quote))
     if yes or not quote.clips:
         return
     if not sys.stdin.isatty():
-        raise EvaluationError("this costs money and nobody is here to say yes; add --yes to pay")
+        raise EvaluationError("refusing to submit paid jobs without confirmation; pass --yes to run non-interactively")
     typer.confirm("Pay for this?", abort=True, err=True)
 
 
-class _ProgressBar:
-    """Utterances done, on stderr, when that is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-
-    def __enter__(self) -> "_ProgressBar":
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=self._total, unit="utt", file=sys.stderr, disable=None, desc="eval")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.update(done - self._bar.n)
-
-
 def _finish(summary: Any, written: str, folder: Path, fail_over: float | None, json: bool) -> None:
+    """Print the results and exit with 1 if they are above the limit or incomplete."""
     from pipelines.evaluate.report.report import comparison_line, headline, set_name
 
     print(f"{summary.name} on {set_name(summary)}\n{headline(summary)}")
     if summary.comparison is not None:
         print(comparison_line(summary.comparison))
-    say(written)
-    counts = summary.headline.word_errors
+    say(f"{written}: {folder}")
+    counts, interval = summary.word_errors, summary.headline.interval
     if json:
-        interval = summary.headline.interval
         numbers = {**counts.to_dict(), "wer": summary.headline.wer, "cer": summary.headline.cer}
         numbers["interval"] = None if interval is None else [interval.low, interval.high]
         print(json_module.dumps({**numbers, "output": str(folder)}))
-    wer = counts.wer
-    if fail_over is not None and wer > fail_over:
-        say(f"WER {100 * wer:.2f} % is above {100 * fail_over:.2f} %")
+    if fail_over is not None and counts.wer > fail_over:
+        say(f"WER {100 * counts.wer:.2f} % is above {100 * fail_over:.2f} %")
         raise typer.Exit(1)
     if counts.failed:
-        say(f"{counts.failed} utterances have no answer; report.md says why (--retry-failed tries them again)")
+        say(
+            f"{counts.failed} utterances have no answer; see report.md for the reasons, --retry-failed tries them again"
+        )
         raise typer.Exit(1)

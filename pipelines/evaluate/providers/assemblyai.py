@@ -22,7 +22,9 @@ import httpx
 from assemblyai import api
 
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions
+from pipelines.evaluate.eval_sets import Clip
+from pipelines.evaluate.predictions import Prediction
+from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.paid_jobs import (
     Job,
     Ledger,
@@ -90,7 +92,7 @@ class AssemblyAIProvider:
         unpaid = [seconds for name, seconds in clips if self.ledger.job(name).job_id is None]
         return quote(self.name, self.model, unpaid)
 
-    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         self.ledger.read_again()
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._answer, clip) for clip in clips]
@@ -102,7 +104,7 @@ class AssemblyAIProvider:
                 for future in futures:
                     future.cancel()
 
-    def _answer(self, clip: Clip) -> Answer:
+    def _answer(self, clip: Clip) -> Prediction:
         started = time.perf_counter()
         job_id: str | None = None
         try:
@@ -120,13 +122,8 @@ class AssemblyAIProvider:
             return _failed(clip, done.error or "status error without a reason", started, job_id)
         used = getattr(done, "speech_model_used", None)
         warnings = (f"other_model:{used}",) if used not in (None, self.model) else ()
-        return Answer(
-            utterance_id=clip.utterance_id,
-            text=done.text or "",
-            time_s=time.perf_counter() - started,
-            warnings=warnings,
-            provider_id=job_id,
-        )
+        time_s = time.perf_counter() - started
+        return clip.answer(done.text or "", time_s=time_s, warnings=warnings, provider_id=job_id)
 
     def _job_id(self, clip: Clip) -> str:
         """Return the clip's job, submitting it if there is none yet."""
@@ -210,7 +207,7 @@ class AssemblyAIProvider:
         return assemblyai.Transcriber(client=self._client())
 
 
-def _as_they_come(futures: Sequence[Future[Answer]]) -> Iterator[Answer]:
+def _as_they_come(futures: Sequence[Future[Prediction]]) -> Iterator[Prediction]:
     for future in as_completed(futures):
         try:
             yield future.result()
@@ -236,11 +233,5 @@ def _reason(error: Exception) -> str:
     return f"HTTP {status}: {text}" if status else text
 
 
-def _failed(clip: Clip, reason: str, started: float, job_id: str | None) -> Answer:
-    return Answer(
-        utterance_id=clip.utterance_id,
-        text=None,
-        time_s=time.perf_counter() - started,
-        error=reason,
-        provider_id=job_id,
-    )
+def _failed(clip: Clip, reason: str, started: float, job_id: str | None) -> Prediction:
+    return clip.answer(None, time_s=time.perf_counter() - started, error=reason, provider_id=job_id)

@@ -1,58 +1,19 @@
-"""What a system that is evaluated looks like: clips in, answers out, in batches of like lengths."""
+"""The interface of a system under evaluation: clips in, predictions out, in batches of similar lengths."""
 
-import io
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import soundfile
 import torch
 import transformers
-from numpy.typing import NDArray
 
-from tinyaudio.model.audio import SAMPLING_RATE, Samples
+from pipelines.evaluate.eval_sets import Clip
+from pipelines.evaluate.predictions import Prediction
 from tinyaudio.version import __version__
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Clip:
-    """One utterance as every provider gets it.
-
-    Args:
-        utterance_id: unique in the evaluation.
-        samples: (S,) float32, 16 kHz mono; empty for a clip out of a feature store.
-        features: (T, D) float32, out of a store, with the duration that stands there. None: encode the samples.
-    """
-
-    utterance_id: str
-    samples: Samples
-    features: NDArray[np.float32] | None = None
-    stored_duration_s: float | None = None
-
-    @property
-    def duration_s(self) -> float:
-        return len(self.samples) / SAMPLING_RATE if self.stored_duration_s is None else self.stored_duration_s
-
-    def to_wav(self) -> bytes:
-        """Encode as 16 kHz mono 16-bit WAV, the bytes that every remote provider is sent."""
-        stream = io.BytesIO()
-        soundfile.write(stream, self.samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
-        return stream.getvalue()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a provider made of one clip: a text (perhaps empty) or an error; the rest as in `Prediction`."""
-
-    utterance_id: str
-    text: str | None
-    time_s: float
-    error: str | None = None
-    warnings: tuple[str, ...] = ()
-    provider_id: str | None = None
+DECODING = ("num_beams", "max_new_tokens", "length_penalty")
 
 
 class Provider(Protocol):
@@ -67,27 +28,28 @@ class Provider(Protocol):
     def environment(self) -> dict[str, Any]:
         """Return what answers are computed on: device, precision, versions of libraries."""
 
-    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
-        """Answer every clip once, in any order, as soon as each is done.
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
+        """Answer every clip once, in any order, as soon as it is done; a clip that fails is a prediction with an error.
 
         Raises:
-            EvaluationError: something that will not be better for the next clip, such as a wrong key.
+            EvaluationError: a problem that affects all clips, such as a wrong key.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderOptions:
-    """What the command line may tell a provider; `open_provider` refuses what the named one would ignore.
+    """Options of the command line; `open_provider` refuses those that the named provider would ignore.
 
     Args:
         model: folder or hub id; for a paid provider the name of its model.
+        revision: commit, branch or tag of a hub model.
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: clips decoded together; local models only.
         num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
-        guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False asks the model alone.
-        api_key: of a paid provider; None looks into its environment variable.
+        guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False runs the model alone.
+        api_key: of a paid provider; None reads its environment variable.
         concurrency: jobs of a paid provider in flight; AssemblyAI's free accounts run 5 at a time.
-        output: folder of the evaluation, where a paid provider keeps the ids of what it has paid for.
+        output: folder of the evaluation, in which a paid provider keeps the ids of the jobs it has paid for.
     """
 
     model: str | None = None
@@ -102,34 +64,41 @@ class ProviderOptions:
     concurrency: int = 5
     output: Path | None = None
 
+    def decoding(self) -> dict[str, Any]:
+        """Return the decoding settings that were asked for."""
+        return {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
+
 
 def length_batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
-    """Batch clips of similar length, longest first, so that too large a batch fails at once."""
+    """Batch clips of similar length, longest first, so that a batch size that is too large fails at once."""
     ordered = sorted(clips, key=lambda clip: -clip.duration_s)
     for first in range(0, len(ordered), batch_size):
         yield ordered[first : first + batch_size]
 
 
 def in_batches(
-    clips: Sequence[Clip], batch_size: int, transcribe_batch: Callable[[Sequence[Clip]], Sequence[str]]
-) -> Iterator[Answer]:
-    """Run a local model over `length_batches`, and share out each batch's wall time."""
-    for batch in length_batches(clips, batch_size):
+    batches: Iterable[list[Clip]], transcribe_batch: Callable[[list[Clip]], list[Prediction]]
+) -> Iterator[Prediction]:
+    """Run a local model over batches; the wall time of a batch is divided evenly among its answers."""
+    for batch in batches:
         started = time.perf_counter()
-        texts = transcribe_batch(batch)
-        share = (time.perf_counter() - started) / len(batch)
-        for clip, text in zip(batch, texts, strict=True):
-            yield Answer(utterance_id=clip.utterance_id, text=text, time_s=share)
+        answers = transcribe_batch(batch)
+        share = round((time.perf_counter() - started) / len(batch), 6)
+        for one in answers:
+            yield replace(one, time=share)
 
 
 def model_name(model: str) -> str:
-    """Name a model: its hub id, or a local folder's own name (`runs/latest` goes by the run it points to)."""
+    """Name a model: its hub id, or a local folder's own name (`runs/latest` is named after the run it points to)."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def local_environment(device: torch.device) -> dict[str, Any]:
-    """Say what a local model is computed on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    versions = {"tinyaudio": __version__, "torch": torch.__version__}
-    where = {"device": name or device.type, "audio": "16 kHz mono, float32 samples"}
-    return {**where, **versions, "transformers": transformers.__version__}
+    """Return what a local model is computed on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "audio": "16 kHz mono, float32 samples",
+        "tinyaudio": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,7 +1,7 @@
 """The `ctc` provider: an encoder's own head, greedy, without any language model.
 
-The control that says whether the decoder helps: the same frozen encoder, the same clips. Named by a checkpoint of ours
-(its encoder is taken) or by a CTC model itself.
+A control that shows whether the decoder helps: the same frozen encoder on the same clips. The model is a checkpoint of
+ours, whose encoder is used, or a CTC model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,9 @@ from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTr
 
 from pipelines.encoders import encoder_name, pick_device
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.providers.base import Answer, Clip, ProviderOptions, in_batches, local_environment
+from pipelines.evaluate.eval_sets import Clip
+from pipelines.evaluate.predictions import Prediction
+from pipelines.evaluate.providers.base import ProviderOptions, in_batches, length_batches, local_environment
 from tinyaudio.model.audio import num_frames
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor
@@ -38,11 +40,11 @@ class CTCProvider:
         """Load the encoder of a checkpoint, or a CTC model.
 
         Raises:
-            MissingModelError: nothing there.
-            EvaluationError: a model without a CTC head, or without the vocabulary to read it.
+            MissingModelError: no such model.
+            EvaluationError: a folder without model, or a model without a CTC head.
         """
         if options.model is None:
-            raise EvaluationError("provider 'ctc' needs a model: a run's folder (its encoder is taken) or a CTC model")
+            raise EvaluationError("provider 'ctc' needs a model: a run's folder, whose encoder is used, or a CTC model")
         model_id, revision = _encoder_of(options.model, options.revision)
         model, info = load_frozen(AutoModelForCTC, model_id, revision, output_loading_info=True)
         if info["missing_keys"]:
@@ -71,34 +73,31 @@ class CTCProvider:
         precision = str(self.model.dtype).removeprefix("torch.")
         return {"batch_size": self.batch_size, "encoder_precision": precision, **local_environment(self.model.device)}
 
-    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Answer]:
+    def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         # encoders with group norm average over padding; they get one clip at a time
         size = self.batch_size if self.model.config.feat_extract_norm == "layer" else 1
-        return in_batches(clips, size, self._transcribe_batch)
+        return in_batches(length_batches(clips, size), self._transcribe_batch)
 
     @torch.no_grad()
-    def _transcribe_batch(self, clips: Sequence[Clip]) -> list[str]:
-        values, mask = (part.to(self.model.device) for part in encoder_inputs(self.feature_extractor, _samples(clips)))
+    def _transcribe_batch(self, batch: list[Clip]) -> list[Prediction]:
+        inputs = encoder_inputs(self.feature_extractor, [clip.samples for clip in batch])
+        values, mask = (part.to(self.model.device) for part in inputs)
         padded = {"attention_mask": mask} if self.model.config.feat_extract_norm == "layer" else {}
         best = self.model(values, **padded).logits.argmax(-1).cpu()
         rows = [row[: num_frames(int(length))].tolist() for row, length in zip(best, mask.sum(-1), strict=True)]
-        return [self._read(row) for row in rows]
+        return [clip.answer(self._read(row)) for clip, row in zip(batch, rows, strict=True)]
 
     def _read(self, ids: list[int]) -> str:
-        """Collapse repeats and blanks; a head may also choose "<unk>" or "</s>", which are no text."""
+        """Collapse repeats and blanks, and drop special tokens such as "<unk>", which a head may also choose."""
         text = str(self.tokenizer.decode(ids))  # skip_special_tokens would lose the blank between "ee" and "e"
         for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return " ".join(text.split())
 
 
-def _samples(clips: Sequence[Clip]) -> list[Any]:
-    return [clip.samples for clip in clips]
-
-
 def _encoder_of(model: str, revision: str | None) -> tuple[str, str | None]:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise EvaluationError(f"{model!r} holds no config.json; expected a run, a checkpoint or a CTC model")
+        raise EvaluationError(f"{model!r} does not contain config.json; expected a run, a checkpoint or a CTC model")
     settings, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
     if settings.get("model_type") != TinyAudioConfig.model_type:
         return model, revision

@@ -207,7 +207,7 @@ def test_a_gated_set_asks_for_its_terms_and_a_token_in_one_line(
         [(code, _, told)] = run(hub, tmp_path, [["eval", str(checkpoint), "--corpus", "librispeech-clean"]])
     assert code == 1
     [line] = told
-    assert f"accept its terms at https://huggingface.co/datasets/{ESB} and set HF_TOKEN" in line
+    assert f"Accept its terms at https://huggingface.co/datasets/{ESB} and set HF_TOKEN" in line
 
 
 def test_sources_stored_as_class_labels_go_by_their_names(tmp_path: Path, spoken: list[tuple[Samples, str]]) -> None:

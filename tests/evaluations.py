@@ -30,7 +30,7 @@ def noise_clips(root: Path) -> Path:
 def run_eval(*arguments: str) -> Any:
     app = typer.Typer()
     app.callback()(lambda: None)
-    cli_eval.add_to(app)
+    app.command("eval")(cli_eval.evaluate)
     return CliRunner().invoke(app, ["eval", *arguments])
 
 

@@ -78,7 +78,7 @@ def parrot(**changes: Any) -> Parrot:
 def command_line() -> typer.Typer:
     app = typer.Typer()
     app.callback()(lambda: None)
-    cli_eval.add_to(app)
+    app.command("eval")(cli_eval.evaluate)
     return app
 
 

@@ -385,7 +385,7 @@ def test_a_run_says_what_to_score_and_fetching_paid_answers_asks_nothing(
     fake.statuses = ["completed"]
     app = typer.Typer()
     app.callback()(lambda: None)
-    cli_eval.add_to(app)
+    app.command("eval")(cli_eval.evaluate)
     command = ["eval", str(checkpoint), "--provider", "assemblyai", "--corpus", str(corpus)]
     first = CliRunner().invoke(app, [*command, "--yes"])
     assert first.exit_code == 0, first.output

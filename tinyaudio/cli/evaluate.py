@@ -10,13 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from tinyaudio.cli.console import ProgressBar, say, usage
+from tinyaudio.cli.options import DeviceOption, JsonOption, SetOption
 
 PAID = ("assemblyai",)  # providers whose models are not folders; a run then only says what to score and where to write
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("eval")(evaluate)
 
 
 def parse_rate(text: str) -> float:
@@ -61,7 +57,7 @@ def evaluate(
     ] = None,
     guard: Annotated[bool, typer.Option(help="Decode as transcribe does, or run the model alone.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = "auto",
     api_key: Annotated[
         str | None, typer.Option(help="Key of a paid provider; default its environment variable.")
     ] = None,
@@ -84,8 +80,8 @@ def evaluate(
         float | None,
         typer.Option(parser=parse_rate, metavar="RATE", help="Exit with 1 if the WER is above this: 5% or 0.05."),
     ] = None,
-    set_: Annotated[list[str], typer.Option("--set", help="Override one setting: section.key=value.")] = [],  # noqa: B006
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
+    set_: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Score a system on a split: word error rate with interval, breakdowns and a report.
 
@@ -129,7 +125,7 @@ def evaluate(
     if corpus is None and recipe is None and own is None:
         where = "" if model is None or is_folder else " (it is not a folder, and none was found on the hub)"
         raise EvaluationError(f"{model or provider!r} has no recipe.toml{where}; name a --corpus or a --recipe")
-    section = choose_corpus(recipe or own or "demo", corpus, set_)
+    section = choose_corpus(recipe or own or "demo", corpus, set_ or [])
     eval_set = open_eval_set(
         section, split=split or section.test_split, max_samples=max_samples, seed=seed, source=source
     )

@@ -17,7 +17,7 @@ TINY   := $(BIN)/tinyaudio
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo transcribe serve extract train-projector eval ablate bench test test-all lint format smoke demo-assets clean
+.PHONY: help setup demo transcribe serve extract train-projector eval ablate bench check test test-all lint format smoke demo-assets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -60,6 +60,8 @@ bench: $(READY) ## speed and memory of the store (ARGS=extract, train, transcrib
 	$(TINY) bench $(or $(ARGS),store)
 
 ##@ Develop
+check: lint test ## run the linters and the tests, as CI does
+
 test: $(READY) ## run the tests on two cores, except slow and GPU tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 

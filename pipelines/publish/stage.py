@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
-from pipelines.errors import PublishError
+from pipelines.errors import PublishError, one_line
 from pipelines.evaluate.predictions import read_predictions
 from pipelines.evaluate.report.report import set_name
 from pipelines.evaluate.summary import Summary, load_summary, save_summary
@@ -29,7 +29,6 @@ from pipelines.files import write_text
 from pipelines.publish.card import decoding, make_card
 from pipelines.recipes import Recipe, load_recipe
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.errors import one_line
 from tinyaudio.model.frozen import is_hub_id, weights_digest
 from tinyaudio.model.projectors import build_projector
 

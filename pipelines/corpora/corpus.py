@@ -1,8 +1,8 @@
-"""What every corpus gives: a table of utterances from metadata alone, and encoded audio on demand.
+"""The interface of all corpora: a table of utterances from metadata alone, and encoded audio on demand.
 
-`scan` says for every utterance where it lies; `read_audio` fetches encoded bytes. Audio stays encoded here; nothing is
-decoded by `datasets`, so neither torchcodec nor torchaudio is needed. A corpus can be pickled: decoding processes carry
-one each.
+`scan` gives the place of every utterance; `read_audio` fetches encoded bytes from there. Audio stays encoded here and
+`datasets` decodes nothing, so neither torchcodec nor torchaudio is needed. A corpus can be pickled: every decoding
+process has a copy.
 """
 
 import hashlib
@@ -19,49 +19,49 @@ from tinyaudio.model.errors import AudioError
 SCAN_SCHEMA = pa.schema(
     [
         ("utterance_id", pa.string()),
-        ("source_id", pa.string()),  # where the row lies; only this corpus can read it
-        ("duration_s", pa.float64()),  # as the corpus states it, or as the header says; null: unreadable
-        ("transcript", pa.string()),  # as the corpus has it
+        ("source_id", pa.string()),  # the place of the row; only this corpus can read it
+        ("duration_s", pa.float64()),  # as the corpus or the recording's header states it; null: unreadable
+        ("transcript", pa.string()),  # unchanged
         ("speaker", pa.string()),
         ("sex", pa.string()),
         ("source", pa.string()),
     ]
 )
-_FOOTER_BYTES = 65_536  # of a file's end: covers a Parquet footer, or tells two files apart
+_FOOTER_BYTES = 65_536  # of a file's end: contains a Parquet footer, or enough to tell two files apart
 
 
 class Corpus(Protocol):
-    """Utterances of named splits."""
+    """Utterances in named splits."""
 
     def require(self, split: str) -> None:
-        """Make sure that a split is there. Raises CorpusError if not, naming those that are."""
+        """Check that a split exists. Raises CorpusError if not, with the names of those that do."""
 
     def provenance(self, split: str) -> dict[str, Any]:
-        """Describe exactly which data this is, for a store's fingerprint."""
+        """Identify the data of a split, for a store's fingerprint."""
 
     def scan(self, split: str) -> pa.Table:
-        """List a split as `SCAN_SCHEMA`, in file order. Raises CorpusError for a split that is not there."""
+        """List a split as `SCAN_SCHEMA`, in file order. Raises CorpusError if there is no such split."""
 
     def audio_bytes(self, split: str) -> int | None:
-        """Add up the encoded audio of a split, from metadata; None where only the audio itself would tell."""
+        """Add up the size of the encoded audio of a split, from metadata; None if metadata do not give it."""
 
     def pieces(self, source_ids: Iterable[str]) -> list[list[str]]:
-        """Group utterances by what is read together (a row group, a few files), in file order."""
+        """Group utterances that are read together (a row group, a few files), in file order."""
 
     def read_audio(self, source_ids: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Yield (source_id, encoded audio), in file order; empty bytes where the row has none.
+        """Yield (source_id, encoded audio), in file order; empty bytes where a row has none.
 
         Raises:
-            FetchError: the network stayed away for as long as the corpus was told to wait.
-            SourceError: a local file that is damaged.
+            FetchError: the network failed for as long as the corpus is allowed to wait.
+            SourceError: a file is damaged.
         """
 
 
 def duration_of(source: Path | bytes) -> float | None:
-    """Read a recording's duration in seconds from its header, or by decoding it where the header does not say.
+    """Read a recording's duration in seconds from its header, or decode it if the header has none.
 
     Returns:
-        None for a recording that cannot be read; decoding it later names the reason.
+        None for a recording that cannot be read; decoding it later gives the reason.
     """
     import soundfile
 
@@ -77,7 +77,7 @@ def duration_of(source: Path | bytes) -> float | None:
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """Identify files by name and size, and Parquet files by their footers: enough to notice another corpus."""
+    """Compute a SHA-256 over names, sizes and last 64 KiB of files: a Parquet file is identified by its footer."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
@@ -87,6 +87,7 @@ def digest_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def chunked(values: Sequence[str], size: int) -> list[list[str]]:
-    """Cut a sequence into lists of at most `size`."""
-    return [list(values[start : start + size]) for start in range(0, len(values), size)]
+def chunked(values: Sequence[str], size: int) -> Iterator[list[str]]:
+    """Cut a sequence into lists of at most `size` values."""
+    for start in range(0, len(values), size):
+        yield list(values[start : start + size])

@@ -1,7 +1,6 @@
 """A corpus in the `audiofolder` convention: `<split>/metadata.csv` or `.jsonl` with `file_name` and `text`.
 
-Further columns are read where they are there: `id`, `speaker`, `sex`, `source`, `duration` (seconds). A source_id is a
-path relative to the root.
+Optional columns: `id`, `speaker`, `sex`, `source`, `duration` (seconds). A source_id is a path relative to the root.
 """
 
 import csv
@@ -15,11 +14,11 @@ import pyarrow as pa
 from pipelines.corpora.corpus import SCAN_SCHEMA, chunked, digest_files, duration_of
 from pipelines.errors import CorpusError
 
-PIECE_FILES = 64  # recordings that one decoding worker reads at once
+PIECE_FILES = 64  # recordings that one decoding worker reads together
 
 
 class FolderCorpus:
-    """The audiofolder convention."""
+    """A folder of recordings with one metadata file per split."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -29,8 +28,8 @@ class FolderCorpus:
             for name in ("metadata.csv", "metadata.jsonl"):
                 if (folder / name).is_file() and (folder != self.root or split == "train"):
                     return folder / name
-        there = sorted(path.parent.name for path in self.root.glob("*/metadata.*"))
-        raise CorpusError(f"no split {split!r} in {str(self.root)!r}; found {', '.join(there) or 'none'}")
+        found = sorted(path.parent.name for path in self.root.glob("*/metadata.*"))
+        raise CorpusError(f"no split {split!r} in {str(self.root)!r}; found {', '.join(found) or 'none'}")
 
     def require(self, split: str) -> None:
         self._metadata(split)
@@ -39,26 +38,22 @@ class FolderCorpus:
         return {"kind": "folder", "split": split, "files_digest": digest_files([self._metadata(split)])}
 
     def scan(self, split: str) -> pa.Table:
-        metadata = self._metadata(split)
-        rows = [self._scan_row(metadata, row) for row in _read_metadata(metadata)]
-        return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
-
-    def _scan_row(self, metadata: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-        name = row.get("file_name")
-        if not name:
-            raise CorpusError(f"{str(metadata)!r}: a row without file_name: {dict(row)!r}; expected file_name and text")
-        path = metadata.parent / str(name)
-        duration = row.get("duration")
-        text = row.get("text", row.get("transcription"))
-        return {
-            "utterance_id": str(row.get("id") or path.relative_to(self.root)),
-            "source_id": str(path.relative_to(self.root)),
-            "duration_s": float(duration) if duration else duration_of(path),
-            "transcript": None if text is None else str(text),
-            "speaker": row.get("speaker"),
-            "sex": row.get("sex"),
-            "source": row.get("source"),
-        }
+        metadata, utterances = self._metadata(split), []
+        for row in _read_metadata(metadata):
+            if not row.get("file_name"):
+                raise CorpusError(f"{str(metadata)!r}: expected file_name and text in every row, found {dict(row)!r}")
+            path = metadata.parent / str(row["file_name"])
+            source_id, text = str(path.relative_to(self.root)), row.get("text", row.get("transcription"))
+            utterances.append(
+                {
+                    "utterance_id": str(row.get("id") or source_id),
+                    "source_id": source_id,
+                    "duration_s": float(row["duration"]) if row.get("duration") else duration_of(path),
+                    "transcript": None if text is None else str(text),
+                    **{name: row.get(name) for name in ("speaker", "sex", "source")},
+                }
+            )
+        return pa.Table.from_pylist(utterances, schema=SCAN_SCHEMA)
 
     def audio_bytes(self, split: str) -> int | None:
         metadata = self._metadata(split)
@@ -66,7 +61,7 @@ class FolderCorpus:
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def pieces(self, source_ids: Iterable[str]) -> list[list[str]]:
-        return chunked(sorted(source_ids), PIECE_FILES)
+        return list(chunked(sorted(source_ids), PIECE_FILES))
 
     def read_audio(self, source_ids: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         for source_id in sorted(source_ids):
@@ -78,7 +73,7 @@ def _read_metadata(path: Path) -> list[Mapping[str, Any]]:
     """Read metadata.csv or metadata.jsonl.
 
     Raises:
-        CorpusError: a line that does not parse, named.
+        CorpusError: a line is not JSON.
     """
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as lines:

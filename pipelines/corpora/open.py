@@ -1,8 +1,8 @@
-"""Corpora: where utterances come from. Three layouts, one interface (`corpus.Corpus`):
+"""Open a corpus in one of three layouts:
 
-- a hub data set (LoquaciousSet and any other with Parquet files); `datasets` resolves config, splits and revision;
+- a data set on the hub (LoquaciousSet, or any other in Parquet); `datasets` resolves config, splits and revision;
 - a local folder of Parquet files with the same columns: `<split>-*.parquet`, `<split>/*.parquet`, or one level deeper
-  under the config's name;
+  under the name of the config;
 - a local `audiofolder`: `<split>/metadata.csv` or `.jsonl` with `file_name` and `text`.
 """
 
@@ -16,22 +16,22 @@ from pipelines.recipes.recipe import CorpusSection
 
 
 def open_corpus(section: CorpusSection) -> Corpus:
-    """Open the corpus a recipe names.
+    """Open the corpus that a recipe names.
 
     Raises:
-        CorpusError: no such folder, or a layout that is none of the three.
+        CorpusError: the folder does not exist, or has another layout.
     """
     if section.name is not None:
         return HubCorpus(section)
     root = Path(str(section.path)).expanduser()
     if not root.is_dir():
         raise CorpusError(
-            f"corpus folder {str(root)!r} does not exist; set corpus.path, or corpus.name for a hub data set"
+            f"corpus folder {str(root)!r} does not exist. Set corpus.path, or corpus.name for a data set on the hub"
         )
     if next(root.rglob("metadata.csv"), None) or next(root.rglob("metadata.jsonl"), None):
         return FolderCorpus(root)
     if next(root.rglob("*.parquet"), None):
         return LocalParquetCorpus(root, section.config, section.columns)
     raise CorpusError(
-        f"{str(root)!r} holds neither Parquet files nor <split>/metadata.csv or metadata.jsonl; expected one of them"
+        f"expected Parquet files or <split>/metadata.csv (or .jsonl) in {str(root)!r}, found neither. Check corpus.path"
     )

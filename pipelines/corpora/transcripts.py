@@ -1,4 +1,4 @@
-"""What is done to a transcript before it becomes a training target; recorded in the store's fingerprint."""
+"""The recipe's text policy: what is removed from a transcript before it becomes a training target."""
 
 import re
 import unicodedata
@@ -7,15 +7,15 @@ from pipelines.recipes.recipe import CorpusSection
 
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:](?=\d)")
 _IN_WORD = re.compile(r"(?<=\w)['\u2019](?=\w)")
-_MAYBE_PUNCTUATION = re.compile(r"[^\w\s]|_")  # all punctuation and symbols, and the marks that categories then spare
+_MAYBE_PUNCTUATION = re.compile(r"[^\w\s]|_")  # all punctuation and symbols; `_keep` excepts some
 _TAG = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
 def prepare_transcript(text: str | None, corpus: CorpusSection) -> str:
-    """Apply a recipe's text policy and fold white space.
+    """Apply a recipe's text policy, which is part of a store's fingerprint, and fold white space.
 
     Args:
-        text: as the corpus has it; None counts as empty.
+        text: unchanged from the corpus; None counts as empty.
         corpus: `text_tags` "remove" drops annotations such as <COMMA> or [noise], before anything else; `text_case`
             "lower" lower-cases; `text_punctuation` "remove" drops punctuation and symbols, except apostrophes inside
             words (it's) and separators inside numbers (3.5, 10:30).

@@ -1,4 +1,4 @@
-"""Which frozen encoder this is: loaded once, identified by its weights, compared with what a store was made from."""
+"""The frozen encoder of stage one: load it, identify it by its weights, compare it with that of a store."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +9,18 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
 from pipelines.processes import local_rank
-from pipelines.recipes.recipe import EncoderSection
+from pipelines.recipes.recipe import EncoderSection, encoder_name
 from pipelines.retry import retry_hub
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
 from tinyaudio.model.frozen import resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
 
-OPENING_PATIENCE_S = 30.0  # seconds to keep trying, where somebody waits at the terminal
+OPENING_TIMEOUT_S = 30.0  # seconds to keep trying, for interactive commands
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedEncoder:
-    """A frozen encoder on its device, its feature extractor, and what a fingerprint says of them."""
+    """A frozen encoder on its device, with its feature extractor and its part of a store's fingerprint."""
 
     model: PreTrainedModel
     feature_extractor: Any
@@ -29,10 +29,10 @@ class LoadedEncoder:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Resolve "auto" to a GPU if there is one; of several, to that of this process's place under torchrun.
+    """Resolve "auto" to a GPU if there is one; if there are several, to the one of this process under torchrun.
 
     Raises:
-        ModelError: a name torch does not know, or a device this machine does not have.
+        ModelError: torch does not know the name, or this machine does not have the device.
     """
     if device != "auto":
         return usable_device(device)
@@ -41,17 +41,15 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-def open_encoder(
-    section: EncoderSection, device: torch.device, patience_s: float = OPENING_PATIENCE_S
-) -> LoadedEncoder:
-    """Load the encoder of a recipe; errors as `tinyaudio.model.encoder.load_encoder`; FetchError: no way to the hub."""
+def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float = OPENING_TIMEOUT_S) -> LoadedEncoder:
+    """Load the encoder of a recipe; errors as `load_encoder`, or FetchError if the hub cannot be reached."""
     what = f"encoder {section.id!r}"
-    model = retry_hub(lambda: load_encoder(section.id, section.revision), what, patience_s)
-    extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, patience_s)
+    model = retry_hub(lambda: load_encoder(section.id, section.revision), what, timeout_s)
+    extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, timeout_s)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
         "id": encoder_name(section.id),
-        "revision": None if is_local(section.id) else resolved_revision(model, section.revision),
+        "revision": None if Path(section.id).is_dir() else resolved_revision(model, section.revision),
         "weights": weights_digest(model),
         "layer": "last_hidden_state",
         "precision": precision,
@@ -66,15 +64,15 @@ def open_encoder(
 
 
 def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: Path) -> None:
-    """Refuse a store that another encoder made.
+    """Check that a store was made by the recipe's encoder.
 
-    A hub id is compared by name and revision, without loading; a local folder by its weights.
+    A hub id is compared by name and revision, without loading it; a local folder by its weights.
 
     Raises:
-        RunError: with what was found and expected.
+        RunError: another encoder made it.
     """
     made_by = fingerprint["encoder"]
-    if is_local(section.id):
+    if Path(section.id).is_dir():
         found, expected = made_by["weights"], weights_digest(load_encoder(section.id))
         differs = found != expected
         detail = f"weights {found[:12]}, the recipe's encoder {section.id!r} has {expected[:12]}"
@@ -84,15 +82,6 @@ def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: P
         detail = f"{made_by['id']!r} at {made_by['revision']}, the recipe names {section.id!r} at {section.revision}"
     if differs:
         raise RunError(
-            f"store {str(store)!r} was extracted with another encoder: {detail}; "
-            "extract again into another --store, or set encoder.id to the one that made it"
+            f"store {str(store)!r} was made by another encoder: {detail}. "
+            "Extract into another --store, or set encoder.id to the one that made it"
         )
-
-
-def is_local(model_id: str) -> bool:
-    return Path(model_id).is_dir()
-
-
-def encoder_name(encoder_id: str) -> str:
-    """Name an encoder in a fingerprint: its hub id, or a local folder's own name (weights tell folders apart)."""
-    return Path(encoder_id).resolve().name if is_local(encoder_id) else encoder_id

@@ -7,7 +7,8 @@ import numpy as np
 from cache import FeatureReader
 from cache.quantize import Quantized
 from pipelines.corpora import open_corpus
-from pipelines.extract.stage import extract, wanted_splits
+from pipelines.extract.request import wanted_splits
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 
 INT8 = "store.encoding='int8'"

@@ -17,7 +17,8 @@ from pipelines.ablate.grid import GRIDS, load_grid
 from pipelines.ablate.sweep import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
-from pipelines.extract.stage import extract, wanted_splits
+from pipelines.extract.request import wanted_splits
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train.encoder_passes import counting_encoder_passes
 from pipelines.train.run_table import compare_runs, list_runs

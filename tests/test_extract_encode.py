@@ -1,4 +1,4 @@
-"""The encoder's line to the bit: batches side by side, quantising on the device, padding."""
+"""The batch encoder to the bit: batches side by side, quantising on the device, padding."""
 
 import numpy as np
 import pytest
@@ -7,22 +7,27 @@ import torch
 from cache import Calibration
 from cache.quantize import quantize
 from pipelines.encoders import open_encoder
-from pipelines.extract.encode import EncoderLine, cut_batches, quantize_tensor
+from pipelines.extract.batching import cut_batches
+from pipelines.extract.encode import open_batch_encoder, quantize_tensor
 from pipelines.recipes.recipe import EncoderSection
 from tinyaudio.model.encoder import encode, encoder_inputs
 
 
+def features_of(wait):
+    return [recording.features for recording in wait().recordings]
+
+
 def test_batches_side_by_side_give_what_one_thread_gives_and_leave_the_threads_as_they_were(encoder_folder, noise):
     section = EncoderSection(id=str(encoder_folder))
-    line, num_threads = EncoderLine(open_encoder(section, torch.device("cpu"))), torch.get_num_threads()
-    prepared = [line.prepare([noise(1.0 + 0.1 * i), noise(0.5)]) for i in range(8)]
-    line.num_lines = 3
+    encoder, num_threads = open_batch_encoder(open_encoder(section, torch.device("cpu"))), torch.get_num_threads()
+    prepared = [encoder.prepare([noise(1.0 + 0.1 * i), noise(0.5)]) for i in range(8)]
+    encoder.num_lanes = 3
     try:
         torch.set_num_threads(1)
-        alone = [line.encode(inputs).read()[0] for inputs in prepared]
+        alone = [features_of(encoder.encode(inputs)) for inputs in prepared]
         torch.set_num_threads(3)
-        with line.side_by_side():
-            together = [encoded.read()[0] for encoded in [line.encode(inputs) for inputs in prepared]]
+        with encoder.lanes():
+            together = [features_of(wait) for wait in [encoder.encode(inputs) for inputs in prepared]]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(num_threads)
@@ -30,10 +35,11 @@ def test_batches_side_by_side_give_what_one_thread_gives_and_leave_the_threads_a
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_line_gives_the_bits_of_a_plain_call(encoder_folder, noise):
+def test_a_batch_encoder_gives_the_bits_of_a_plain_call(encoder_folder, noise):
     encoder = open_encoder(EncoderSection(id=str(encoder_folder)), torch.device("cpu"))
     recordings = [noise(1.0), noise(0.7), noise(0.01)]
-    features, _ = EncoderLine(encoder).encode(EncoderLine(encoder).prepare(recordings)).read()
+    batch_encoder = open_batch_encoder(encoder)
+    features = features_of(batch_encoder.encode(batch_encoder.prepare(recordings)))
     plain, counts = encode(encoder.model, *encoder_inputs(encoder.feature_extractor, recordings))
     assert [len(one) for one in features] == counts.tolist()
     assert all(np.array_equal(one, row[: len(one)].numpy()) for one, row in zip(features, plain, strict=True))

@@ -8,11 +8,10 @@ from pipelines.corpora import open_corpus
 from pipelines.corpora.corpus import SCAN_SCHEMA
 from pipelines.corpora.transcripts import prepare_transcript
 from pipelines.errors import CorpusError
-from pipelines.extract import kept_scans
+from pipelines.extract import plan as plan_module
 from pipelines.extract.forecast import forecast, spell_duration
-from pipelines.extract.kept_scans import forget_scans
-from pipelines.extract.plan import plan_corpus
-from pipelines.extract.request import pinned
+from pipelines.extract.plan import forget_scans, plan_corpus
+from pipelines.extract.request import fix_revisions
 from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import CorpusSection, recipe_names
 
@@ -111,7 +110,7 @@ def test_text_policy(text, policy, expected):
 
 
 def test_forecast_says_sizes_time_and_whether_it_fits(recipe_file, tmp_path):
-    recipe = pinned(load_recipe(str(recipe_file)), tmp_path / "store")
+    recipe = fix_revisions(load_recipe(str(recipe_file)), tmp_path / "store")
     corpus = open_corpus(recipe.corpus)
     plan = plan_corpus(recipe, corpus, ["train", "dev"])
     found = forecast(recipe, corpus, plan, tmp_path / "store", "cpu")
@@ -128,7 +127,7 @@ def test_forecast_says_sizes_time_and_whether_it_fits(recipe_file, tmp_path):
 
 
 def test_a_forecast_is_of_what_this_command_would_do_and_says_what_it_takes(recipe_file, tmp_path):
-    recipe = pinned(load_recipe(str(recipe_file)), tmp_path / "store")
+    recipe = fix_revisions(load_recipe(str(recipe_file)), tmp_path / "store")
     corpus = open_corpus(recipe.corpus)
     plan = plan_corpus(recipe, corpus, ["train", "dev"])
     part = forecast(recipe, corpus, plan, tmp_path / "store", "cpu", (0, plan.num_shards))
@@ -154,7 +153,7 @@ def test_local_files_listed_quickly_leave_nothing_beside_the_store(tmp_path, mon
     corpus.kind = "parquet"
     plan_corpus(recipe, corpus, ["train"], tmp_path / "data" / "store")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(kept_scans, "KEEP_LOCAL_FROM_S", 0.0)
+    monkeypatch.setattr(plan_module, "KEEP_LOCAL_FROM_S", 0.0)
     plan_corpus(recipe, corpus, ["train"], tmp_path / "data" / "store")
     assert len(list((tmp_path / "data").glob(".store.scan-*"))) == 1
 

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from extractions import content, spoil, stage_one
 from cache import FeatureStore
 from pipelines.errors import CorpusError, TooManyBadError
 from pipelines.extract import decode as decoding
-from pipelines.extract import shard_pipeline as shard_line
+from pipelines.extract.encode import CpuBatchEncoder
 
 
 def quarantine_of(store: Path) -> dict[str, str]:
@@ -53,14 +52,14 @@ def test_a_corpus_of_bad_rows_is_quarantined_row_by_row(recipe_file, tmp_path, n
 
 
 def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder, tmp_path, monkeypatch):
-    whole = shard_line.EncoderLine.encode
+    whole = CpuBatchEncoder.encode
 
     def poisoned(self, inputs):
-        features, seconds = whole(self, inputs).read()
-        features[0][0, 0] = np.nan
-        return SimpleNamespace(read_stored=lambda: (features, seconds))
+        batch = whole(self, inputs)()
+        batch.recordings[0].features[0, 0] = np.nan
+        return lambda: batch
 
-    monkeypatch.setattr(shard_line.EncoderLine, "encode", poisoned)
+    monkeypatch.setattr(CpuBatchEncoder, "encode", poisoned)
     report = stage_one(recipe_file, tmp_path / "store", max_bad=1.0)
     assert set(report.quarantined) == {"non_finite"}
     assert report.utterances + report.quarantined["non_finite"] == 48

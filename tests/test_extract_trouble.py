@@ -15,9 +15,9 @@ from extractions import same_content, stage_one
 from cache import FeatureStore, ShardWriter
 from cache.errors import DiskFullError
 from pipelines.errors import CorpusError, DiskError
-from pipelines.extract import disk as disk_room
-from pipelines.extract import shard_pipeline as shard_line
-from pipelines.extract.stage import _preparing as preparing
+from pipelines.extract import shard_pipeline
+from pipelines.extract.encode import CpuBatchEncoder
+from pipelines.extract.stage import preparing
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
@@ -31,8 +31,8 @@ def test_a_disk_nearly_full_stops_before_the_next_shard_and_goes_on_when_there_i
 ):
     usage, left = shutil.disk_usage(tmp_path), iter([True] * 2)
     nearly = type(usage)(usage.total, usage.used, 10)
-    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda _: usage if next(left, None) else nearly)
-    with pytest.raises(DiskError, match="make room and type the same again"):
+    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda _: usage if next(left, None) else nearly)
+    with pytest.raises(DiskError, match="Free some space and run the same command"):
         stage_one(recipe_file, tmp_path / "full")
     assert FeatureStore.open(tmp_path / "full").committed_shards() == [0, 1]
     monkeypatch.undo()
@@ -43,10 +43,10 @@ def test_a_disk_nearly_full_stops_before_the_next_shard_and_goes_on_when_there_i
 def test_extraction_waits_for_room_and_goes_on_by_itself(recipe_file, store, tmp_path, monkeypatch, caplog):
     usage, looks = shutil.disk_usage(tmp_path), iter([True, True, *[False] * 4])
     nearly = type(usage)(usage.total, usage.used, 10)
-    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda _: usage if next(looks, True) else nearly)
-    monkeypatch.setattr(disk_room, "POLL_S", 0.01)
+    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda _: usage if next(looks, True) else nearly)
+    monkeypatch.setattr(shard_pipeline, "POLL_S", 0.01)
     assert stage_one(recipe_file, tmp_path / "full", "extract.disk_patience_s=3600").is_complete
-    assert "waiting for room" in caplog.text
+    assert "Waiting for disk space" in caplog.text
     assert same_content(store, tmp_path / "full")
 
 
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_is_waited_for_too(recipe_
         whole(self)
 
     monkeypatch.setattr(ShardWriter, "_commit", failing)
-    monkeypatch.setattr(disk_room, "POLL_S", 0.01)
+    monkeypatch.setattr(shard_pipeline, "POLL_S", 0.01)
     with pytest.raises(DiskFullError):
         stage_one(recipe_file, tmp_path / "impatient")
     assert stage_one(recipe_file, tmp_path / "full", "extract.disk_patience_s=3600").is_complete
@@ -72,13 +72,12 @@ def test_room_is_kept_for_what_others_have_begun(recipe_file, tmp_path, monkeypa
     shard_bytes = opened.rows_per_shard * opened.header.bytes_per_row
     usage = shutil.disk_usage(tmp_path)
     two_shards = type(usage)(usage.total, usage.used, 2 * shard_bytes)
-    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda _: two_shards)
-    room = disk_room.DiskRoom(recipe, opened)
+    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda _: two_shards)
     theirs = opened.write_shard(1)
-    assert room.lack([]) == ""
+    assert shard_pipeline.lack_of_space(recipe, opened, []) == ""
     others = opened.write_shard(2)
-    assert "2 that others have begun" in room.lack([])
-    assert "others" not in room.lack([1, 2])
+    assert "2 claimed by other processes" in shard_pipeline.lack_of_space(recipe, opened, [])
+    assert "other" not in shard_pipeline.lack_of_space(recipe, opened, [1, 2])
     for writer in (theirs, others):
         writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
 
@@ -87,21 +86,27 @@ def test_whole_files_need_room_in_the_hub_clients_cache_too(recipe_file, store, 
     usage, cache = shutil.disk_usage(tmp_path), tmp_path / "home"
     cache.mkdir()
     full = type(usage)(usage.total, usage.used, 10)
-    monkeypatch.setattr(disk_room.constants, "HF_HUB_CACHE", str(cache / "hub"))
-    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: full if path == cache else usage)
+    monkeypatch.setattr(shard_pipeline.constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda path: full if path == cache else usage)
     settings = ["corpus.name=some/set", "extract.disk_margin_gb=0.001"]
     for fetch, lack in (("ranges", False), ("files", True)):
         recipe = load_recipe(str(recipe_file), [*settings, f"corpus.fetch={fetch}"])
-        assert (str(cache) in disk_room.DiskRoom(recipe, FeatureStore.open(store)).lack([])) == lack
+        assert (str(cache) in shard_pipeline.lack_of_space(recipe, FeatureStore.open(store), [])) == lack
 
 
-def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, monkeypatch):
+def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "recipe.toml")
 
-    monkeypatch.setattr("pipelines.extract.stage.save_request", full)
-    with pytest.raises(DiskError, match=r"^No space left on device: 'recipe.toml'; make room"):
-        stage_one(recipe_file, tmp_path / "store")
+    monkeypatch.setattr("pipelines.extract.request.write_text", full)
+    command = ["tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(tmp_path / "store")]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "recipe.toml" in last
+    assert "No space left on device" in last
 
 
 def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_file, tmp_path, capsys, monkeypatch):
@@ -112,7 +117,7 @@ def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_f
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
-    assert "is not complete: living processes" in capsys.readouterr().err
+    assert "is incomplete: other processes" in capsys.readouterr().err
     theirs.__exit__(RuntimeError, RuntimeError("interrupted"), None)
 
 
@@ -155,14 +160,14 @@ def test_an_interrupt_ends_at_once_although_a_worker_waits_for_the_network(tmp_p
 
 
 def test_an_error_under_way_gives_every_claim_back(recipe_file, tmp_path, monkeypatch):
-    whole, calls = shard_line.EncoderLine.encode, iter(range(100))
+    whole, calls = CpuBatchEncoder.encode, iter(range(100))
 
     def failing(self, inputs):
         if next(calls) == 3:
             raise KeyboardInterrupt
         return whole(self, inputs)
 
-    monkeypatch.setattr(shard_line.EncoderLine, "encode", failing)
+    monkeypatch.setattr(CpuBatchEncoder, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         stage_one(recipe_file, tmp_path / "store")
     assert not list((tmp_path / "store" / "claims").glob("[0-9]*"))

@@ -45,7 +45,7 @@ UNREACHABLE = """
 import sys, time
 from tinyaudio.cli import app as cli, extract as cli_extract
 time.sleep = lambda seconds: None  # the hub client's own pauses; ours wait on an event
-cli_extract.PLAN_PATIENCE_S = 2.5
+cli_extract.PLAN_TIMEOUT_S = 2.5
 sys.argv = ["tinyaudio", "extract", "--recipe", "loquacious-small", "--store", "store", "--plan"]
 cli.main()
 """

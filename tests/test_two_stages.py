@@ -14,7 +14,9 @@ import torch
 from cache import FeatureReader, FeatureStore
 from pipelines.corpora import open_corpus
 from pipelines.errors import CorpusError, RunError, TooManyBadError
-from pipelines.extract.stage import cut_batches, extract, wanted_splits
+from pipelines.extract.batching import cut_batches
+from pipelines.extract.request import wanted_splits
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train

@@ -7,7 +7,8 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from safetensors.torch import load_file
 
 from pipelines.corpora import open_corpus
-from pipelines.extract.stage import extract, wanted_splits
+from pipelines.extract.request import wanted_splits
+from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train

@@ -34,7 +34,7 @@ from pipelines.corpora import Corpus, open_corpus
 from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.extract.plan import Plan, plan_corpus
 from pipelines.extract.report import ExtractReport
-from pipelines.extract.shard_pipeline import ShardLine
+from pipelines.extract.shard_pipeline import ShardPipeline
 from pipelines.recipes import Recipe, load_recipe
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio, num_frames
 from tinyaudio.model.encoder import encode, give_back_free_memory
@@ -152,10 +152,10 @@ def extract_once(
     fingerprint = {"bench": True}
     store = FeatureStore.create(path, plan=plan.table, dim=dim, fingerprint=fingerprint, rows_per_shard=rows_per_shard)
     report = ExtractReport(store=str(path))
-    with ShardLine(recipe, corpus, encoder, store, report) as line:
-        line.warm_up()
+    with ShardPipeline(recipe, corpus, encoder, store, report) as pipeline:
+        pipeline.warm_up()
         begun = time.perf_counter()
-        line.run(store.pending_shards())
+        pipeline.run(store.pending_shards())
         return time.perf_counter() - begun, report
 
 

@@ -1,8 +1,8 @@
-"""Fetching and decoding recordings beside the encoder, in threads or in processes.
+"""Fetch and decode recordings while others are encoded, in threads or in processes.
 
-A piece (a row group, a few files) is fetched and decoded by one worker. Processes are spawned, never forked: forking
-beside torch's and Arrow's threads can hang. They end with their parent, even if that is killed, and leave Ctrl-C to it.
-Knows nothing of torch, so that a worker starts in a second and takes little memory.
+One worker fetches and decodes a piece (a row group, a few files). Processes are spawned, never forked: a fork of a
+process with threads of torch and Arrow can hang. They end with their parent, even if it is killed, and leave Ctrl-C
+to it. Knows nothing of torch, so that a worker starts in a second and takes little memory.
 """
 
 import multiprocessing
@@ -28,21 +28,21 @@ from tinyaudio.model.errors import AudioError
 
 THREADS = 4  # libsndfile and soxr release the interpreter lock
 MAX_PROCESSES = 8
-WARM_UP_S = 0.2  # each worker is busy so long, so that the pool starts all of them
+WARM_UP_S = 0.2  # keeps each worker busy, so that the pool starts all of them
 
 Decoded = tuple[str, Samples | str]  # source_id, and samples or "reason: detail"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker brought, and the seconds it took."""
+    """Recordings decoded by one worker, and the seconds that it took."""
 
     decoded: list[Decoded]
     seconds: float
 
 
 def default_workers(is_gpu: bool) -> int:
-    """Choose how many decoding processes: none beside an encoder that needs the CPU itself."""
+    """Choose the number of decoding processes; 0 (threads) if the encoder itself runs on the CPU."""
     return min(MAX_PROCESSES, max(1, len(os.sched_getaffinity(0)) - 1)) if is_gpu else 0
 
 
@@ -50,20 +50,17 @@ class Decoder:
     """A pool of workers over one corpus; a context manager."""
 
     def __init__(self, corpus: Corpus, num_processes: int, limit_s: float) -> None:
-        """Start the workers; of a recording longer than `limit_s` seconds no more than that is ever decoded."""
-        self._corpus, self._num_processes, self._limit_s = corpus, num_processes, limit_s
-        self._pool: Executor = self._open_pool()
+        """Open the pool.
 
-    def _open_pool(self) -> Executor:
-        if not self._num_processes:
-            return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(
-            self._num_processes,
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(self._corpus, self._limit_s),
-        )
+        Args:
+            num_processes: 0 decodes in threads.
+            limit_s: seconds after which decoding of a recording stops.
+        """
+        self._corpus, self._num_processes, self._limit_s = corpus, num_processes, limit_s
+        self._pool: Executor = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+        if num_processes:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(num_processes, context, _start_worker, (corpus, limit_s))
 
     def warm_up(self) -> None:
         """Start every worker and wait until all of them have started."""
@@ -71,7 +68,7 @@ class Decoder:
             ready.result()
 
     def submit(self, source_ids: Sequence[str]) -> list[Future[Piece]]:
-        """Begin to fetch and decode utterances."""
+        """Start to fetch and decode utterances."""
         silent = [source_id for source_id in source_ids if is_no_speech(source_id)]
         pieces = self._corpus.pieces(source_id for source_id in source_ids if not is_no_speech(source_id))
         pieces += [silent] if silent else []
@@ -83,23 +80,23 @@ class Decoder:
         """Wait for pieces.
 
         Returns:
-            All that was decoded, and the seconds of work.
+            Every recording or reason, and the seconds of work.
 
         Raises:
-            FetchError: the network stayed away.
+            FetchError: the network failed for as long as the recipe waits.
             PipelineError: a decoding process died.
         """
         try:
             pieces = [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise PipelineError(
-                "a decoding process died (out of memory, or a recording that crashes its decoder); type the same "
+                "a decoding process died (out of memory, or a recording crashed the decoder). Run the same command "
                 "again, with --set extract.decode_workers=0 if it happens twice"
             ) from error
         return [one for piece in pieces for one in piece.decoded], sum(piece.seconds for piece in pieces)
 
     def terminate(self) -> None:
-        """End worker processes at once; they may be waiting for the network, for as long as the recipe says."""
+        """End worker processes at once, since they may be waiting for the network for hours."""
         if self._num_processes:
             for worker in multiprocessing.active_children():
                 worker.terminate()
@@ -116,30 +113,31 @@ class Decoder:
 
 
 def decode_piece(corpus: Corpus, source_ids: Sequence[str], limit_s: float) -> Piece:
-    """Fetch and decode the utterances of one piece; what cannot be decoded comes with its reason instead of samples.
+    """Fetch and decode the utterances of one piece; one that cannot be decoded has a reason instead of samples.
 
     Args:
-        limit_s: seconds after which decoding a recording is given up, as "too_long".
+        limit_s: seconds after which decoding of a recording stops, as "too_long".
 
     Raises:
-        FetchError: the network stayed away.
+        FetchError: the network failed for as long as the recipe waits.
     """
-    begun = time.monotonic()
-    if source_ids and is_no_speech(source_ids[0]):
-        return Piece([(source_id, no_speech_samples(source_id)) for source_id in source_ids], time.monotonic() - begun)
+    started = time.monotonic()
     decoded: list[Decoded] = []
-    why = "the row is not there"
-    try:
-        decoded.extend((source_id, _decode(audio, limit_s)) for source_id, audio in corpus.read_audio(source_ids))
-    except SourceError as error:
-        why = str(error)
-    done = {source_id for source_id, _ in decoded}
-    decoded += [(source_id, f"unreadable: {why}") for source_id in source_ids if source_id not in done]
-    return Piece(decoded, time.monotonic() - begun)
+    if source_ids and is_no_speech(source_ids[0]):
+        decoded = [(source_id, no_speech_samples(source_id)) for source_id in source_ids]
+    else:
+        why = "the row is missing"
+        try:
+            decoded.extend((source_id, _decode(audio, limit_s)) for source_id, audio in corpus.read_audio(source_ids))
+        except SourceError as error:
+            why = str(error)
+        done = {source_id for source_id, _ in decoded}
+        decoded += [(source_id, f"unreadable: {why}") for source_id in source_ids if source_id not in done]
+    return Piece(decoded, time.monotonic() - started)
 
 
 def _decode(audio: bytes, limit_s: float) -> Samples | str:
-    """Decode one recording, block by block: a header or a mistake may promise days, and memory is for one shard."""
+    """Decode one recording block by block, since a wrong header may promise days and memory is for one shard."""
     if not audio:
         return "no_audio: missing file or empty cell"
     blocks: list[Samples] = []
@@ -152,7 +150,7 @@ def _decode(audio: bytes, limit_s: float) -> Samples | str:
                 return f"too_long: more than {limit_s:g} s when decoded"
     except AudioError as error:
         return f"undecodable: {error}"
-    return np.concatenate(blocks) if blocks else "undecodable: it holds no samples"
+    return np.concatenate(blocks) if blocks else "undecodable: it has no samples"
 
 
 # ------------------------------------------------------------------------------------------- in a worker process
@@ -163,12 +161,12 @@ _worker: tuple[Corpus, float] | None = None
 def _start_worker(corpus: Corpus, limit_s: float) -> None:
     global _worker
     _worker = corpus, limit_s
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent is gone: a pool's worker would wait for work for ever."""
+    """Exit when the parent has ended; a worker of the pool would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

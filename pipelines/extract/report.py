@@ -1,6 +1,6 @@
-"""The closing table of stage one: what is in the store, what is not and why, and how the time was spent.
+"""The closing table of stage one: what is in the store, what is not and why, and where the time went.
 
-What is stored and quarantined is read back from the commit records of the store, whoever wrote them and when.
+Stored and quarantined utterances are counted from the commit records of the store, so those of all processes count.
 """
 
 import json
@@ -15,7 +15,7 @@ from cache import FeatureStore
 from pipelines.corpora.no_speech import SOURCE
 
 SECONDS_PER_HOUR = 3600
-FILTERS = ("too_short", "too_long")  # reasons of a plan that are the recipe's wish; all others are faults of the data
+FILTERS = ("too_short", "too_long")  # reasons that the recipe asks for; all others are faults of the data
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ExtractReport:
     store: str
     shards_written: int = 0
     shards_total: int = 0
-    shards_repaired: int = 0  # found damaged and made again (or about to be)
+    shards_repaired: int = 0  # damaged and made again, or about to be
     utterances: int = 0
     hours: float = 0.0
     no_speech: int = 0  # of the utterances
@@ -35,12 +35,12 @@ class ExtractReport:
     seconds: float = 0.0
     is_complete: bool = False
     hours_now: float = 0.0  # encoded by this execution
-    padding: float = 0.0  # share of the encoder's input that was padding
-    line_s: float = 0.0  # from the first recording on, of all runs of the line
-    encoder_busy: float = 0.0  # share of that time in which the encoder was computing
-    decode_s: float = 0.0  # work of the decoding workers, added up; beside the encoder's, not before it
+    padding: float = 0.0  # fraction of the encoder's input that was padding
+    line_s: float = 0.0  # seconds of all runs of the pipeline
+    encoder_busy: float = 0.0  # fraction of line_s in which the encoder computed
+    decode_s: float = 0.0  # seconds of all decoding workers, which work while the encoder does
     encode_s: float = 0.0
-    write_s: float = 0.0  # placing and flushing shards, beside the encoder
+    write_s: float = 0.0  # seconds of writing and flushing shards, while the encoder works
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "quarantined": dict(self.quarantined)}
@@ -65,11 +65,11 @@ class ExtractReport:
     def _state(self) -> str:
         repaired = f"; {self.shards_repaired} found damaged" if self.shards_repaired else ""
         if not self.is_complete:
-            return repaired + "; not complete yet, the same command goes on"
+            return repaired + "; incomplete, run the same command again to resume"
         return repaired + ("" if self.shards_written else "; complete, nothing to do")
 
     def read_totals(self, store: FeatureStore) -> None:
-        """Fill in what the store holds by its commit records."""
+        """Count what the commit records of the store list."""
         commits = [store.commit(shard) for shard in store.committed_shards()]
         self.shards_total, self.is_complete = store.num_shards, store.is_sealed
         self.utterances = sum(commit.num_utterances for commit in commits)
@@ -82,7 +82,7 @@ class ExtractReport:
 
 
 class Quarantine:
-    """What every writer of a store has put into quarantine so far; counting again reads only what is new."""
+    """Counts of the utterances that all writers of a store have quarantined; a new count reads only new shards."""
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
@@ -102,17 +102,17 @@ class Quarantine:
 
 
 def planned_out(store: FeatureStore) -> dict[str, int]:
-    """Count what the plan of a store left out, by reason, the most frequent first."""
+    """Count the utterances that the plan of a store rejected, by reason, the most frequent first."""
     rejected = store.layout.rejected
     lines = rejected.read_text().splitlines() if rejected.exists() else []
     return dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
 
 
 def faults_of_plan(rejected: Mapping[str, int]) -> Counter[str]:
-    """Pick the bad rows from what a plan left out: those that no filter of the recipe meant."""
+    """Select the bad rows among those that a plan rejected: those that no filter of the recipe asked for."""
     return Counter({reason: count for reason, count in rejected.items() if reason not in FILTERS})
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Spell counts by reason: ": 3 undecodable, 1 too_long"; nothing for none."""
+    """Format counts by reason: ": 3 undecodable, 1 too_long"; "" for none."""
     return ": " + ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) if counts else ""

@@ -1,123 +1,78 @@
-"""The line that shards go through: claimed, fetched and decoded, encoded, quantised, committed; all of it side by side.
+"""The pipeline that shards pass through: claim, fetch and decode, encode, quantise, commit; all stages at once.
 
-    decoding workers -> prepare (1 thread) -> encode (GPU, or a thread a core) -> store (1 thread) -> commit (1 thread)
+    decode (workers) -> prepare (a thread) -> encode (GPU, or a thread a core) -> store (a thread) -> commit (a thread)
 
-Queues between them are bounded: a shard is decoded ahead (three of them beside a GPU), two batches wait on either side
-of the encoder, and one finished shard is being written while the next is filled. Memory is therefore bounded by the
-size of a shard, whatever the size of the corpus (`memory_bound`). Batches never cross a shard; the longest come first:
-a shard ends with the lanes full.
+Every stage runs a bounded distance ahead of the next: one shard is decoded ahead (three with a GPU), two batches wait
+on either side of the encoder, and one finished shard is written while the next is filled. So the size of a shard bounds
+the memory, not the size of the corpus (`memory_bound`). A batch never crosses shards. The longest recordings come
+first, so that all lanes are busy until a shard ends.
 """
 
-import contextlib
+import errno
 import json
-import queue
-import threading
+import logging
+import math
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import constants
 
 from cache import FeatureStore, ShardWriter
 from cache.blocks import Rows
-from cache.errors import LostClaimError
+from cache.claims import is_free
+from cache.errors import DiskFullError, LostClaimError
 from pipelines.corpora.corpus import Corpus
 from pipelines.corpora.no_speech import is_no_speech
 from pipelines.encoders import LoadedEncoder
 from pipelines.errors import DiskError
+from pipelines.extract.batching import cut_batches
 from pipelines.extract.decode import Decoder, Piece, default_workers
-from pipelines.extract.disk import DiskRoom, wait_for_room
-from pipelines.extract.encode import Encoded, EncoderLine, Inputs, Stored, cut_batches
+from pipelines.extract.encode import Encoded, EncodedBatch, Inputs, open_batch_encoder
 from pipelines.extract.report import ExtractReport
 from pipelines.recipes import Recipe
 from pipelines.retry import give_up, pause, resume
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames
 from tinyaudio.model.encoder import give_back_free_memory
 
-AHEAD_SHARDS, AHEAD_SHARDS_GPU = 1, 3  # submitted to decoding while one is encoded
+AHEAD_SHARDS, AHEAD_SHARDS_GPU = 1, 3  # decoded while one is encoded
 AHEAD_BATCHES = 2
-STATED_SLACK_S, STATED_SLACK = 0.5, 0.05  # a recording may be so much longer or shorter than its corpus says
+STATED_SLACK_S, STATED_SLACK = 0.5, 0.05  # tolerated difference between a recording and its stated duration
+POLL_S = 60.0  # between checks of a full disk
 
-Item = TypeVar("Item")
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 Row = dict[str, Any]
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_log = logging.getLogger("tinyaudio")
 
 
 class Progress(Protocol):
-    """What extraction reports to: seconds of audio done and a word on the state."""
+    """A callback for each encoder batch: its seconds of audio, and the state of the extraction."""
 
     def __call__(self, audio_s: float, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
-class Job:
-    """One shard under way."""
+class Shard:
+    """One shard in the pipeline: its writer, its rows of the plan by source_id, and its recordings being decoded."""
 
     writer: ShardWriter
-    rows: dict[str, Row]  # by source_id
+    rows: dict[str, Row]
     pieces: list[Future[Piece]]
 
 
-@dataclass(frozen=True)
-class Work:
-    """One batch on its way to the encoder; without inputs, the end of its shard."""
-
-    job: Job
-    rows: list[Row]
-    lengths: list[int]
-    inputs: Inputs | None
-
-
-def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
-    """Run an iterator in a thread of its own, at most `depth` items ahead; its exceptions arrive here."""
-    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                waiting.put(entry, timeout=0.1)
-                return
-
-    def run() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stopped.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=run, name="prepare", daemon=True)
-    thread.start()
-    try:
-        while (entry := waiting.get())[0]:
-            yield entry[1]
-        if entry[1] is not None:
-            raise entry[1]
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def memory_bound(rows_per_shard: int, bytes_per_row: int, is_gpu: bool) -> int:
-    """Bound the bytes of samples and features that the line holds, whatever the size of the corpus.
-
-    Not in it: the encoder, the activations of its batches, and the few row groups of encoded audio being read.
-    """
-    ahead_shards = AHEAD_SHARDS_GPU if is_gpu else AHEAD_SHARDS
-    samples = rows_per_shard * HOP_LENGTH * np.dtype(np.float32).itemsize
-    return (ahead_shards + 1) * samples + (ahead_shards + 3) * rows_per_shard * bytes_per_row
-
-
-class ShardLine:
-    """Shards of one store through one encoder; a context manager, which keeps its decoding workers from run to run."""
+class ShardPipeline:
+    """Shards of one store through one encoder; a context manager, whose decoding workers serve several `run` calls."""
 
     def __init__(
         self,
@@ -132,15 +87,12 @@ class ShardLine:
     ) -> None:
         """Set up; `check` is called after every committed shard and may raise."""
         self.recipe, self.corpus, self.store, self.report = recipe, corpus, store, report
-        self.line = EncoderLine(encoder, store.calibration)
+        self.encoder = open_batch_encoder(encoder, store.calibration)
         self.on_progress, self.check = on_progress, check
-        self.total_s = 0.0
-        self._is_gpu = self.line.device.type == "cuda"
-        self._room = DiskRoom(recipe, store)
-        self._open: dict[int, ShardWriter] = {}
-        self._samples_used = self._samples_padded = 0
-        self._written_frames = self._num_bad = 0
-        self._disk_error: DiskError | None = None
+        self._is_gpu = self.encoder.device.type == "cuda"
+        self._open: dict[int, ShardWriter] = {}  # claimed and not committed
+        self._total_s = 0.0
+        self._samples_used = self._samples_padded = self._written_frames = self._num_bad = 0
 
     def __enter__(self) -> Self:
         workers = self.recipe.extract.decode_workers
@@ -154,189 +106,212 @@ class ShardLine:
         self._decoder.__exit__(kind, error, trace)
 
     def warm_up(self) -> None:
-        """Start the decoding workers now and not with the first shard."""
+        """Start the decoding workers before the first shard."""
         self._decoder.warm_up()
 
     def run(self, shards: Sequence[int]) -> None:
-        """Work through shards; those that another living writer holds are left to it.
+        """Make shards, except those that another running writer has claimed.
+
+        While the disk is full, wait for as long as `extract.disk_patience_s` says and try again.
 
         Raises:
-            DiskError: too little room for the next shard, for as long as the recipe waits; those begun are finished.
+            DiskError, DiskFullError: the disk was full for as long as the recipe waits.
             FetchError, PipelineError: as `Decoder.collect`.
         """
-        self.total_s, self._num_bad = self._planned_s(shards), sum(self.report.quarantined.values())
-        begun = time.monotonic()
-        resume()
+        plan = pq.read_table(self.store.layout.plan, columns=["shard", "num_frames"])
+        planned_frames = plan["num_frames"].to_numpy()[np.isin(plan["shard"].to_numpy(), shards)].sum()
+        self._total_s = float(planned_frames) * HOP_LENGTH / SAMPLING_RATE
+        left, full_since = list(shards), math.inf
+        while left:
+            self._num_bad = sum(self.report.quarantined.values())
+            started = time.monotonic()
+            resume()
+            try:
+                self._run_pools(left)
+                return
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                before, now, pending = len(left), time.monotonic(), set(self.store.pending_shards())
+                left = [shard for shard in left if shard in pending]
+                full_since = now if len(left) < before else min(full_since, now)
+                left_s = self.recipe.extract.disk_patience_s - (now - full_since)
+                if left_s <= 0:
+                    raise
+                _log.warning("%s Waiting for disk space for up to %.1f h more.", error, left_s / 3600)
+                time.sleep(min(POLL_S, left_s))
+                self._decoder.__exit__(type(error), error, None)
+                self.__enter__()
+            finally:
+                self.report.line_s += time.monotonic() - started
+                self.report.encoder_busy = self.report.encode_s / self.encoder.num_lanes / self.report.line_s
+
+    def _run_pools(self, shards: Sequence[int]) -> None:
+        """Start the threads, make shards, and return the claims of unfinished ones after an error."""
         try:
             with (
-                ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
-                ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
-                self.line.side_by_side(),
+                ThreadPoolExecutor(1, "prepare") as preparing,
+                ThreadPoolExecutor(1, "store") as storing,
+                ThreadPoolExecutor(1, "commit") as committing,
+                self.encoder.lanes(),
             ):
-                self._encode_all(ahead(self._works(shards), AHEAD_BATCHES), storing, committing)
+                try:
+                    self._run(shards, preparing, storing, committing)
+                except BaseException:
+                    give_up()
+                    self._decoder.terminate()
+                    for pool in (preparing, storing, committing):
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    raise
         finally:
-            self._give_back()
-        self.report.line_s += time.monotonic() - begun
-        self.report.encoder_busy = self.report.encode_s / self.line.num_lines / max(self.report.line_s, 1e-9)
-        if self._disk_error is not None:
-            raise self._disk_error
+            for writer in self._open.values():
+                writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
+            self._open.clear()
 
-    def _planned_s(self, shards: Sequence[int]) -> float:
-        plan = pq.read_table(self.store.layout.plan, columns=["shard", "num_frames"])
-        mine = np.isin(plan["shard"].to_numpy(), shards)
-        return float(plan["num_frames"].to_numpy()[mine].sum()) * HOP_LENGTH / SAMPLING_RATE
-
-    def _give_back(self) -> None:
-        for writer in self._open.values():
-            writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
-        self._open.clear()
-
-    # ------------------------------------------------------------------------------------------- before the encoder
-
-    def _works(self, shards: Sequence[int]) -> Iterator[Work]:
-        """Yield every batch of every shard, in order of the shards; decoding runs ahead."""
-        waiting, begun = deque(shards), deque[Job]()
-        ahead_shards = AHEAD_SHARDS_GPU if self._is_gpu else AHEAD_SHARDS
+    def _run(
+        self,
+        shards: Sequence[int],
+        preparing: ThreadPoolExecutor,
+        storing: ThreadPoolExecutor,
+        committing: ThreadPoolExecutor,
+    ) -> None:
+        waiting, decoding = deque(shards), deque[Shard]()
+        stored, commits = deque[Future[None]](), deque[Future[None]]()
+        num_ahead = AHEAD_SHARDS_GPU if self._is_gpu else AHEAD_SHARDS
         while True:
-            self._begin(waiting, begun, 1, is_idle=True)
-            if not begun:
-                return
-            job = begun.popleft()
-            samples = self._collect(job)
-            self._begin(waiting, begun, ahead_shards, is_idle=False)
+            # 1. Claim shards and start to decode them, as far as the disk has space.
+            while waiting and len(decoding) <= num_ahead and self._has_space(is_idle=not decoding):
+                writer = self.store.write_shard(waiting.popleft())
+                if writer is not None:
+                    self._open[writer.shard] = writer
+                    rows = {row["source_id"]: row for row in writer.plan.to_pylist()}
+                    decoding.append(Shard(writer, rows, self._decoder.submit(list(rows))))
+            if not decoding:
+                break
+            # 2. Wait for the recordings of the first one.
+            shard = decoding.popleft()
+            samples = self._collect(shard)
             lengths = {source_id: len(recording) for source_id, recording in samples.items()}
-            for batch in reversed(cut_batches(lengths, self.line.batch_s(self.recipe.extract.batch_s))):
-                recordings = [samples.pop(source_id) for source_id in batch]
-                rows = [job.rows[source_id] for source_id in batch]
-                yield Work(job, rows, [len(recording) for recording in recordings], self.line.prepare(recordings))
-            yield Work(job, [], [], None)
+            batches = cut_batches(lengths, self.encoder.batch_s(self.recipe.extract.batch_s))[::-1]
+            # 3. Prepare, encode and store its batches.
+            recordings = ([samples.pop(source_id) for source_id in batch] for batch in batches)
+            prepared = run_ahead(preparing, self.encoder.prepare, recordings, AHEAD_BATCHES)
+            for batch, inputs in zip(batches, prepared, strict=True):
+                encoded = self.encoder.encode(inputs)
+                rows_here = [shard.rows[source_id] for source_id in batch]
+                sizes = [lengths[source_id] for source_id in batch]
+                stored.append(storing.submit(self._store, shard.writer, rows_here, sizes, inputs, encoded))
+                while len(stored) > AHEAD_BATCHES + self.encoder.num_lanes - 1:
+                    stored.popleft().result()
+            # 4. Commit it when its last batch is stored.
+            while len(commits) > 1:
+                commits.popleft().result()
+            commits.append(committing.submit(self._commit, shard.writer, stored[-1] if stored else None))
+        for future in (*stored, *commits):
+            future.result()
 
-    def _begin(self, waiting: deque[int], begun: deque[Job], count: int, *, is_idle: bool) -> None:
-        """Claim shards and submit them to decoding until `count` are under way, as far as there is room."""
-        while waiting and len(begun) < count and self._has_room(is_idle and not begun):
-            shard = waiting.popleft()
-            writer = self.store.write_shard(shard)
-            if writer is not None:
-                self._open[shard] = writer
-                rows = {row["source_id"]: row for row in writer.plan.to_pylist()}
-                begun.append(Job(writer, rows, self._decoder.submit(list(rows))))
+    def _has_space(self, *, is_idle: bool) -> bool:
+        """Check for disk space for another shard; if nothing else is left to do, wait for the open ones.
 
-    def _has_room(self, is_idle: bool) -> bool:
-        """Look whether the disk takes another shard; with nothing else to do, wait for somebody to make room."""
-        begun, patience_s = time.monotonic(), self.recipe.extract.disk_patience_s
-        gave_up = False
-        while not gave_up and (lack := self._room.lack(self._open.keys())):
-            left_s = patience_s - (time.monotonic() - begun)
+        Raises:
+            DiskError: there is no space, and every shard that was begun is committed.
+        """
+        while lack := lack_of_space(self.recipe, self.store, self._open.keys()):
             if not is_idle:
                 return False
-            if self._open:  # what is being written may need less than was kept for it
-                gave_up = pause(0.1)
-            elif left_s > 0:
-                gave_up = wait_for_room(lack, left_s)
-            else:
-                self._disk_error = DiskError(f"{lack}; make room and type the same again")
+            if not self._open:
+                raise DiskError(f"{lack}. Free some space and run the same command again to resume.")
+            if pause(0.1):  # the open shards may need less than was reserved for them
                 return False
-        return not gave_up
+        return True
 
-    def _collect(self, job: Job) -> dict[str, Samples]:
-        """Wait for a shard's recordings and quarantine those that cannot be encoded."""
-        decoded, seconds = self._decoder.collect(job.pieces)
-        job.pieces = []
+    def _collect(self, shard: Shard) -> dict[str, Samples]:
+        """Wait for a shard's recordings, and quarantine those that will not be encoded."""
+        decoded, seconds = self._decoder.collect(shard.pieces)
+        shard.pieces = []
         self.report.decode_s += seconds
+        limits = self.recipe.corpus
         samples: dict[str, Samples] = {}
         for source_id, outcome in decoded:
-            reason = outcome if isinstance(outcome, str) else self._unfit(job.rows[source_id], outcome)
+            row, reason = shard.rows[source_id], ""
+            if isinstance(outcome, str):
+                reason = outcome
+            else:
+                duration_s, stated_s = len(outcome) / SAMPLING_RATE, row["duration_s"]
+                if duration_s < limits.min_duration_s:
+                    reason = f"too_short: {duration_s:.3f} s when decoded"
+                elif stated_s is not None and abs(duration_s - stated_s) > max(STATED_SLACK_S, STATED_SLACK * stated_s):
+                    reason = f"other_duration: {duration_s:.2f} s when decoded, {stated_s:.2f} s stated"
+                elif not row["transcript"] and not is_no_speech(source_id):
+                    reason = "no_text: the transcript is empty"
+                else:
+                    samples[source_id] = outcome
             if reason:
                 kind, _, detail = reason.partition(": ")
-                job.writer.quarantine(job.rows[source_id]["utterance_id"], kind, detail)
+                shard.writer.quarantine(row["utterance_id"], kind, detail)
                 self._num_bad += 1
-            elif not isinstance(outcome, str):
-                samples[source_id] = outcome
         return samples
 
-    def _unfit(self, row: Row, samples: Samples) -> str:
-        """Say why a decoded recording is not stored: metadata may have lied, or have been silent."""
-        duration_s, limits, stated_s = len(samples) / SAMPLING_RATE, self.recipe.corpus, row["duration_s"]
-        if duration_s < limits.min_duration_s:
-            return f"too_short: {duration_s:.3f} s when decoded"
-        if stated_s is not None and abs(duration_s - stated_s) > max(STATED_SLACK_S, STATED_SLACK * stated_s):
-            return f"other_duration: {duration_s:.2f} s when decoded, {stated_s:.2f} s stated"
-        if is_no_speech(row["source_id"]) or row["transcript"]:
-            return ""
-        return "no_text: the transcript is empty"
-
-    # ------------------------------------------------------------------------------------------- from the encoder on
-
-    def _encode_all(self, works: Iterator[Work], storing: ThreadPoolExecutor, committing: ThreadPoolExecutor) -> None:
-        stored: list[Future[None]] = []
-        commits: list[Future[None]] = []
-        try:
-            for work in works:
-                if work.inputs is None:
-                    while len(commits) > 1:
-                        commits.pop(0).result()
-                    done = stored[-1] if stored else None
-                    commits.append(committing.submit(self._commit, work.job, done))
-                    continue
-                encoded = self.line.encode(work.inputs)
-                stored.append(storing.submit(self._store, work, encoded))
-                while len(stored) > AHEAD_BATCHES + self.line.num_lines - 1:
-                    stored.pop(0).result()
-            for future in (*stored, *commits):
-                future.result()
-        except BaseException:
-            give_up()
-            self._decoder.terminate()
-            for future in (*stored, *commits):
-                future.cancel()
-            raise
-        finally:
-            works.close()  # type: ignore[attr-defined]  # a generator: stop its thread before claims are given back
-
-    def _store(self, work: Work, encoded: Encoded) -> None:
-        """Hand a batch to its shard's writer, which narrows or quantises it."""
-        assert work.inputs is not None
-        features, seconds = encoded.read_stored()
-        self.report.encode_s += seconds
-        self._samples_used += work.inputs.num_samples
-        self._samples_padded += work.inputs.values.numel()
-        writer = work.job.writer
-        for row, length, frames in zip(work.rows, work.lengths, features, strict=True):
-            is_stored = _append(writer, row, length, frames)
+    def _store(
+        self,
+        writer: ShardWriter,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        inputs: Inputs,
+        encoded: Callable[[], EncodedBatch],
+    ) -> None:
+        """Wait for a batch and append it to its shard."""
+        batch, audio_s = encoded(), inputs.num_samples / SAMPLING_RATE
+        for row, length, recording in zip(rows, lengths, batch.recordings, strict=True):
+            is_stored = append(writer, row, length, recording)
             self._written_frames += num_frames(length) if is_stored else 0
             self._num_bad += not is_stored
+        self._samples_used += inputs.num_samples
+        self._samples_padded += inputs.values.numel()
+        self.report.encode_s += batch.seconds
         self.report.padding = 1 - self._samples_used / self._samples_padded
-        self.report.hours_now += work.inputs.num_samples / SAMPLING_RATE / 3600
-        self._report_progress(work.inputs.num_samples / SAMPLING_RATE, writer.shard)
+        self.report.hours_now += audio_s / 3600
+        if self.on_progress is not None:
+            written = self._written_frames * self.store.header.bytes_per_row
+            state = {"shard": writer.shard, "total_s": self._total_s, "bad": self._num_bad, "written_bytes": written}
+            self.on_progress(audio_s, state)
 
-    def _commit(self, job: Job, stored: Future[None] | None) -> None:
-        if stored is not None:
-            stored.result()
-        begun = time.monotonic()
+    def _commit(self, writer: ShardWriter, last_stored: Future[None] | None) -> None:
+        """Commit a shard when its last batch is stored."""
+        if last_stored is not None:
+            last_stored.result()
+        started = time.monotonic()
         try:
-            job.writer.__exit__(None, None, None)
-        except LostClaimError:  # another writer took the shard for abandoned and finished it
+            writer.__exit__(None, None, None)
+        except LostClaimError:  # another writer took the shard for abandoned, and finished it
             return
         except BaseException:
-            give_up()  # nobody waits for room or the network now; the error is raised when the line has stopped
+            give_up()  # ends waits for space and for the network; `run` raises this error
             raise
         finally:
-            self._open.pop(job.writer.shard, None)
-            self.report.write_s += time.monotonic() - begun
+            self._open.pop(writer.shard, None)
+            self.report.write_s += time.monotonic() - started
             give_back_free_memory()
-            pa.default_memory_pool().release_unused()  # Arrow's own, of the row groups that were read
+            pa.default_memory_pool().release_unused()  # Arrow's, from the row groups that were read
         self.report.shards_written += 1
         self.check()
 
-    def _report_progress(self, audio_s: float, shard: int) -> None:
-        if self.on_progress is not None:
-            written = self._written_frames * self.store.header.bytes_per_row
-            state = {"shard": shard, "total_s": self.total_s, "bad": self._num_bad, "written_bytes": written}
-            self.on_progress(audio_s, state)
+
+def run_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Value], Result], values: Iterable[Value], depth: int
+) -> Iterator[Result]:
+    """Call a function on values in a pool, at most `depth` values ahead, and yield the results in order."""
+    futures = deque[Future[Result]]()
+    for value in values:
+        futures.append(pool.submit(function, value))
+        if len(futures) > depth:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
-def _append(writer: ShardWriter, row: Row, num_samples: int, frames: Stored) -> bool:
-    """Hand one utterance to its shard; whether it was stored and not quarantined."""
+def append(writer: ShardWriter, row: Row, num_samples: int, encoded: Encoded) -> bool:
+    """Append one utterance to its shard; return whether it was stored, and not quarantined."""
     about = {
         "num_samples": num_samples,
         "duration_s": num_samples / SAMPLING_RATE,
@@ -345,9 +320,56 @@ def _append(writer: ShardWriter, row: Row, num_samples: int, frames: Stored) -> 
         "source": row["source"],
     }
     extra = {"sex": row["sex"]} if row["sex"] else None
-    if frames is None:
-        return writer.quarantine(row["utterance_id"], "non_finite", "the features hold NaN or infinity")
-    if isinstance(frames, Rows):
-        entry = {"utterance_id": row["utterance_id"], **about, "extra": extra and json.dumps(extra, sort_keys=True)}
-        return writer.append_rows(frames, entry)
-    return writer.append(row["utterance_id"], frames, **about, extra=extra)
+    if not encoded.is_finite:
+        return writer.quarantine(row["utterance_id"], "non_finite", "the features contain NaN or infinity")
+    if encoded.scales is None:
+        return writer.append(row["utterance_id"], encoded.features, **about, extra=extra)
+    entry = {"utterance_id": row["utterance_id"], **about, "extra": extra and json.dumps(extra, sort_keys=True)}
+    return writer.append_rows(Rows(encoded.features, encoded.scales), entry)
+
+
+def memory_bound(rows_per_shard: int, bytes_per_row: int, is_gpu: bool) -> int:
+    """Bound the bytes of samples and features that the pipeline holds, whatever the size of the corpus.
+
+    Not included: the encoder, the activations of its batches, and the few row groups of encoded audio being read.
+    """
+    num_ahead = AHEAD_SHARDS_GPU if is_gpu else AHEAD_SHARDS
+    samples = rows_per_shard * HOP_LENGTH * np.dtype(np.float32).itemsize
+    return (num_ahead + 1) * samples + (num_ahead + 3) * rows_per_shard * bytes_per_row
+
+
+# ------------------------------------------------------------------------------------------- disk space
+
+
+def lack_of_space(recipe: Recipe, store: FeatureStore, mine: Collection[int]) -> str:
+    """Describe what the disk lacks for one more shard; "" if it has the space.
+
+    Counted are the shards that are claimed, here or elsewhere, one more, and the recipe's margin. A corpus whose files
+    are fetched whole needs the margin on the disk of the hub client's cache too.
+
+    Args:
+        mine: shards that this process has claimed.
+    """
+    margin = int(recipe.extract.disk_margin_gb * 1e9)
+    claims = store.layout.claim(0).parent.glob("[0-9]*")
+    theirs = [path for path in claims if path.name.isdigit() and int(path.name) not in mine]
+    num_others = sum(not is_free(path) for path in theirs)
+    needed = store.rows_per_shard * store.header.bytes_per_row * (1 + len(mine) + num_others)
+    places = [(store.path, needed)]
+    if recipe.corpus.name is not None and recipe.corpus.fetch == "files":
+        cache = Path(constants.HF_HUB_CACHE)
+        places.append((next(path for path in (cache, *cache.parents) if path.exists()), 0))
+    for place, need in places:
+        free = shutil.disk_usage(place).free
+        if free < need + margin:
+            others = f", with {num_others} claimed by other processes," if num_others else ""
+            return (
+                f"{free / 1e9:.2f} GB free at {str(place)!r}: the next shards{others} need {need / 1e9:.2f} GB, and "
+                f"extract.disk_margin_gb keeps {margin / 1e9:g} GB free"
+            )
+    return ""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a write failed for lack of disk space, quota or file size."""
+    return isinstance(error, (DiskError, DiskFullError)) or (isinstance(error, OSError) and error.errno in _FULL)

@@ -79,6 +79,11 @@ class EncoderSection(Section):
     compile: bool = False  # torch.compile; minutes of warm-up, other low bits
 
 
+def encoder_name(encoder_id: str) -> str:
+    """Name an encoder in a fingerprint: its hub id, or a local folder's own name, since weights identify a folder."""
+    return Path(encoder_id).resolve().name if Path(encoder_id).is_dir() else encoder_id
+
+
 class DecoderSection(Section):
     """The frozen language model."""
 

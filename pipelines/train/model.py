@@ -1,13 +1,13 @@
 """From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from cache import FeatureReader, FeatureStore
-from pipelines.encoders import is_local
 from pipelines.errors import RunError
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
@@ -49,7 +49,7 @@ def build_model(
     if not isinstance(dtype, torch.dtype):
         raise RunError(f"decoder.dtype {recipe.decoder.dtype!r}; expected float32 or bfloat16")
     decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, dtype)
-    commit = None if is_local(recipe.decoder.id) else resolved_revision(decoder, recipe.decoder.revision)
+    commit = None if Path(recipe.decoder.id).is_dir() else resolved_revision(decoder, recipe.decoder.revision)
     tokenizer = load_tokenizer(recipe.decoder.id, commit)
     prefix, suffix = prompt_ids(tokenizer)
     made_by = store.fingerprint["encoder"]

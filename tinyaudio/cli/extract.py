@@ -1,6 +1,8 @@
 """The `extract` command: stage one."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +60,7 @@ def extract(
     If it is interrupted, run the same command again to resume. On a damaged store, the same command repairs exactly
     the damaged shards.
     """
-    from pipelines.extract.request import finished, pinned
+    from pipelines.extract.request import finished
     from pipelines.processes import place, use_all_cores, wait_for_all
     from pipelines.recipes import load_recipe
 
@@ -71,9 +73,8 @@ def extract(
 
         timeout_s = min(loaded.corpus.fetch_patience_s, PLAN_TIMEOUT_S)
         section = loaded.corpus.model_copy(update={"fetch_patience_s": timeout_s})
-        loaded = pinned(loaded.model_copy(update={"corpus": section}), path)
-        corpus, splits = _open_corpus(loaded, split)
-        report: Any = forecast(loaded, corpus, planned(loaded, corpus, splits, path), path, device, part)
+        request = _request(loaded.model_copy(update={"corpus": section}), path, split)
+        report: Any = forecast(request.recipe, request.corpus, planned(request, path), path, device, part)
         print_report(report, json)
         return
     here = place()
@@ -81,7 +82,7 @@ def extract(
     if report is not None:
         say(f"{path} is complete; nothing to do")
     else:
-        _, splits = _open_corpus(pinned(loaded, path), split)
+        splits = _request(loaded, path, split).splits
         chosen: dict[str, Any] = {"splits": splits, "part": part, "max_bad": max_bad, "device": device}
         if ray:
             from pipelines.extract.ray_cluster import ray_extract
@@ -109,16 +110,15 @@ def extract(
         raise typer.Exit(1)
 
 
-def _open_corpus(recipe: Any, split: str | None) -> tuple[Any, list[str]]:
-    """Open the corpus of a pinned recipe and choose its splits, with a warning for a missing one."""
-    from pipelines.corpora import open_corpus
-    from pipelines.extract.request import wanted_splits
+def _request(recipe: Any, store: Path, split: str | None) -> Any:
+    """Resolve a recipe and choose its splits, with a warning for a missing one."""
+    from pipelines.extract.request import Request, wanted_splits
 
-    corpus = open_corpus(recipe.corpus)
-    splits, warnings = wanted_splits(recipe, corpus, split)
+    request = Request.of(recipe, store)
+    splits, warnings = wanted_splits(request.recipe, request.corpus, split)
     for warning in warnings:
         say(f"warning: {warning}")
-    return corpus, splits
+    return replace(request, splits=tuple(splits))
 
 
 class _Progress:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from pipelines.encoders import encoder_name, pick_device
+from pipelines.encoders import pick_device
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from pipelines.evaluate.providers.base import ProviderOptions, in_batches, length_batches, local_environment
+from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.audio import num_frames
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.encoders import encoder_name
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
@@ -20,6 +19,7 @@ from pipelines.evaluate.providers.base import (
     local_environment,
     model_name,
 )
+from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.transcribe import Transcriber
 

@@ -363,5 +363,5 @@ def test_another_copy_of_a_part_does_not_inherit_the_originals_revision(checkpoi
 
 
 def test_dtype_that_torch_does_not_have_is_one_clear_line(checkpoint):
-    with pytest.raises(ModelError, match=r"dtype 'fp16' .* expected float32, bfloat16 or float16"):
+    with pytest.raises(ModelError, match=r"expected a dtype of float32, bfloat16 or float16, found 'fp16'"):
         TinyAudioForConditionalGeneration.from_pretrained(checkpoint, dtype="fp16")

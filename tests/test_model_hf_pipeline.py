@@ -63,7 +63,7 @@ def test_timestamps_are_segments_and_chunk_length_is_the_window(asr, spoken):
 def test_what_is_not_supported_is_said(asr, spoken):
     with pytest.raises(ValueError, match="num_return_sequences=3 is not supported"):
         asr(spoken[0][0], num_return_sequences=3, **FEW)
-    with pytest.warns(UserWarning, match="stride_length_s is not used"):
+    with pytest.warns(UserWarning, match="stride_length_s is ignored"):
         asr(spoken[0][0], chunk_length_s=10, stride_length_s=2, **FEW)
 
 

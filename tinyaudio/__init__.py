@@ -1,10 +1,10 @@
-"""tinyaudio: speech recognition out of a frozen encoder, a small trained projector and a frozen language model.
+"""Speech recognition from a frozen encoder, a small trained projector and a frozen language model.
 
     from tinyaudio import Transcriber
     print(Transcriber.load("runs/latest").transcribe(["speech.wav"])[0].text)
 
-This package goes from samples to text. It knows no feature store and no data set: it works, and transcribes, with
-`cache`, `pipelines`, zarr and datasets absent. Names load on first use, so that importing the package costs nothing.
+This package turns samples into text. It does not use the feature store or data sets: it transcribes without `cache`,
+`pipelines`, zarr and datasets installed. Names are imported at first use, so importing the package is fast.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ _HOME = {
     "TinyAudioPipeline": "model.pipeline_tinyaudio",
     "TinyAudioProcessor": "model.processing_tinyaudio",
     "Transcriber": "transcribe",
-    "Transcript": "transcribe",
+    "Transcript": "model.transcript",
     "load_audio": "model.audio",
     "num_frames": "model.audio",
 }
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration  # noqa: F401
     from tinyaudio.model.pipeline_tinyaudio import TinyAudioPipeline  # noqa: F401
     from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor  # noqa: F401
-    from tinyaudio.transcribe import Transcriber, Transcript  # noqa: F401
+    from tinyaudio.model.transcript import Transcript  # noqa: F401
+    from tinyaudio.transcribe import Transcriber  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m tinyaudio` is `tinyaudio`."""
+"""Runs the command line as `python -m tinyaudio`."""
 
 from tinyaudio.cli import main
 

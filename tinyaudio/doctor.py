@@ -1,36 +1,32 @@
-"""What this machine can do, one line each, with a remedy where something is missing.
+"""What this machine can run, as a list of findings, each with a remedy if something is missing.
 
-Looks, and changes nothing; asks no network. Keys are reported as present or not, never shown.
+Examines what tinyaudio itself uses. Changes no files and does not access the network.
 """
 
-import importlib
-import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from dataclasses import dataclass
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
+from tinyaudio.model.errors import MissingModelError, one_line
+
 MIN_PYTHON = (3, 11)
 MIN_FREE_GB = 10  # the two default frozen parts take 7.5 GB, installation the rest
-DEFAULT_PARTS = ("facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-Base")
-KEYS = {"HF_TOKEN": "gated models and publishing", "ASSEMBLYAI_API_KEY": "`tinyaudio eval --provider assemblyai`"}
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in one file; else <name>.index.json names the files
+MIN_FREE_GPU_GB = 9  # the default decoder takes 7.5 GB in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at.
+    """The state of one requirement.
 
     Args:
-        name: what.
-        state: "ok", "note" (works without) or "bad" (something will fail).
-        found: what is there.
-        remedy: what to do about it; empty where there is nothing to do.
+        name: of the requirement.
+        state: "ok", "note" (works with a limitation) or "bad" (something will fail).
+        found: what was found.
+        remedy: what to do; empty for "ok".
     """
 
     name: str
@@ -40,54 +36,44 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything that transcription and training depend on."""
-    yield _python()
+    """Examine Python, torch and its device, audio formats, voice activity, disk space and the default model."""
+    found, remedy = sys.version.split()[0], "install Python 3.11 or later"
+    yield _check("Python", sys.version_info >= MIN_PYTHON, found, remedy, "bad")
     yield from _torch()
-    yield from map(_broken_or_absent, ("torchaudio", "torchcodec"))
     yield from _formats()
-    yield _voice_activity()
+    try:
+        import numpy as np
+
+        from tinyaudio.model.voice import VoiceActivity
+
+        VoiceActivity().feed(np.zeros(512, np.float32))
+        yield Finding(name="voice activity", state="ok", found=f"silero-vad {version('silero-vad')}")
+    except Exception as error:  # any failure is the finding
+        remedy = "pip install 'silero-vad>=6.2'"
+        yield Finding(name="voice activity", state="bad", found=one_line(error), remedy=remedy)
     yield _disk()
-    yield _hub()
     yield _default_model()
-    yield from map(_frozen_part, DEFAULT_PARTS)
-    for name, use in KEYS.items():
-        is_set = _has_key(name)
-        yield Finding(
-            name=name,
-            state="ok" if is_set else "note",
-            found="set" if is_set else "not set",
-            remedy=_only(not is_set, f"needed for {use} only"),
-        )
 
 
-def _python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    good = sys.version_info >= MIN_PYTHON
-    return Finding(
-        name="Python",
-        state="ok" if good else "bad",
-        found=found,
-        remedy=_only(not good, "install Python 3.11 or later"),
-    )
+def _check(name: str, is_ok: bool, found: str, remedy: str, otherwise: str) -> Finding:
+    """Make a finding whose state is "ok" or `otherwise`, with a remedy for the latter."""
+    if is_ok:
+        return Finding(name=name, state="ok", found=found)
+    return Finding(name=name, state=otherwise, found=found, remedy=remedy)
 
 
 def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding(name="torch", state="bad", found=_line(error), remedy="pip install torch")
+        yield Finding(name="torch", state="bad", found=one_line(error), remedy="pip install torch")
         return
     yield Finding(name="torch", state="ok", found=f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found = f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
-        enough = free > 9e9
-        yield Finding(
-            name="device",
-            state="ok" if enough else "note",
-            found=found,
-            remedy=_only(not enough, "the default decoder takes 7.5 GB in bfloat16"),
-        )
+        remedy = f"the default models need {MIN_FREE_GPU_GB} GB; free memory, or use a smaller decoder"
+        yield _check("device", free > MIN_FREE_GPU_GB * 1e9, found, remedy, "note")
     elif torch.backends.mps.is_available():
         yield Finding(name="device", state="ok", found="Apple MPS")
     else:
@@ -95,22 +81,8 @@ def _torch() -> Iterator[Finding]:
         yield Finding(name="device", state="note", found="CPU only", remedy=remedy)
 
 
-def _broken_or_absent(name: str) -> Finding:
-    """torchaudio and torchcodec are not used here, but a broken copy breaks other packages' audio."""
-    if find_spec(name) is None:
-        return Finding(name=name, state="ok", found="not installed, not needed")
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # any failure at import, whatever its type, is the finding
-        remedy = (
-            f"tinyaudio does not use it, other packages may: pip uninstall {name}, or install the build for your torch"
-        )
-        return Finding(name=name, state="note", found=f"installed but broken: {_line(error)}", remedy=remedy)
-    return Finding(name=name, state="ok", found=f"{_version(name)}, loads; not needed")
-
-
 def _formats() -> Iterator[Finding]:
-    """Write and read a tenth of a second in memory, rather than believe a version number."""
+    """Write and read a tenth of a second in memory: a version number does not show which formats work."""
     try:
         import numpy as np
         import soundfile
@@ -125,27 +97,17 @@ def _formats() -> Iterator[Finding]:
             readable.append(kind)
         yield Finding(name="libsndfile", state="ok", found=f"{soundfile.__libsndfile_version__}: {', '.join(readable)}")
     except Exception as error:  # any failure is the finding
-        yield Finding(name="libsndfile", state="bad", found=_line(error), remedy="pip install --upgrade soundfile soxr")
+        remedy = "pip install --upgrade soundfile soxr"
+        yield Finding(name="libsndfile", state="bad", found=one_line(error), remedy=remedy)
     try:
         import av
 
         missing = [codec for codec in ("aac", "opus", "vorbis", "mp3") if codec not in av.codecs_available]
         found = f"PyAV {av.__version__}: M4A, AAC, WebM" + (f"; without {', '.join(missing)}" if missing else "")
-        yield Finding(name="FFmpeg libraries", state="ok" if not missing else "note", found=found)
+        yield _check("FFmpeg libraries", not missing, found, "pip install --upgrade av", "note")
     except Exception as error:  # any failure is the finding
-        yield Finding(name="FFmpeg libraries", state="bad", found=_line(error), remedy="pip install --upgrade av")
-
-
-def _voice_activity() -> Finding:
-    try:
-        import numpy as np
-
-        from tinyaudio.model.voice import VoiceActivity
-
-        VoiceActivity().feed(np.zeros(512, np.float32))
-    except Exception as error:  # any failure is the finding
-        return Finding(name="voice activity", state="bad", found=_line(error), remedy="pip install 'silero-vad>=6.2'")
-    return Finding(name="voice activity", state="ok", found=f"silero-vad {_version('silero-vad')}")
+        remedy = "pip install --upgrade av"
+        yield Finding(name="FFmpeg libraries", state="bad", found=one_line(error), remedy=remedy)
 
 
 def _disk() -> Finding:
@@ -155,23 +117,13 @@ def _disk() -> Finding:
     while not place.exists():
         place = place.parent
     free_gb = shutil.disk_usage(place).free / 1e9
-    enough = free_gb >= MIN_FREE_GB
-    remedy = _only(not enough, f"the default models need {MIN_FREE_GB} GB; set HF_HOME to a larger disk")
-    return Finding(
-        name="free disk", state="ok" if enough else "note", found=f"{free_gb:.0f} GB for models", remedy=remedy
-    )
-
-
-def _hub() -> Finding:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return Finding(name="hub", state="note", found="offline mode", remedy="unset HF_HUB_OFFLINE to download models")
-    return Finding(name="hub", state="ok", found="online mode (not tried)")
+    remedy = f"the default models need {MIN_FREE_GB} GB; set HF_HOME to a larger disk"
+    return _check("free disk", free_gb >= MIN_FREE_GB, f"{free_gb:.0f} GB for models", remedy, "note")
 
 
 def _default_model() -> Finding:
-    from tinyaudio.model.errors import MissingModelError
+    from huggingface_hub import try_to_load_from_cache
+
     from tinyaudio.model.frozen import is_hub_id
     from tinyaudio.transcribe import MODEL_VARIABLE, default_model
 
@@ -179,55 +131,13 @@ def _default_model() -> Finding:
         model = default_model()
     except MissingModelError as error:
         return Finding(name="default model", state="note", found="none", remedy=str(error))
-    if (Path(model) / "config.json").is_file():
-        return Finding(name="default model", state="ok", found=model)
     if is_hub_id(model):
-        return replace(_frozen_part(model), name="default model")
-    remedy = f"set ${MODEL_VARIABLE} to a run's folder or to a hub id, 'owner/name'"
-    return Finding(name="default model", state="bad", found=f"{model!r}, which holds no model", remedy=remedy)
-
-
-def _frozen_part(model_id: str) -> Finding:
-    is_here = _is_cached(model_id)
-    remedy = _only(not is_here, f"downloaded at first use, or now: hf download {model_id}")
-    found = f"{model_id} is {'' if is_here else 'not, or not wholly, '}in the cache"
-    return Finding(name=model_id, state="ok" if is_here else "note", found=found, remedy=remedy)
-
-
-def _is_cached(model_id: str) -> bool:
-    """Look for the configuration and for every file of weights: a download that broke off has some."""
-    from huggingface_hub import try_to_load_from_cache
-
-    def path_of(name: str) -> str | None:
-        path = try_to_load_from_cache(model_id, name)
-        return path if isinstance(path, str) and Path(path).is_file() else None
-
-    if path_of("config.json") is None:
-        return False
-    if any(map(path_of, WEIGHTS)):
-        return True
-    indices = [path for name in WEIGHTS if (path := path_of(f"{name}.index.json"))]
-    return any(all(map(path_of, set(json.loads(Path(index).read_text())["weight_map"].values()))) for index in indices)
-
-
-def _has_key(name: str) -> bool:
-    if name == "HF_TOKEN":
-        from huggingface_hub import get_token
-
-        return get_token() is not None  # from the variable or from `hf auth login`
-    return bool(os.environ.get(name))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown version"
-
-
-def _only(condition: bool, text: str) -> str:
-    return text if condition else ""
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        files = ("config.json", "model.safetensors")  # an interrupted download has the first only
+        is_cached = all(isinstance(try_to_load_from_cache(model, file), str) for file in files)
+        found = f"{model} is {'' if is_cached else 'not '}in the hub's cache"
+        remedy = f"downloaded at first use, or now: hf download {model}"
+        return _check("default model", is_cached, found, remedy, "note")
+    is_model = (Path(model) / "config.json").is_file()
+    found = model if is_model else f"{model!r}, which contains no model"
+    remedy = f"set ${MODEL_VARIABLE} to the folder of a run or to a hub id such as 'owner/name'"
+    return _check("default model", is_model, found, remedy, "bad")

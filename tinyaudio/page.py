@@ -1,7 +1,7 @@
-"""A page to try a model on: microphone and upload, transcript, segments to click, warnings in plain words.
+"""A web page to try a model: microphone and upload, transcript, segments to click, explained warnings.
 
-Needs the optional extra `serve` (gradio), imported only when a page is built. `pipelines/space` lays the same page out
-as a Hugging Face Space.
+Requires the optional extra `serve` (gradio), which is imported when a page is built. `pipelines/space` shows the same
+page as a Hugging Face Space.
 """
 
 import queue
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 TITLE = "tinyaudio"
 COLUMNS = ["start (s)", "end (s)", "text"]
-# Moves the player to a clicked segment's start; the row's first cell holds it. gr.Audio has no Python way to seek, and
-# its waveform plays an <audio> inside a shadow root, beside an empty one in the page.
+# Moves the player to the start of a clicked segment, which is in the row's first cell. gr.Audio cannot seek from
+# Python, and it plays an <audio> inside a shadow root, next to an empty one in the page.
 SEEK = """(start) => {
   const players = (root) => [...root.querySelectorAll('*')].flatMap(
     (e) => e.tagName === 'AUDIO' && e.src ? [e] : e.shadowRoot ? players(e.shadowRoot) : []);
@@ -32,7 +32,7 @@ Answer = tuple[str, list[list[Any]], str]  # the text, one row (start, end, text
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The caller does not wait for the answer any more."""
 
 
 def import_gradio() -> None:
@@ -44,11 +44,13 @@ def import_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise TinyAudioError("the page needs gradio, which is not installed; pip install 'tinyaudio[serve]'") from error
+        raise TinyAudioError(
+            "the page requires gradio, which is missing. Try: pip install 'tinyaudio[serve]'"
+        ) from error
 
 
 def open_page(page: Any, host: str, port: int) -> str:
-    """Serve a page, in threads of its own, and return its address; port 0 is any free one.
+    """Serve a page in background threads and return its address; port 0 is any free port.
 
     Raises:
         TinyAudioError: the port is taken.
@@ -57,17 +59,16 @@ def open_page(page: Any, host: str, port: int) -> str:
         page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise TinyAudioError(
-            f"port {port} of {host} cannot be listened on: something else does, or the host is not this machine; "
-            "name another with --port, 0 for any"
+            f"port {port} of {host} is in use, or the host is not this machine. Choose another --port, 0 for any"
         ) from error
     return str(page.local_url)
 
 
 def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -> Any:
-    """Lay the page out.
+    """Build the page.
 
     Args:
-        transcriber: what it asks.
+        transcriber: transcribes the recordings.
         examples: recordings to offer.
 
     Returns:
@@ -111,7 +112,7 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
 
 
 def follow_recording(transcriber: "Transcriber", path: str | None) -> Iterator[Answer]:
-    """Say how far a transcription has come, and then what came out; closed before, it ends with the current batch."""
+    """Yield the progress of a transcription, then its result. If closed early, it stops after the current batch."""
     updates: queue.Queue[Answer | BaseException] = queue.Queue()
     stopped = threading.Event()
 
@@ -124,7 +125,7 @@ def follow_recording(transcriber: "Transcriber", path: str | None) -> Iterator[A
         try:
             updates.put(describe_recording(transcriber, path, on_progress))
             updates.put(_StoppedError())
-        except BaseException as error:  # carried over to the thread that can raise it
+        except BaseException as error:  # raised in the caller's thread
             updates.put(error)
 
     threading.Thread(target=work, name="tinyaudio-page", daemon=True).start()
@@ -146,18 +147,13 @@ def describe_recording(
     (transcript,) = transcriber.stream([path], on_progress=on_progress)
     rows = [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments]
     if transcript.error is not None:
-        return transcript.text, rows, f"**This recording could not be read.** {_reason(transcript.error, path)}"
-    notes = [f"- **{code}**: {_explain(code)}" for code in dict.fromkeys(transcript.warnings)]
-    return transcript.text, rows, "\n".join([f"{transcript.duration_s:.1f} s of audio", *notes])
-
-
-def _explain(code: str) -> str:
-    base = code.removesuffix(RETRIED)
-    return (
-        CODES[base] if base == code else f"{CODES[base].split(';')[0]}; a second decoding was clean and is what you see"
-    )
-
-
-def _reason(error: str, path: str) -> str:
-    """Name the file as its owner does, without the server's folders."""
-    return error.replace(repr(path), repr(Path(path).name)).replace(path, Path(path).name)
+        name = Path(path).name  # as the user knows it, without the server's folders
+        reason = transcript.error.replace(repr(path), repr(name)).replace(path, name)
+        return transcript.text, rows, f"**This recording could not be read.** {reason}"
+    notes = [f"{transcript.duration_s:.1f} s of audio"]
+    for code in dict.fromkeys(transcript.warnings):
+        fault = CODES[code.removesuffix(RETRIED)]
+        is_retried = code.endswith(RETRIED)
+        explanation = f"{fault.split(';')[0]}; a second decoding was clean and is shown" if is_retried else fault
+        notes.append(f"- **{code}**: {explanation}")
+    return transcript.text, rows, "\n".join(notes)

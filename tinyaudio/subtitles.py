@@ -1,12 +1,13 @@
 """Transcripts as files: txt, srt, vtt, tsv and json.
 
-Subtitles are shaped for reading (42 characters, two lines, seven seconds, as in Netflix's English timed text guide): a
-long segment is split after a sentence, else after a clause, else after a word, and its time is shared out by the number
-of characters. These cue times are for reading; measured times are those of the segments, in json and tsv.
+Subtitles are sized for reading (42 characters, two lines, seven seconds, as in Netflix's English timed text guide). A
+long segment is split after a sentence, else after a clause, else after a word, and its time is divided by the number of
+characters. So cue times are estimates; json and tsv have the measured times of the segments.
 """
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How much a subtitle may hold.
+    """The size limits of a subtitle.
 
     Args:
-        max_line_width: characters. A longer word gets a line of its own, and is never broken.
+        max_line_width: characters. A longer word has its own line and is never broken.
         max_line_count: lines.
         max_cue_s: seconds.
     """
@@ -45,7 +46,7 @@ class Cue:
 
 
 def cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
-    """Shape segments into subtitles; segments without text give none. Cues never overlap and never last 0 ms."""
+    """Split segments into subtitles. A segment without text gives none. Cues never overlap and never last 0 ms."""
     floor = 0
     for segment in segments:
         words = plain(segment.text).split()
@@ -61,48 +62,34 @@ def cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
 
 
 def _split(words: list[str], layout: Layout, max_characters: float) -> Iterator[list[str]]:
-    """Split words into cues: as many as fit, less what stands behind the best place to stop."""
+    """Split words into cues: as many as fit, ending at a sentence or clause in the last two thirds if there is one."""
     while words:
-        fitting = 1
-        while fitting < len(words) and _fits(words[: fitting + 1], layout, max_characters):
-            fitting += 1
-        if fitting < len(words):
-            fitting = _best_stop(words[:fitting])
-        yield words[:fitting]
-        words = words[fitting:]
+        count = 1
+        while (
+            count < len(words)
+            and len(_wrap(words[: count + 1], layout.max_line_width)) <= layout.max_line_count
+            and len(" ".join(words[: count + 1])) <= max_characters
+        ):
+            count += 1
+        if count < len(words):
+            places = range(count, count // 3, -1)
+            ends = [n for mark in (_SENTENCE_END, _CLAUSE_END) for n in places if mark.search(words[n - 1])]
+            count = ends[0] if ends else count
+        yield words[:count]
+        words = words[count:]
 
 
-def _fits(words: list[str], layout: Layout, max_characters: float) -> bool:
-    is_short = len(_wrap(words, layout.max_line_width)) <= layout.max_line_count
-    return is_short and len(" ".join(words)) <= max_characters
-
-
-def _best_stop(words: list[str]) -> int:
-    """Count the words up to the last sentence end, else clause end, in the later two thirds; else all of them."""
-    for mark in (_SENTENCE_END, _CLAUSE_END):
-        for count in range(len(words), len(words) // 3, -1):
-            if mark.search(words[count - 1]):
-                return count
-    return len(words)
-
-
-def _wrap(words: Sequence[str], width: int) -> list[str]:
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+def _wrap(words: list[str], width: int) -> list[str]:
+    return textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
 
 
 def plain(text: str) -> str:
-    """Make text safe for one line: no control characters, line breaks or runs of space."""
+    """Put text on one line: no control characters, line breaks or repeated spaces."""
     return " ".join(_CONTROL.sub(" ", text).split())
 
 
 def to_txt(transcript: Transcript, layout: Layout) -> str:
-    """One segment a line, as Whisper writes it; an empty line where nothing was said."""
+    """One segment a line, as in Whisper's files; an empty line if there is no text."""
     return "\n".join(filter(None, (plain(segment.text) for segment in transcript.segments))) + "\n"
 
 
@@ -116,7 +103,7 @@ def to_srt(transcript: Transcript, layout: Layout) -> str:
 
 
 def to_vtt(transcript: Transcript, layout: Layout) -> str:
-    """WebVTT, https://www.w3.org/TR/webvtt1/: & < > escaped, which also keeps --> out of the text."""
+    """WebVTT, https://www.w3.org/TR/webvtt1/: & < > are escaped, so that --> is never in the text."""
     blocks = ["WEBVTT\n"]
     for cue in cues(transcript.segments, layout):
         escaped = (line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in cue.lines)
@@ -125,7 +112,7 @@ def to_vtt(transcript: Transcript, layout: Layout) -> str:
 
 
 def to_tsv(transcript: Transcript, layout: Layout) -> str:
-    """One segment a line: start and end in milliseconds, text; Whisper's columns."""
+    """One segment a line: start and end in milliseconds, text; the columns of Whisper's files."""
     rows = [
         f"{round(segment.start * 1000)}\t{round(segment.end * 1000)}\t{plain(segment.text)}\n"
         for segment in transcript.segments

@@ -1,10 +1,9 @@
-"""Python's way in: load a model once, transcribe any number of recordings.
+"""Transcription from Python: load a model once, transcribe any number of recordings.
 
     transcriber = Transcriber.load("runs/latest")
     print(transcriber.transcribe(["speech.wav"])[0].text)
 
-Knows where models lie and how to put one on a device; the way from recordings to transcripts is `recognize`, which
-`pipeline()` takes as well.
+Finds the default model and puts a model on a device. `recognize` transcribes, for this module and for `pipeline()`.
 """
 
 import os
@@ -25,22 +24,20 @@ from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.reader import Input
 from tinyaudio.model.recognize import OnProgress, Options, Recognizer
-from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.model.transcript import Transcript
 from tinyaudio.version import __version__
-
-__all__ = ["Segment", "Transcriber", "Transcript", "default_model", "pick_device"]
 
 MODEL_VARIABLE = "TINYAUDIO_MODEL"
 LATEST_RUN = Path("runs/latest")
 
 
 class Transcriber:
-    """A model on a device, ready for recordings.
+    """A model on a device that transcribes recordings.
 
     Args:
         model: with both frozen parts attached, in eval mode.
         processor: its processor.
-        name, revision: written into every transcript.
+        name, revision: recorded in every transcript.
     """
 
     def __init__(
@@ -67,30 +64,34 @@ class Transcriber:
 
         Args:
             model: checkpoint or run folder, or hub id. None: $TINYAUDIO_MODEL, else runs/latest.
-            device: "auto" (CUDA, else Apple's MPS, else CPU) or anything torch takes, such as "cuda:1".
+            device: "auto" (CUDA, else Apple's MPS, else CPU) or any name of torch's, such as "cuda:1".
             dtype: precision of the decoder, such as "float32"; None: the one it was trained with.
             revision: commit, branch or tag on the hub.
             overrides: fields of `TinyAudioConfig`, such as encoder_id="/a/local/copy" or window_s=15.
 
         Raises:
-            MissingModelError: no model there, or one of its frozen parts cannot be found.
+            MissingModelError: there is no such model, or one of its frozen parts cannot be found.
             ModelError: parts that do not fit together, or an unknown device.
         """
         name = str(model) if model is not None else default_model()
-        _prefer_own_code()
-        # False, not the default: that one asks on the terminal, and takes a recording on stdin for the answer.
+        # Use this package's classes for a checkpoint, not the copies that travel in its folder.
+        AutoConfig.register("tinyaudio", TinyAudioConfig, exist_ok=True)
+        AutoProcessor.register(TinyAudioConfig, TinyAudioProcessor, exist_ok=True)
+        AutoModelForSpeechSeq2Seq.register(TinyAudioConfig, TinyAudioForConditionalGeneration, exist_ok=True)
+        # False, not the default, which asks on the terminal and would read a recording on stdin as the answer.
         where: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
         window_s = overrides.pop("window_s", None)
         loaded = TinyAudioForConditionalGeneration.from_pretrained(name, dtype=dtype, **where, **overrides)
         if window_s is not None:
             loaded.config.window_s = window_s
         processor = TinyAudioProcessor.from_pretrained(name, **where)
-        return cls(_place(loaded, pick_device(device)), processor, name, resolved_revision(loaded, revision))
+        loaded = loaded.to(pick_device(device)).eval()
+        return cls(loaded, processor, name, resolved_revision(loaded, revision))
 
     def transcribe(
         self, sources: Sequence[AudioSource | np.ndarray], *, on_progress: OnProgress | None = None, **options: Any
     ) -> list[Transcript]:
-        """Transcribe recordings; one that cannot be read is an error.
+        """Transcribe recordings; one that cannot be read raises an error.
 
         Args:
             sources: paths, encoded bytes, binary file objects, or arrays of samples at 16 kHz.
@@ -111,20 +112,20 @@ class Transcriber:
     def stream(
         self, sources: Iterable[Input], *, on_progress: OnProgress | None = None, **options: Any
     ) -> Iterator[Transcript]:
-        """Transcribe inputs as they come: one transcript each, in their order, in bounded memory.
+        """Transcribe inputs one after the other: one transcript each, in their order, in bounded memory.
 
-        Arguments as `transcribe`; sources may be a generator, and a tuple is (samples, sampling rate in Hz). An input
-        that cannot be read gives a transcript with `error` set instead of raising.
+        Arguments as `transcribe`. `sources` may be a generator; a tuple is (samples, sampling rate in Hz). An input
+        that cannot be read gives a transcript with `error` set instead of an exception.
         """
         for transcript in self.recognizer.stream(sources, Options(**options), on_progress):
             yield replace(transcript, model=self.name, revision=self.revision, version=__version__)
 
 
 def default_model() -> str:
-    """Return what is meant where no model is named: $TINYAUDIO_MODEL, else runs/latest.
+    """Return the model to use if none is named: $TINYAUDIO_MODEL, else runs/latest.
 
     Raises:
-        MissingModelError: neither is there.
+        MissingModelError: neither exists.
     """
     named = os.environ.get(MODEL_VARIABLE)
     if named:
@@ -132,16 +133,16 @@ def default_model() -> str:
     if (LATEST_RUN / "config.json").is_file():
         return str(LATEST_RUN)
     raise MissingModelError(
-        f"no model: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} holds none; "
-        "name a run's folder or a hub id (transcribe: --model), or make the demo's with `make demo`"
+        f"no model found: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} contains no model. "
+        "Name the folder of a run or a hub id, or train the demo's model with `make demo`"
     )
 
 
 def pick_device(device: str) -> torch.device:
-    """Turn "auto" or a name into a device.
+    """Return the device of that name; "auto" is CUDA if available, else Apple's MPS, else the CPU.
 
     Raises:
-        ModelError: a name torch does not know, or a device this machine does not have.
+        ModelError: an unknown name, or a device that this machine does not have.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -154,14 +155,3 @@ def pick_device(device: str) -> torch.device:
         reason = one_line(error)
         raise ModelError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda or mps") from error
     return chosen
-
-
-def _prefer_own_code() -> None:
-    """Let transformers take this package's classes for a checkpoint, not the copies that travel in its folder."""
-    AutoConfig.register("tinyaudio", TinyAudioConfig, exist_ok=True)
-    AutoProcessor.register(TinyAudioConfig, TinyAudioProcessor, exist_ok=True)
-    AutoModelForSpeechSeq2Seq.register(TinyAudioConfig, TinyAudioForConditionalGeneration, exist_ok=True)
-
-
-def _place(model: Any, device: torch.device) -> Any:
-    return model.to(device).eval()

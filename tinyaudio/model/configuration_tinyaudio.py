@@ -1,7 +1,7 @@
-"""The configuration of a tinyaudio model: which two frozen parts, which projector, which prompt.
+"""The configuration of a tinyaudio model: its two frozen parts, its projector, its prompt.
 
-Flat on purpose: the frozen parts keep their own configurations in their own folders; here stand only their names,
-revisions and digests, and the numbers that the projector between them depends on.
+Flat, because the frozen parts keep their own configurations in their own folders. Of them it has only the names,
+revisions and digests, and the sizes that the projector between them depends on.
 """
 
 from typing import Any
@@ -13,21 +13,21 @@ DEFAULT_DECODER = "HuggingFaceTB/SmolLM3-3B-Base"
 
 
 class TinyAudioConfig(PreTrainedConfig):
-    """What a checkpoint folder says about itself.
+    """The configuration saved in a checkpoint folder.
 
     Args:
         encoder_id, encoder_revision: hub id (or folder) and commit of the frozen encoder.
-        encoder_digest: `frozen.weights_digest` of the encoder in float32; checked at load. None: unknown.
+        encoder_digest: `frozen.weights_digest` of the encoder in float32; checked when loading. None: unknown.
         encoder_dim: D, width of the encoder's features.
         encoder_precision: "float32" or "bfloat16" (autocast on a GPU; a CPU always runs float32).
         decoder_id, decoder_revision, decoder_digest: the same for the frozen decoder, in `decoder_dtype`.
         decoder_dim: H, width of the decoder's embeddings.
-        decoder_dtype: precision the decoder's weights are held in.
+        decoder_dtype: precision of the decoder's weights.
         projector_kind, stack_factor, projector_hidden_size: see `projectors`.
         prompt_prefix_ids, prompt_suffix_ids: token ids before and after the audio, see `prompt`.
         eos_token_id: ends a transcript. pad_token_id: fills finished beams.
-        window_s: longest recording decoded at once, seconds; longer ones are cut at pauses. Stage two sets it to what
-            the projector was trained on.
+        window_s: longest recording decoded at once, seconds; longer ones are cut at pauses. Stage two sets it from
+            the utterances that the projector was trained on.
         store_fingerprint: id of the feature store this projector was trained from; None: unknown.
         calibration_id: id of the int8 calibration of that store; None for float stores.
     """

@@ -1,9 +1,9 @@
 """Cross-entropy through a frozen head, a few rows of logits at a time.
 
-A logit row of SmolLM3 has 128,256 entries, 513 kB in float32: made for every position of a batch of 4,096 that would be
-2.1 GB, again for their gradient, again in half precision. Here a chunk's gradient with respect to the hidden states is
-taken as soon as its loss is known, and its logits are dropped. The head is frozen, so nothing else is needed of them;
-the arithmetic is the same, none of it is done twice. Shape letters as in `modeling_tinyaudio`.
+A row of SmolLM3's logits has 128,256 entries, 513 kB in float32. For every position of a batch of 4,096 that would be
+2.1 GB, the same again for their gradient, and again in half precision. Here each chunk's gradient with respect to the
+hidden states is computed right after its loss, and its logits are freed. This is enough because the head is frozen; the
+arithmetic is the same, and none of it is done twice. Shape letters as in `modeling_tinyaudio`.
 
 Source: the idea is Liger Kernel's fused linear cross-entropy (github.com/linkedin/Liger-Kernel), here in plain PyTorch.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits alive at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the
+# Logits in memory at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the
 # product is 261 x 2048 x 128,256, still bound by arithmetic on an A100); larger saves too little on a small batch.
 CHUNK_ENTRIES = 2**25
 
@@ -22,10 +22,10 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, chunk
     """Sum the cross-entropy of targets, in nats.
 
     Args:
-        hidden: (N, H), the states that predict a target.
+        hidden: (N, H), the hidden states that predict the targets.
         head: frozen; (n, H) to (n, V).
         targets: (N,) int64.
-        chunk_rows: rows of logits made at once; None for `CHUNK_ENTRIES` over V.
+        chunk_rows: rows of logits computed at once; None for `CHUNK_ENTRIES` over V.
 
     Returns:
         Scalar float32. Its gradient reaches `hidden` only.

@@ -1,14 +1,14 @@
 """The model: a frozen encoder, a trained projector, a frozen decoder.
 
-Shape letters, here and everywhere: B batch, S samples, T encoder frames, P projected frames, D encoder width,
+Shape letters, here and in all modules: B batch, S samples, T encoder frames, P projected frames, D encoder width,
 H decoder width, L text tokens, V vocabulary.
 
-Invariants: the frozen parts never train and never reach a checkpoint; the projector is float32, also under bf16
-autocast; training and inference build the same prompt (`prompt.assemble`); loss falls on transcript and end-of-text,
-and the decoder's head is applied at those positions only, so logits of audio positions are never made.
+Invariants: the frozen parts never train and are never in a checkpoint; the projector is float32, also under bf16
+autocast; training and inference build the same prompt (`prompt.assemble`); the loss is over transcript and end-of-text,
+and the decoder's head is applied at those positions only, so logits of audio positions are never computed.
 
-This file is also the one entry of a checkpoint's own code (`trust_remote_code`): it and the modules it imports travel
-in the checkpoint folder, so they import each other relatively and nothing else of ours.
+This file is also the single entry point of a checkpoint's own code (`trust_remote_code`): it and the modules it imports
+travel in the checkpoint folder, so they import each other relatively and no other module of the project.
 """
 
 import shutil
@@ -34,17 +34,17 @@ from .prompt import assemble, pad_left, pad_right
 
 __all__ = ["TinyAudioConfig", "TinyAudioForConditionalGeneration", "TinyAudioPipeline", "TinyAudioProcessor"]
 
-# Without this entry transformers takes us for a CTC model and decodes our logits into plausible garbage.
+# Without this entry transformers treats the model as a CTC model and decodes its logits into plausible garbage.
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("tinyaudio", "TinyAudioForConditionalGeneration")
 
-# Beam width and length as on the card of the original Tiny Audio; transformers' own defaults would be 5 beams.
+# Beam width and length as on the card of the original Tiny Audio; transformers' own default is 5 beams.
 GENERATION_DEFAULTS = {"num_beams": 4, "max_new_tokens": 200, "length_penalty": 1.0, "do_sample": False}
 
 IGNORED_LABEL = -100
-# Files that a checkpoint carries: this module and everything it imports relatively (a test compares the two).
+# Files that travel in a checkpoint: this module and all it imports relatively (a test compares the two).
 TRAVELLING = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
-# Every class is named through this one module: transformers copies each entry file of a local folder into a package of
-# its own, and two entries would mean two TinyAudioConfig classes that are not each other.
+# Every class is named through this one module: transformers copies each entry file of a local folder into its own
+# package, so two entries would mean two different TinyAudioConfig classes.
 _HERE = "modeling_tinyaudio"
 AUTO_MAP = {
     "AutoConfig": f"{_HERE}.TinyAudioConfig",
@@ -62,13 +62,13 @@ CUSTOM_PIPELINES = {
 
 @dataclass
 class TinyAudioOutput(ModelOutput):
-    """What a training step returns.
+    """The result of a training step.
 
     Args:
         loss: scalar, cross-entropy in nats per target token (or summed and divided by `num_items_in_batch`).
         num_targets: target tokens in the batch.
-        projected_rms: scalar, RMS of the valid projected frames over the RMS of the decoder's embeddings; it predicts
-            trouble earlier than the loss (too quiet saturates attention, too loud drowns the prompt).
+        projected_rms: scalar, RMS of the valid projected frames over the RMS of the decoder's embeddings. It shows
+            problems earlier than the loss: too small saturates attention, too large drowns the prompt.
     """
 
     loss: Tensor | None = None
@@ -77,7 +77,7 @@ class TinyAudioOutput(ModelOutput):
 
 
 class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Speech in, transcript out.
+    """Transcribes speech.
 
     Args:
         config: see `TinyAudioConfig`.
@@ -97,7 +97,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decoder: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        # The encoder's slot comes first: pipelines cast the waveform to the type of the first parameter they find.
+        # The encoder comes first: pipelines cast the waveform to the type of the first parameter.
         self.register_module("encoder", None)
         self.projector = build_projector(
             config.projector_kind,
@@ -107,7 +107,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.projector_hidden_size,
         )
         self.register_module("decoder", None)
-        # Trainer would else count labels[:, 1:], as for a model that shifts them itself.
+        # Otherwise Trainer counts labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
         self._checkpoints_activations = False
         self._compiled_decoder: Any = None
@@ -120,13 +120,13 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.attach(encoder, decoder)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Keep PyTorch's own initialisation: the frozen parts bring their weights, the projector made its own."""
+        """Keep PyTorch's initialisation: the frozen parts are loaded, and the projector initialises itself."""
 
     def attach(self, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None) -> None:
-        """Put frozen parts into their slots and freeze them.
+        """Attach frozen parts, and freeze them.
 
         Raises:
-            ModelError: a part whose width is not the configured one.
+            ModelError: a part's width is not the configured one.
         """
         if encoder is not None:
             _check_width("encoder", encoder.config.hidden_size, self.config.encoder_dim)
@@ -135,13 +135,13 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _check_width("decoder", decoder.get_input_embeddings().embedding_dim, self.config.decoder_dim)
             self.decoder = freeze(decoder)
             decoder.generation_config = self.generation_config
-        # Exact names, as transformers compares them literally: left out when saving, expected missing when resuming.
+        # Exact names, as transformers compares them literally: omitted when saving, expected missing when resuming.
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if not key.startswith("projector.")}
 
     def train(self, mode: bool = True) -> "TinyAudioForConditionalGeneration":
-        """Switch the projector; the encoder always stays in eval mode, or SpecAugment and dropout change features.
+        """Switch the projector's mode. The encoder stays in eval mode: SpecAugment and dropout would change features.
 
-        The decoder follows only while it checkpoints activations, which transformers does in training mode alone.
+        The decoder is switched only if it checkpoints activations, which transformers does in training mode only.
         """
         super().train(mode)
         if self.encoder is not None:
@@ -158,15 +158,15 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._checkpoints_activations = True
 
     def compile_decoder(self) -> None:
-        """Let torch.compile fuse the decoder's training step, for any length; generation stays as it is."""
+        """Compile the decoder's training step, for any length; generation is not compiled."""
         self._compiled_decoder = torch.compile(self._decoder().get_decoder().forward, dynamic=True)
 
     @property
     def no_mask(self) -> Any:
-        """What the decoder takes for causal attention and no more.
+        """The attention mask that makes the decoder use plain causal attention.
 
-        Told nothing, transformers asks the device whether rows are packed, and under torch.compile takes it for given
-        and builds a mask. A dictionary is a mask that is already prepared; SmolLM3 takes one, Llama does not.
+        With None, transformers checks on the device whether rows are packed; under torch.compile it assumes that they
+        are and builds a mask. A dictionary is a mask that is already prepared; SmolLM3 accepts one, Llama does not.
         """
         config = self._decoder().config
         is_plain = config.model_type == "smollm3" and set(config.layer_types) == {"full_attention"}
@@ -178,7 +178,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _decoder(self) -> PreTrainedModel:
         if self.decoder is None:
             raise ModelError(
-                "this model has no decoder attached; load it with from_pretrained or call attach(decoder=...)"
+                "this model has no decoder attached. Load it with from_pretrained, or call attach(decoder=...)"
             )
         return self.decoder
 
@@ -189,7 +189,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ModelError: no encoder attached.
         """
         if self.encoder is None:
-            raise ModelError("this model has no encoder attached; pass features=, or attach(encoder=...)")
+            raise ModelError("this model has no encoder attached. Pass features=, or call attach(encoder=...)")
         precision = self.config.encoder_precision if input_values.is_cuda else "float32"
         return encode(self.encoder, input_values, attention_mask, precision)
 
@@ -212,11 +212,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Run the projector.
 
         Args:
-            features: (B, T, D), any float type, zero behind each end.
+            features: (B, T, D), any float type, zero after each end.
             num_frames: (B,).
 
         Returns:
-            (B, P, H) in the decoder's precision, and the valid projected frames (B,).
+            (B, P, H) in the decoder's precision, and the number of valid projected frames (B,).
         """
         projected = self.projector(features.to(self.projector_dtype))
         embeddings = self.get_input_embeddings().weight
@@ -240,18 +240,18 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Compute the loss of transcripts, from stored features or from audio.
 
         Args:
-            input_values, attention_mask: (B, S), as the processor makes them; used when `features` is None.
-            features: (B, T, D) encoder output, zero behind each end. num_frames: (B,) valid frames.
-            labels: (B, L) ids of `prompt.transcript_ids`, -100 behind each end.
+            input_values, attention_mask: (B, S), from the processor; used if `features` is None.
+            features: (B, T, D) encoder output, zero after each end. num_frames: (B,) valid frames.
+            labels: (B, L) ids of `prompt.transcript_ids`, -100 after each end.
             num_items_in_batch: target tokens over all accumulated batches; the summed loss is divided by it.
-            host_counts: `num_frames` and the targets of each row as plain numbers, if the caller has them; else they
-                are asked of the device, and the host waits for it.
+            host_counts: `num_frames` and the targets of each row as plain numbers, if the caller has them; otherwise
+                they are read from the device, and the host waits for it.
 
         Raises:
             ModelError: neither audio nor features, no labels, or a part that is not attached.
         """
         if labels is None:
-            raise ModelError("forward computes a loss and needs labels; use generate() for transcripts")
+            raise ModelError("forward computes a loss and requires labels. Use generate() for transcripts")
         features, num_frames = self._features(input_values, attention_mask, features, num_frames)
         projected, lengths = self.project(features, num_frames)
         if host_counts is None:
@@ -278,8 +278,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         target_ids = [row[:n] for row, n in zip(labels, num_targets.tolist(), strict=True)]
         embed = self.get_input_embeddings()
         rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in target_ids])
-        # Right padding needs no mask: causal attention of real positions never looks behind their row's end, and
-        # without a mask attention takes its fast causal path.
+        # Right padding needs no mask: causal attention never looks beyond a position, and without a mask attention
+        # takes its fast causal path.
         decoder = self._compiled_decoder or self._decoder().get_decoder()
         padded = pad_right(rows)
         states = decoder(inputs_embeds=padded, attention_mask=self.no_mask, use_cache=False).last_hidden_state
@@ -300,13 +300,10 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _relative_rms(self, projected: Tensor, lengths: Tensor) -> Tensor:
         valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
-        energy = (projected.float().square() * valid[:, :, None]).sum()  # picking rows would wait for the device
-        return (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._embedding_rms()
-
-    def _embedding_rms(self) -> Tensor:
+        energy = (projected.float().square() * valid[:, :, None]).sum()  # selecting rows would wait for the device
         if self._cached_embedding_rms is None:
             self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
-        return self._cached_embedding_rms
+        return (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
 
     @torch.no_grad()
     def generate(
@@ -318,14 +315,14 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Write transcripts.
+        """Generate transcripts.
 
         Args:
-            input_values, attention_mask, features, num_frames: as in `forward`; audio is encoded once.
+            input_values, attention_mask, features, num_frames: as in `forward`.
             generation_config, kwargs: as in `transformers.GenerationMixin.generate`: num_beams, max_new_tokens, ...
 
         Returns:
-            (B, L) token ids of the transcripts alone, padded with `pad_token_id`.
+            (B, L) token ids of the transcripts without the prompt, padded with `pad_token_id`.
         """
         features, num_frames = self._features(input_values, attention_mask, features, num_frames)
         projected, lengths = self.project(features, num_frames)
@@ -344,26 +341,26 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device_map: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint: the projector from its folder, the frozen parts from where its configuration says.
+        """Load a checkpoint: the projector from its folder, the frozen parts as named in its configuration.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
             dtype: precision of the decoder; "auto" or None is the one it was trained with. Encoder and projector are
-                float32 always.
-            device_map: the one device for all parts: its name, or "auto" for CUDA where there is one. None: the CPU.
-            kwargs: as in transformers; any field of `TinyAudioConfig` too, such as encoder_id="/a/local/copy".
+                always float32.
+            device_map: the device of all parts, or "auto" for CUDA if available. None: the CPU.
+            kwargs: as in transformers; also any field of `TinyAudioConfig`, such as encoder_id="/a/local/copy".
 
         Raises:
-            MissingModelError: no checkpoint there, or a frozen part cannot be found.
-            ModelError: a checkpoint without projector weights, or an encoder other than the one it was trained with.
+            MissingModelError: there is no such checkpoint, or a frozen part cannot be found.
+            ModelError: no projector weights, or a frozen part other than the one that the projector was trained with.
         """
         name = str(pretrained_model_name_or_path)
         if not Path(name).is_dir() and not is_hub_id(name):
             raise MissingModelError(
-                f"no tinyaudio model at {name!r}: no such folder; expected a run's folder or a hub id, 'owner/name'"
+                f"no tinyaudio model at {name!r}. Expected the folder of a run or a hub id such as 'owner/name'"
             )
         overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
-        _one_device(device_map)  # refused before anything is loaded
+        device = _one_device(device_map)  # an error before anything is loaded
         kwargs["output_loading_info"] = True
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
@@ -373,11 +370,14 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ) from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
-            raise ModelError(f"{name!r} lacks projector weights {lost}; train it again")
-        for key, value in _without_pins(overrides).items():
+            raise ModelError(f"{name!r} lacks the projector weights {lost}. Train it again")
+        for part in ("encoder", "decoder"):
+            if f"{part}_id" in overrides:  # the pinned revision is a commit of the original's repository
+                overrides.setdefault(f"{part}_revision", None)
+        for key, value in overrides.items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)
-        return model.to(_one_device(device_map)).eval()
+        return model.to(device).eval()
 
     def load_frozen_parts(self, dtype: Any = None) -> None:
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
@@ -385,16 +385,19 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder = load_encoder(config.encoder_id, config.encoder_revision)
         check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
         self.attach(encoder=encoder)
-        wanted = config.decoder_dtype if dtype in (None, "auto") else dtype
-        wanted = _dtype(wanted) if isinstance(wanted, str) else wanted
-        decoder = load_decoder(config.decoder_id, config.decoder_revision, wanted)
-        # A hub revision pins the decoder; only a local folder can change behind our back (6 GB take 4 s to digest).
-        if Path(config.decoder_id).is_dir() and wanted == getattr(torch, config.decoder_dtype):
+        dtype = config.decoder_dtype if dtype in (None, "auto") else dtype
+        if isinstance(dtype, str):
+            name, dtype = dtype, getattr(torch, dtype, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ModelError(f"expected a dtype of float32, bfloat16 or float16, found {name!r}")
+        decoder = load_decoder(config.decoder_id, config.decoder_revision, dtype)
+        # A hub revision pins the decoder; only a local folder may have changed (a digest of 6 GB takes 4 s).
+        if Path(config.decoder_id).is_dir() and dtype == getattr(torch, config.decoder_dtype):
             check_digest("decoder", config.decoder_id, config.decoder_digest, decoder)
         self.attach(decoder=decoder)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the projector, the configuration and the code to load them; the frozen parts stay where they are."""
+        """Save the projector, the configuration and the code that loads them; the frozen parts are not copied."""
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -407,14 +410,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 _OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
 
 
-def _without_pins(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Let go of the revision of a part that another copy takes the place of: it is a commit of the original's."""
-    moved = {f"{part}_revision": None for part in ("encoder", "decoder") if f"{part}_id" in overrides}
-    return {**moved, **overrides}
-
-
 def _one_device(device_map: Any) -> torch.device:
-    """Read a device_map that puts everything in one place: the parts are small beside a GPU, and talk to each other."""
+    """Read a device_map that names one device. The model is not split: it is small for a GPU."""
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map is None:
@@ -423,16 +420,9 @@ def _one_device(device_map: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device_map, (str, int, torch.device)) and device_map not in ("balanced", "sequential"):
         return torch.device(device_map)
-    raise ModelError(f"device_map={device_map!r} would split the model; expected one device: 'auto', 'cuda:1', ...")
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"dtype {name!r} is not one of torch's; expected float32, bfloat16 or float16")
-    return dtype
+    raise ModelError(f"device_map={device_map!r} would split the model. Expected one device: 'auto', 'cuda:1', ...")
 
 
 def _check_width(part: str, found: int, expected: int) -> None:
     if found != expected:
-        raise ModelError(f"{part} of width {found}; expected {expected}, the width this projector was made for")
+        raise ModelError(f"expected {part} width {expected}, which this projector was made for, found {found}")

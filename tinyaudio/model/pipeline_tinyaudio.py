@@ -1,8 +1,7 @@
 """`transformers.pipeline("automatic-speech-recognition")` for tinyaudio models.
 
-It takes the same way as the command line (`recognize`), not the stock pipeline's: that one calls the ffmpeg binary for
-files and torchaudio for other sampling rates, and joins overlapping chunks of a model like ours by plain concatenation.
-Travels with the checkpoint.
+It uses `recognize`, as the command line does. The stock pipeline calls the ffmpeg binary for files and torchaudio for
+other sampling rates, and simply concatenates the texts of overlapping chunks. Travels with the checkpoint.
 """
 
 import warnings as python_warnings
@@ -16,23 +15,22 @@ from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 from .errors import AudioError
 from .reader import Input
 from .recognize import Options, Recognizer
-from .transcript import Transcript
 
 _OWN = ("num_beams", "max_new_tokens", "length_penalty")
 
 
 class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
-    """Transcribe a path, bytes, file object, array, or dict with `raw` (or `array`) and `sampling_rate`; or many.
+    """Transcribes a path, bytes, file object, array, or dict with `raw` (or `array`) and `sampling_rate`; or many.
 
     Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
-    seconds; and "warnings" where there are any. A list gives a list; a generator or dataset an iterator. Options, here
-    or at construction: batch_size, num_beams, max_new_tokens, length_penalty, chunk_length_s (the longest piece decoded
-    at once), return_timestamps, and whatever else `generate` takes, directly or as generate_kwargs={...}.
+    seconds; and "warnings" if there are any. A list gives a list; a generator or dataset an iterator. Options, for a
+    call or at construction: batch_size, num_beams, max_new_tokens, length_penalty, chunk_length_s (the longest piece
+    decoded at once), return_timestamps, and all other options of `generate`, directly or as generate_kwargs={...}.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Where transformers keeps generation options given here differs between 5.17 and 5.23.
+        # transformers 5.17 and 5.23 store generation options given here in different places.
         names = {*vars(GenerationConfig()), "generation_config"}
         self._at_construction = {name: value for name, value in kwargs.items() if name in names}
 
@@ -40,7 +38,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         self, generate_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unsupported = {
-            "return_language": "this model writes English only",
+            "return_language": "this model transcribes English only",
             "decoder_kwargs": "this model has no CTC decoder",
         }
         for name, reason in unsupported.items():
@@ -48,18 +46,16 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
                 raise ValueError(f"{name} is not supported: {reason}")
         if options.get("return_timestamps") not in (None, True, False):
             raise ValueError(
-                f"return_timestamps={options['return_timestamps']!r} is not supported: times of segments only (True)"
+                f"return_timestamps={options['return_timestamps']!r} is not supported; expected True (segment times)"
             )
         if options.pop("stride_length_s", None) is not None:
             python_warnings.warn(
-                "stride_length_s is not used: windows overlap only where there is no pause, by a fixed length",
+                "stride_length_s is ignored: windows overlap by a fixed length, and only where there is no pause",
                 stacklevel=3,
             )
         options |= generate_kwargs or {}
         if options.get("num_return_sequences") not in (None, 1):
-            raise ValueError(
-                f"num_return_sequences={options['num_return_sequences']} is not supported: one transcript each"
-            )
+            raise ValueError(f"num_return_sequences={options['num_return_sequences']} is not supported; expected 1")
         return {}, options, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
@@ -95,24 +91,20 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         for transcript in recognizer.stream(map(_as_input, inputs), options):
             if transcript.error is not None:
                 raise AudioError(transcript.error)
-            yield _as_output(transcript, bool(with_times))
-
-
-def _as_output(transcript: Transcript, with_times: bool) -> dict[str, Any]:
-    output: dict[str, Any] = {"text": transcript.text}
-    if with_times:
-        output["chunks"] = [{"text": s.text, "timestamp": (s.start, s.end)} for s in transcript.segments]
-    if transcript.warnings:
-        output["warnings"] = list(transcript.warnings)
-        python_warnings.warn(f"{transcript.source}: {', '.join(transcript.warnings)}", stacklevel=4)
-    return output
+            output: dict[str, Any] = {"text": transcript.text}
+            if with_times:
+                output["chunks"] = [{"text": s.text, "timestamp": (s.start, s.end)} for s in transcript.segments]
+            if transcript.warnings:
+                output["warnings"] = list(transcript.warnings)
+                python_warnings.warn(f"{transcript.source}: {', '.join(transcript.warnings)}", stacklevel=3)
+            yield output
 
 
 def _as_input(given: Any) -> Input:
-    """Take samples and rate out of a dict as pipelines accept it; anything else stays what it is.
+    """Convert a tensor, or a dict as pipelines accept it, to an input; return any other input unchanged.
 
     Raises:
-        AudioError: neither raw, array, bytes nor path in it, or an array without sampling_rate.
+        AudioError: a dict without raw, array, bytes or path, or with an array but no sampling_rate.
     """
     if isinstance(given, torch.Tensor):
         samples = given.detach().cpu()
@@ -126,6 +118,6 @@ def _as_input(given: Any) -> Input:
         return given["path"]
     if samples is None or given.get("sampling_rate") is None:
         raise AudioError(
-            f"a dict with keys {sorted(given)}; expected 'raw' (or 'array') and 'sampling_rate', or 'bytes' or 'path'"
+            f"expected 'raw' (or 'array') and 'sampling_rate', or 'bytes' or 'path'; found a dict with {sorted(given)}"
         )
     return np.asarray(_as_input(samples)), int(given["sampling_rate"])

@@ -1,4 +1,4 @@
-"""The processor: audio in any form to encoder inputs, token ids to text."""
+"""The processor: from audio in any form to encoder inputs, and from token ids to text."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .encoder import encoder_inputs
 
 
 class TinyAudioProcessor(ProcessorMixin):
-    """The encoder's feature extractor and the decoder's tokenizer, side by side."""
+    """The encoder's feature extractor and the decoder's tokenizer."""
 
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
         super().__init__(feature_extractor, tokenizer)
@@ -28,7 +28,7 @@ class TinyAudioProcessor(ProcessorMixin):
 
         Args:
             audio: one or several of: path, encoded bytes, binary file object, array of samples.
-            sampling_rate: Hz, of arrays; 16,000 when not given.
+            sampling_rate: of arrays, in Hz; None is 16,000.
 
         Returns:
             input_values (B, S) float32 and attention_mask (B, S) int64, torch tensors.
@@ -41,11 +41,11 @@ class TinyAudioProcessor(ProcessorMixin):
         return BatchFeature({"input_values": values, "attention_mask": mask})
 
     def decode_transcripts(self, sequences: Any) -> list[str]:
-        """Turn generated ids (B, L) into transcripts without special tokens or surrounding space."""
+        """Decode generated ids (B, L) into transcripts without special tokens or surrounding space."""
         return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save both parts, and where a process without tinyaudio finds this class."""
+        """Save both parts, and the location of this class for a process without tinyaudio."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "processor_config.json"
         settings = json.loads(path.read_text())

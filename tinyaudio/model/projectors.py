@@ -1,8 +1,8 @@
 """Projectors: the only trained part, from encoder frames (50 Hz) to decoder embeddings (50 / stack_factor Hz).
 
-Every projector maps (B, T, D) to (B, ceil(T / stack_factor), H), and what it gives for the first
-ceil(n / stack_factor) projected frames depends on the first n frames only as long as the frames behind them are zero:
-that is what makes a padded batch equal to single utterances. Shape letters as in `modeling_tinyaudio`.
+Every projector maps (B, T, D) to (B, ceil(T / stack_factor), H). If all frames after the first n are zero, its first
+ceil(n / stack_factor) outputs do not depend on how many zeros follow, so a padded batch equals single utterances. Shape
+letters as in `modeling_tinyaudio`.
 
 To add one: a class here with the signature of `Projector`, and a line in `PROJECTORS`.
 """
@@ -46,7 +46,7 @@ def stack_frames(features: Tensor, stack_factor: int) -> Tensor:
 
 
 class Projector(nn.Module):
-    """What all projectors share: sizes, and the RMS of what they put out.
+    """Base of all projectors: their sizes.
 
     Args:
         input_dim: D, encoder width.
@@ -77,7 +77,7 @@ class MLPProjector(Projector):
 
 
 class LinearProjector(Projector):
-    """Stack, Linear: the least that can work, and the control for every other one."""
+    """Stack, Linear: the smallest projector, and the control for the others."""
 
     def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
         super().__init__(input_dim, output_dim, stack_factor, hidden_size)
@@ -90,7 +90,7 @@ class LinearProjector(Projector):
 class NormMLPProjector(Projector):
     """Stack, RMSNorm, Linear, GELU, Linear: insensitive to the scale of the features.
 
-    Source: the form that alexkroman/tiny-audio ended with after some twenty variants (projectors.py, September 2026).
+    Source: the final form of some twenty variants in alexkroman/tiny-audio (projectors.py, September 2026).
     """
 
     def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
@@ -105,14 +105,14 @@ class NormMLPProjector(Projector):
 
 
 class ConvProjector(Projector):
-    """One strided convolution that sees half a stack to either side, GELU, Linear.
+    """One strided convolution over the stack and half a stack on either side, GELU, Linear.
 
     Source: WeSR (github.com/wenet-e2e/wesr), which joins frames by a Conv1d before the LLM.
     """
 
     def __init__(self, input_dim: int, output_dim: int, stack_factor: int, hidden_size: int) -> None:
         super().__init__(input_dim, output_dim, stack_factor, hidden_size)
-        self.context = stack_factor // 2  # frames seen beyond the stack, each side
+        self.context = stack_factor // 2  # frames beyond the stack, each side
         self.conv = nn.Conv1d(input_dim, hidden_size, stack_factor + 2 * self.context, stride=stack_factor)
         self.linear_out = nn.Linear(hidden_size, output_dim)
 
@@ -122,9 +122,9 @@ class ConvProjector(Projector):
             raise ValueError("features have 0 frames; expected at least 1 (audio shorter than 25 ms is padded)")
         right = math.ceil(frames / self.stack_factor) * self.stack_factor - frames + self.context
         padded = nn.functional.pad(features, (0, 0, self.context, right))
-        # As one product over the windows: 1.5 to 3.6 times faster on a CPU than the convolution, whose kernels are made
-        # anew for every length.
-        windows = padded.unfold(1, self.conv.kernel_size[0], self.stack_factor)  # (B, P, D, frames seen)
+        # One product over all windows is 1.5 to 3.6 times faster on a CPU than the convolution, which compiles a kernel
+        # for every length.
+        windows = padded.unfold(1, self.conv.kernel_size[0], self.stack_factor)  # (B, P, D, kernel size)
         joined = nn.functional.linear(windows.flatten(2), self.conv.weight.flatten(1), self.conv.bias)
         return self.linear_out(nn.functional.gelu(joined))
 

@@ -1,12 +1,12 @@
-"""The one prompt, for training and for inference.
+"""The prompt, the same for training and inference.
 
     <start> Speech: [audio, 10 Hz] \nTranscript: the words that were said <end-of-text>
     '---- prefix --'              '-- suffix --''-------- target -----------------'
 
-Plain words of the frozen decoder's own vocabulary, since a base model has no chat template; no token is added. The
-three texts are tokenised apart and joined as ids, so that a word can never merge across a border and labels are placed
-by position, never found by search. Audio stands in the middle so that what precedes it is a constant of the decoder.
-Shape letters as in `modeling_tinyaudio`.
+The texts are words of the frozen decoder's own vocabulary, since a base model has no chat template; no token is added.
+The three texts are tokenised separately and joined as ids, so that words never merge across a border and labels are
+placed by position, never found by search. The audio is in the middle, so that the part before it is constant. Shape
+letters as in `modeling_tinyaudio`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ SUFFIX = "\nTranscript:"
 def prompt_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokenise the prompt: ids before the audio (with the tokenizer's own start token, if it has one) and after it."""
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    return start + _ids(tokenizer, PREFIX), _ids(tokenizer, SUFFIX)
+    prefix, suffix = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PREFIX, SUFFIX))
+    return [*start, *map(int, prefix)], [*map(int, suffix)]
 
 
 def transcript_ids(tokenizer: Any, transcript: str) -> list[int]:
@@ -33,7 +34,7 @@ def transcript_ids(tokenizer: Any, transcript: str) -> list[int]:
 
 
 def many_transcript_ids(tokenizer: Any, transcripts: Sequence[str]) -> list[list[int]]:
-    """Tokenise training targets in one call, which a tokenizer in Rust spreads over its threads."""
+    """Tokenise training targets in one call; tokenizers in Rust use several threads for it."""
     words = [transcript.strip() for transcript in transcripts]
     found = tokenizer([" " + one if one else "" for one in words], add_special_tokens=False)["input_ids"]
     end = end_of_text_id(tokenizer)
@@ -47,12 +48,8 @@ def end_of_text_id(tokenizer: Any) -> int:
         ModelError: a tokenizer without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise ModelError("the decoder's tokenizer has no end-of-text token; expected one, since it ends a transcript")
+        raise ModelError("the decoder's tokenizer has no end-of-text token; expected one, which ends every transcript")
     return int(tokenizer.eos_token_id)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def assemble(
@@ -63,7 +60,7 @@ def assemble(
     Args:
         prefix: (a, H) embeddings of the ids before the audio.
         audio: (B, P, H) projector output.
-        num_projected: (B,) valid projected frames of each row; a GPU's is waited for, so the host's is better.
+        num_projected: (B,) valid projected frames of each row; on the host, since reading it from a GPU waits.
         suffix: (b, H) embeddings of the ids after the audio.
         targets: B tensors (L_i, H), embedded transcripts; None at inference.
 
@@ -78,7 +75,7 @@ def assemble(
 
 
 def pad_right(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows for training, (B, longest, H). Padding stands behind everything causal attention looks at."""
+    """Stack rows for training, (B, longest, H). Padding is at the end, where causal attention never looks."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 

@@ -1,9 +1,9 @@
-"""What comes out: a transcript with its segments, its times and everything that went other than planned.
+"""The result of transcription: a transcript with its segments, their times and its warnings.
 
-Plain values without torch or audio; writers of subtitles and JSON need nothing else.
+Plain values without torch or audio, so writers of subtitles and JSON need nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -13,9 +13,9 @@ class Segment:
 
     Args:
         id: counts from 0 within its transcript.
-        start, end: seconds from the beginning of the recording, where speech was heard.
-        text: what was said; may be empty.
-        warnings: codes of `guard` and `segments`, see `Transcript`.
+        start, end: seconds from the beginning of the recording, where its speech begins and ends.
+        text: may be empty.
+        warnings: codes, see `Transcript`.
     """
 
     id: int
@@ -32,11 +32,11 @@ class Transcript:
     Args:
         source: the input's name, as given.
         text: all segments joined by spaces.
-        segments: in order of time; none where there is no speech.
-        duration_s: length of the recording, in seconds.
-        warnings: one code per event, in order of time (`guard.CODES` says what each means).
-        error: one line, if the input could not be read to its end; text and segments then hold what came before.
-        model, revision, version: what made it.
+        segments: in order of time; empty without speech.
+        duration_s: length of the recording, seconds.
+        warnings: one code per event, in order of time (`guard.CODES` explains each).
+        error: one line, if the input could not be read to its end; text and segments are then of the part before.
+        model, revision, version: the model, its hub commit and the version of tinyaudio that made it.
     """
 
     source: str
@@ -50,15 +50,9 @@ class Transcript:
     version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object that `--json` prints: Whisper's keys (text, language, segments), and ours."""
+        """Return the object that `--json` prints: Whisper's keys (text, language, segments) and ours."""
         segments = [
-            {
-                "id": s.id,
-                "start": round(s.start, 3),
-                "end": round(s.end, 3),
-                "text": s.text,
-                "warnings": list(s.warnings),
-            }
+            {**asdict(s), "start": round(s.start, 3), "end": round(s.end, 3), "warnings": list(s.warnings)}
             for s in self.segments
         ]
         return {

@@ -1,1 +1,1 @@
-"""What made the bundled stand-ins: corpus, encoder and decoder. `python -m pipelines.demo.make`. Not in the wheel."""
+"""What made the bundled corpus, encoder and decoder: `python -m pipelines.demo.make`. Not in the wheel."""

@@ -1,4 +1,4 @@
-"""`python -m pipelines.demo.make` makes the bundled stand-ins again."""
+"""`python -m pipelines.demo.make` makes the bundled corpus and models again."""
 
 from pipelines.demo.make.assets import main
 

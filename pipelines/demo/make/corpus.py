@@ -1,8 +1,7 @@
-"""The demo corpus: invented sentences, spoken by espeak-ng, in LoquaciousSet's schema.
+"""The demo corpus: generated sentences, spoken by espeak-ng, in LoquaciousSet's schema.
 
-Holds the grammar, the voices, the synthesis and the Parquet writer. Invariants: a sentence belongs to one
-split only; a variant (timbre) of `UNSEEN_VARIANTS` is heard in `test_unseen` and nowhere else; everything
-is a pure function of a seed and of the installed espeak-ng and libopus. Knows nothing of models.
+Invariants: a sentence belongs to one split only; a variant (timbre) of `UNSEEN_VARIANTS` occurs in `test_unseen` alone;
+everything is a pure function of a seed and of the installed espeak-ng and libopus. Knows nothing of models.
 """
 
 import hashlib
@@ -10,7 +9,8 @@ import io
 import json
 import random
 import subprocess
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,10 @@ import soxr
 
 from tinyaudio.model.audio import SAMPLING_RATE, Samples
 
-OPUS_COMPRESSION_LEVEL = 0.988
-"""About 12 kbit/s: the lowest step at which libopus still keeps 4 to 8 kHz (one step lower drops it)."""
+OPUS_COMPRESSION_LEVEL = 0.988  # about 12 kbit/s: the lowest step at which libopus still keeps 4 to 8 kHz
+EDGE_SILENCE_S = 0.06  # kept before and after the speech
 
-EDGE_SILENCE_S = 0.06
-"""Silence kept before and after the speech."""
-
+# Open classes. The words of a class were chosen to sound different from each other.
 WORDS: dict[str, tuple[str, ...]] = {
     "name": ("anna", "peter", "martha", "oliver", "susan", "emily", "jacob", "henry"),
     "adjective": (
@@ -58,8 +56,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "number": ("seven", "eleven", "twenty", "forty", "three", "thousand", "fifteen", "eighty"),
     "day": ("today", "yesterday", "tonight", "monday", "friday", "sunday", "october", "winter"),
 }  # fmt: skip
-"""Open classes. Words of one class are chosen to sound different from each other."""
 
+# Eighteen sentence patterns over `WORDS` and about thirty function words.
 TEMPLATES = (
     "the {adjective} {animal} {intransitive} {preposition} the {place}",
     "{name} {transitive} the {adjective} {object}",
@@ -80,7 +78,6 @@ TEMPLATES = (
     "number {number} is our {adjective} {object}",
     "since {day} {name} {transitive} {number} {adjective} envelopes",
 )
-"""Eighteen sentence patterns over `WORDS` and some thirty function words."""
 
 ACCENTS = (
     "en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp",
@@ -100,30 +97,22 @@ MALE_VARIANTS = (
     "miguel", "norbert", "pablo", "paul", "pedro", "quincy", "rob", "robert", "sandro", "travis", "victor",
 )  # fmt: skip
 
+# Timbres that occur in `test_unseen` alone. Their near twins (f5, belinda, edward2) are not used at all.
 UNSEEN_VARIANTS = (
     "Annie", "f2", "f4", "linda", "Michael", "Nguyen", "edward", "gustave", "m7", "paul", "travis", "victor",
 )  # fmt: skip
-"""Timbres that only `test_unseen` contains. Their near twins (f5, belinda, edward2) are used nowhere."""
 
-SPLIT_SIZES = {"train": 2_400, "dev": 120, "test": 200, "test_unseen": 200}
-"""Utterances in each split."""
+SPLIT_SIZES = {"train": 2_400, "dev": 120, "test": 200, "test_unseen": 200}  # utterances
 
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """One synthetic speaker: an espeak-ng accent and variant at a fixed pitch and speed.
+    """One synthetic speaker: an espeak-ng accent and variant at a fixed pitch and speed."""
 
-    Attributes:
-        accent: espeak-ng voice file, such as "en-us".
-        variant: espeak-ng variant file, such as "f3"; it sets the timbre.
-        pitch: 0 to 99, espeak-ng's scale.
-        speed: words per minute.
-    """
-
-    accent: str
-    variant: str
-    pitch: int
-    speed: int
+    accent: str  # espeak-ng voice file, such as "en-us"
+    variant: str  # espeak-ng variant file, such as "f3"; it sets the timbre
+    pitch: int  # 0 to 99, espeak-ng's scale
+    speed: int  # words per minute
 
     @property
     def name(self) -> str:
@@ -138,25 +127,16 @@ class Voice:
 
 @dataclass(frozen=True, kw_only=True)
 class SpokenUtterance:
-    """One row of the corpus.
+    """One row of the corpus."""
 
-    Attributes:
-        utterance_id: unique over all splits.
-        transcript: lower case, no punctuation.
-        voice: who says it.
-        opus: Ogg/Opus bytes, 16 kHz mono.
-        samples: (S,), float32 in [-1, 1], what soundfile decodes from `opus`.
-    """
-
-    utterance_id: str
-    transcript: str
+    utterance_id: str  # unique over all splits
+    transcript: str  # lower case, no punctuation
     voice: Voice
-    opus: bytes
-    samples: Samples
+    opus: bytes  # Ogg/Opus, 16 kHz mono
+    samples: Samples  # (S,), float32 in [-1, 1], what soundfile decodes from `opus`
 
     @property
     def duration_s(self) -> float:
-        """Decoded length in seconds."""
         return len(self.samples) / SAMPLING_RATE
 
 
@@ -174,7 +154,7 @@ def make_sentence(rng: random.Random) -> str:
 
 
 def make_sentences(rng: random.Random, count: int, taken: set[str]) -> list[str]:
-    """Draw `count` new sentences and add them to `taken`, which they do not repeat."""
+    """Draw `count` sentences that are not in `taken`, and add them to it."""
     sentences: list[str] = []
     while len(sentences) < count:
         sentence = make_sentence(rng)
@@ -193,7 +173,7 @@ def split_sentences(seed: int) -> dict[str, list[str]]:
 
 
 def known_variants() -> list[str]:
-    """Return the variants that training may hear."""
+    """Return the variants that training may contain."""
     return [v for v in FEMALE_VARIANTS + MALE_VARIANTS if v not in UNSEEN_VARIANTS]
 
 
@@ -204,13 +184,6 @@ def random_voice(rng: random.Random, variants: Sequence[str]) -> Voice:
     )
 
 
-def corpus_voices(seed: int) -> tuple[list[Voice], list[Voice]]:
-    """Return the known voices (two for each known variant) and the unseen ones (one for each unseen variant)."""
-    rng = random.Random(f"voices-{seed}")
-    known = [random_voice(rng, [variant]) for variant in known_variants() for _ in range(2)]
-    return known, [random_voice(rng, [variant]) for variant in UNSEEN_VARIANTS]
-
-
 def synthesise(sentence: str, voice: Voice) -> Samples:
     """Speak one sentence with espeak-ng.
 
@@ -218,8 +191,8 @@ def synthesise(sentence: str, voice: Voice) -> Samples:
         (S,), float32, 16 kHz, peak 0.5, with `EDGE_SILENCE_S` around the speech.
 
     Raises:
-        FileNotFoundError: if espeak-ng is not installed.
-        subprocess.CalledProcessError: if espeak-ng does not know the voice.
+        FileNotFoundError: espeak-ng is not installed.
+        subprocess.CalledProcessError: espeak-ng does not know the voice.
     """
     command = ["espeak-ng", "--stdout", "-v", f"{voice.accent}+{voice.variant}"]
     command += ["-p", str(voice.pitch), "-s", str(voice.speed), sentence]
@@ -250,21 +223,10 @@ def decode_opus(data: bytes) -> Samples:
     """Decode Ogg/Opus bytes to (S,) float32 at 16 kHz."""
     samples, rate = sf.read(io.BytesIO(data), dtype="float32")
     if rate != SAMPLING_RATE:
-        raise ValueError(f"decoded {rate} Hz, expected {SAMPLING_RATE} Hz; this libsndfile does not keep the rate")
+        raise ValueError(
+            f"expected {SAMPLING_RATE} Hz after decoding, found {rate} Hz; this libsndfile changes the rate"
+        )
     return np.asarray(samples, dtype=np.float32)
-
-
-def _crc_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        crc = byte << 24
-        for _ in range(8):
-            crc = (crc << 1) ^ (0x04C11DB7 if crc & 0x80000000 else 0)
-        table.append(crc & 0xFFFFFFFF)
-    return tuple(table)
-
-
-_CRC_TABLE = _crc_table()
 
 
 def _renumber_ogg(data: bytes, serial: bytes) -> bytes:
@@ -284,44 +246,44 @@ def _renumber_ogg(data: bytes, serial: bytes) -> bytes:
             lacing = bytes([len(body)])
         header = data[position : position + 14] + serial + data[position + 18 : position + 22] + bytes(4)
         page = header + bytes([len(lacing)]) + lacing + body
-        crc = 0
-        for byte in page:
-            crc = ((crc << 8) & 0xFFFFFFFF) ^ _CRC_TABLE[(crc >> 24) ^ byte]
-        pages.append(page[:22] + crc.to_bytes(4, "little") + page[26:])
+        pages.append(page[:22] + _ogg_crc(page).to_bytes(4, "little") + page[26:])
         position = start + sum(data[position + 27 : start])
     return b"".join(pages)
 
 
-def speak(utterance_id: str, sentence: str, voice: Voice) -> SpokenUtterance:
-    """Synthesise, encode and decode one utterance."""
-    opus = encode_opus(synthesise(sentence, voice), utterance_id)
-    return SpokenUtterance(
-        utterance_id=utterance_id, transcript=sentence, voice=voice, opus=opus, samples=decode_opus(opus)
-    )
+_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def speak_all(jobs: Iterable[tuple[str, str, Voice]]) -> list[SpokenUtterance]:
-    """Speak many (utterance_id, sentence, voice) on two threads; the order is kept."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda job: speak(*job), jobs))
+def _ogg_crc(page: bytes) -> int:
+    """Compute Ogg's CRC-32: zlib's polynomial, but with the highest bit first and without its inversions."""
+    reflected = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
 
 
 def make_corpus(seed: int) -> dict[str, list[SpokenUtterance]]:
-    """Make all splits."""
-    known, unseen = corpus_voices(seed)
+    """Make all splits: two voices for each known variant, and in `test_unseen` one for each unseen variant."""
+    rng = random.Random(f"voices-{seed}")
+    known = [random_voice(rng, [variant]) for variant in known_variants() for _ in range(2)]
+    unseen = [random_voice(rng, [variant]) for variant in UNSEEN_VARIANTS]
+
+    def speak(utterance_id: str, sentence: str, voice: Voice) -> SpokenUtterance:
+        opus = encode_opus(synthesise(sentence, voice), utterance_id)
+        samples = decode_opus(opus)
+        return SpokenUtterance(utterance_id=utterance_id, transcript=sentence, voice=voice, opus=opus, samples=samples)
+
     corpus = {}
-    for split, sentences in split_sentences(seed).items():
-        voices = unseen if split == "test_unseen" else known
-        rng = random.Random(f"{split}-{seed}")
-        order = [voices[i % len(voices)] for i in range(len(sentences))]
-        rng.shuffle(order)
-        jobs = [(f"demo-{split}-{i:05d}", s, v) for i, (s, v) in enumerate(zip(sentences, order, strict=True))]
-        corpus[split] = speak_all(jobs)
+    with ThreadPoolExecutor(2) as pool:
+        for split, sentences in split_sentences(seed).items():
+            voices = unseen if split == "test_unseen" else known
+            order = [voices[i % len(voices)] for i in range(len(sentences))]
+            random.Random(f"{split}-{seed}").shuffle(order)
+            ids = [f"demo-{split}-{i:05d}" for i in range(len(sentences))]
+            corpus[split] = list(pool.map(speak, ids, sentences, order))
     return corpus
 
 
-def corpus_schema() -> pa.Schema:
-    """Return speechbrain/LoquaciousSet's columns, with the metadata by which `datasets` knows them."""
+def write_corpus(folder: Path, corpus: dict[str, list[SpokenUtterance]]) -> None:
+    """Write every split as Parquet, in speechbrain/LoquaciousSet's columns and under names like its own."""
     features: dict[str, dict[str, object]] = {
         "ID": {"dtype": "string", "_type": "Value"},
         "duration": {"dtype": "float32", "_type": "Value"},
@@ -338,28 +300,21 @@ def corpus_schema() -> pa.Schema:
         ("sex", pa.string()),
         ("text", pa.string()),
     ]
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def write_split(path: Path, utterances: Sequence[SpokenUtterance]) -> None:
-    """Write one split as Parquet."""
-    rows = [
-        {
-            "ID": u.utterance_id,
-            "duration": u.duration_s,
-            "wav": {"bytes": u.opus, "path": f"{u.utterance_id}.opus"},
-            "spk_id": u.voice.name,
-            "sex": u.voice.sex,
-            "text": u.transcript,
-        }
-        for u in utterances
-    ]
-    table = pa.Table.from_pylist(rows, schema=corpus_schema())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", compression_level=19, row_group_size=400)
-
-
-def write_corpus(folder: Path, corpus: dict[str, list[SpokenUtterance]]) -> None:
-    """Write every split under its LoquaciousSet-like file name."""
+    # By this metadata, `datasets` knows the types.
+    schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    folder.mkdir(parents=True, exist_ok=True)
     for split, utterances in corpus.items():
-        write_split(folder / f"{split}-00000-of-00001.parquet", utterances)
+        rows = [
+            {
+                "ID": u.utterance_id,
+                "duration": u.duration_s,
+                "wav": {"bytes": u.opus, "path": f"{u.utterance_id}.opus"},
+                "spk_id": u.voice.name,
+                "sex": u.voice.sex,
+                "text": u.transcript,
+            }
+            for u in utterances
+        ]
+        path = folder / f"{split}-00000-of-00001.parquet"
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, path, compression="zstd", compression_level=19, row_group_size=400)

@@ -1,7 +1,7 @@
-"""The demo's stand-in decoder: a small SmolLM3 with its tokenizer, steerable through its input embeddings.
+"""The bundled decoder: a small SmolLM3 with its tokenizer, steerable through its input embeddings.
 
 Invariants: training reads no sentence of dev, test and test_unseen; everything is a pure function of a seed, the
-inputs and the installed libraries. Knows nothing of speech, of the encoder and of the projector.
+inputs and the installed libraries. Knows nothing of speech, the encoder or the projector.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from pipelines.demo.make.training import Log, TrainingPlan, save_weights, update
+from pipelines.demo.make.training import TrainingPlan, save_weights, update
 from tinyaudio.model.prompt import PREFIX, SUFFIX
 
 EOS_TOKEN = "<|end_of_text|>"
@@ -26,7 +26,7 @@ DECODER_PLAN = TrainingPlan(steps=2_500, batch_size=48, learning_rate=3e-3, warm
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text survives, common words of the demo are one piece each."""
+    """Train a byte-level BPE: any text round-trips, and common words of the demo are one piece each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,21 +69,13 @@ def decoder_config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseSequence:
-    """One training sequence of the decoder, position by position.
+    """One training sequence of the decoder, position by position."""
 
-    Attributes:
-        ids: token of each position; -1 is a blank frame.
-        mixed_ids: the second token of a frame; equal to `ids` elsewhere.
-        mix: share of the second token, 0 outside frames.
-        is_frame: whether the position stands for an audio frame.
-        has_loss: whether the token is to be predicted.
-    """
-
-    ids: list[int]
-    mixed_ids: list[int]
-    mix: list[float]
-    is_frame: list[bool]
-    has_loss: list[bool]
+    ids: list[int]  # token of each position; -1 is a blank frame
+    mixed_ids: list[int]  # the second token of a frame; equal to `ids` elsewhere
+    mix: list[float]  # share of the second token, 0 outside frames
+    is_frame: list[bool]  # whether the position stands for an audio frame
+    has_loss: list[bool]  # whether the token is to be predicted
 
 
 def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list[tuple[int, int, float]]:
@@ -103,9 +95,9 @@ def _stretch(rng: random.Random, pieces: Sequence[int], vocab_size: int) -> list
 
 
 class DenoiseTask:
-    """The decoder's training task: sentences as blurred frames in the product's prompt, to be written out.
+    """The decoder's training task: write out sentences that stand as blurred frames in the product's prompt.
 
-    A twelfth of the sequences is plain text; a fifteenth holds only blanks, and the answer is end-of-text.
+    A twelfth of the sequences are plain text; a fifteenth contain only blanks, and the answer is end-of-text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], seed: int) -> None:
@@ -155,12 +147,10 @@ def _pad(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> T
 def denoise_loss(model: SmolLM3ForCausalLM, batch: Sequence[DenoiseSequence], blur: float) -> Tensor:
     """Return the mean cross entropy of the transcripts and their end-of-text.
 
-    Frames are token embeddings, mixed, noised by up to 1.2 of their size and scaled by 0.5 to 2; blanks are noise.
+    Frames are token embeddings: mixed, with noise of up to 1.2 of their size, and scaled by 0.5 to 2. Blanks are noise.
 
     Args:
-        model: the decoder.
-        batch: its sequences.
-        blur: 0 to 1, share of the mixing and of the noise that is applied.
+        blur: 0 to 1, the share of the mixing and of the noise that is applied.
     """
     ids = _pad([s.ids for s in batch], 0, torch.long)
     second = _pad([s.mixed_ids for s in batch], 0, torch.long)
@@ -180,15 +170,11 @@ def denoise_loss(model: SmolLM3ForCausalLM, batch: Sequence[DenoiseSequence], bl
 
 
 def train_decoder(
-    tokenizer: PreTrainedTokenizerFast,
-    sentences: Sequence[str],
-    seed: int,
-    log: Log,
-    plan: TrainingPlan = DECODER_PLAN,
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], seed: int, plan: TrainingPlan = DECODER_PLAN
 ) -> SmolLM3ForCausalLM:
-    """Train the stand-in SmolLM3; return it in eval mode, float32.
+    """Train the small SmolLM3; return it in eval mode, float32.
 
-    Text alone would not make it steerable through its embeddings, hence the denoise task. The blur grows over the
+    Text alone would not make it steerable through its embeddings, so it learns to denoise. The blur grows over the
     first half: copying is learnt from clean frames, and blurred ones from the start hide it for thousands of steps.
     """
     torch.manual_seed(seed)
@@ -202,7 +188,7 @@ def train_decoder(
         loss = denoise_loss(model, [task.sequence() for _ in range(plan.batch_size)], blur)
         update(optimizer, parameters, loss, plan.rate(step))
         if step % 100 == 0:
-            log(f"decoder step {step}/{plan.steps} loss {loss.item():.3f}")
+            print(f"decoder step {step}/{plan.steps} loss {loss.item():.3f}", flush=True)
     model.train(False)
     return model
 

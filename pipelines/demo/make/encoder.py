@@ -1,7 +1,7 @@
-"""The demo's stand-in encoder: a small HuBERT with a character CTC head, trained from nothing on synthetic speech.
+"""The bundled encoder: a small HuBERT with a character CTC head, trained from scratch on synthetic speech.
 
-Invariants: training hears no sentence of dev, test and test_unseen and no unseen voice; everything is a pure function
-of a seed, the inputs and the installed libraries. Knows nothing of the decoder and of the projector.
+Invariants: training contains no sentence of dev, test and test_unseen and no unseen voice; everything is a pure
+function of a seed, the inputs and the installed libraries. Knows nothing of the decoder or the projector.
 """
 
 import itertools
@@ -19,16 +19,14 @@ from transformers import HubertConfig, HubertForCTC, Wav2Vec2CTCTokenizer, Wav2V
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
-from pipelines.demo.make.training import Log, TrainingPlan, save_weights, update
+from pipelines.demo.make.training import TrainingPlan, save_weights, update
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames
 
 NUM_MEL_BANDS = 40
+# HuBERT's 32 symbols, lower case; 0 is the CTC blank, | the space.
 CTC_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
-"""HuBERT's 32 symbols, lower case; 0 is the CTC blank, | the space."""
-
-WORD_LOSS_WEIGHT = 1.0
-"""Of one word against one letter: both losses are means over their symbols."""
-
+WORD_LOSS_WEIGHT = 1.0  # of one word against one letter: both losses are means over their symbols
+NOISE_LENGTH = 1 << 19  # samples of one noise strip, from which pieces are cut: making noise each time was too slow
 ENCODER_PLAN = TrainingPlan(steps=5_000, batch_size=16, learning_rate=3e-3, warmup_steps=150)
 
 
@@ -63,13 +61,9 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     )
 
 
-NOISE_LENGTH = 1 << 19
-"""Samples of one noise strip, from which pieces are cut: colouring noise anew each time was too slow."""
-
-
 @lru_cache(maxsize=1)
 def _noise_strips() -> tuple[Samples, ...]:
-    """Return unit-power noise, from white to brown."""
+    """Make unit-power noise, from white to brown."""
     rng = np.random.default_rng(0)
     strips = []
     for exponent in np.linspace(0.0, 1.0, 8):
@@ -123,7 +117,7 @@ def augment(rng: np.random.Generator, samples: Samples) -> Samples:
 
 
 def _wordless(rng: np.random.Generator) -> Samples:
-    """Return digital silence or noise, in which nothing is said."""
+    """Return digital silence, or noise without speech."""
     length = int(rng.uniform(0.2, 4.0) * SAMPLING_RATE)
     if rng.random() < 0.2:
         return np.zeros(length, dtype=np.float32)
@@ -135,7 +129,7 @@ def _wordless(rng: np.random.Generator) -> Samples:
 def _training_utterance(
     rng: np.random.Generator, corpus: Sequence[tuple[str, Samples]], index: int, disturb: bool
 ) -> tuple[str, Samples]:
-    """Return one utterance: as it is, or disturbed, sometimes two in a row, sometimes none at all."""
+    """Return one utterance: unchanged, or disturbed, sometimes two in a row, sometimes without speech."""
     if not disturb:
         return corpus[index]
     draw = rng.random()
@@ -152,7 +146,7 @@ def _training_utterance(
 def encoder_batches(
     corpus: Sequence[tuple[str, Samples]], plan: TrainingPlan, seed: int
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Yield (transcripts, (B, S) samples, (B, S) mask) of similar lengths, without end.
+    """Yield batches of similar lengths for ever: transcripts, (B, S) samples, (B, S) mask.
 
     The first pass over the corpus is undisturbed: CTC finds the alignment much sooner.
     """
@@ -171,7 +165,7 @@ def encoder_batches(
 
 
 class MelTeacher(nn.Module):
-    """A linear reading of log-mel bands from the convolutions, which gives them an early direction."""
+    """A linear prediction of log-mel bands from the convolutions, which gives them an early direction."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -213,10 +207,10 @@ def _ctc_loss(logits: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]])
 
 
 class CtcHeads:
-    """The two readings that the encoder learns to allow: characters, which stay, and whole words, which do not.
+    """Two CTC heads: one for characters, which is kept, and one for whole words, which is not.
 
-    Characters alone leave each frame with a letter or two. The projector sees a tenth of a second at a time, so
-    the frames must also know their word, as those of a large encoder do.
+    With characters alone, a frame would encode a letter or two. The projector sees a tenth of a second at a time, so
+    the frames must also encode their word, as those of a large encoder do.
     """
 
     def __init__(self, model: HubertForCTC, transcripts: Sequence[str]) -> None:
@@ -237,7 +231,7 @@ class CtcHeads:
 
 
 def convolve(encoder: HubertFeatureEncoder, samples: Tensor) -> Tensor:
-    """Compute what `encoder` computes, as matrix products with channels last, in 0.6 of its time on a CPU.
+    """Compute what `encoder` computes, as matrix products with channels last, in 0.6 of the time on a CPU.
 
     Args:
         encoder: layer-normed convolutions with ReLU.
@@ -270,10 +264,8 @@ def _frames(mask: Tensor) -> Tensor:
     return torch.tensor([num_frames(int(length)) for length in mask.sum(-1)])
 
 
-def train_encoder(
-    corpus: Sequence[tuple[str, Samples]], seed: int, log: Log, plan: TrainingPlan = ENCODER_PLAN
-) -> HubertForCTC:
-    """Train the stand-in HuBERT on (transcript, samples) pairs; return it in eval mode, float32.
+def train_encoder(corpus: Sequence[tuple[str, Samples]], seed: int, plan: TrainingPlan = ENCODER_PLAN) -> HubertForCTC:
+    """Train the small HuBERT on (transcript, samples) pairs; return it in eval mode, float32.
 
     Loss: CTC of characters and of words, plus the mel teacher while it fades over the first half.
     """
@@ -304,7 +296,7 @@ def train_encoder(
         update(optimizer, parameters, characters + WORD_LOSS_WEIGHT * words + fade * mel, plan.rate(step))
         if step % 100 == 0:
             parts = f"characters {characters.item():.3f} words {words.item():.3f} mel {mel.item():.3f}"
-            log(f"encoder step {step}/{plan.steps} {parts}")
+            print(f"encoder step {step}/{plan.steps} {parts}", flush=True)
     del convolutions.forward
     model.train(False)
     return model
@@ -312,7 +304,7 @@ def train_encoder(
 
 @torch.no_grad()
 def ctc_transcripts(model: HubertForCTC, waves: Sequence[Samples], batch_size: int = 32) -> list[str]:
-    """Transcribe with the CTC head alone, greedily: the control that needs no projector and no LM."""
+    """Transcribe with the CTC head alone, greedily: the control without projector and language model."""
     extract, order = feature_extractor(), sorted(range(len(waves)), key=lambda i: len(waves[i]))
     texts = [""] * len(waves)
     for start in range(0, len(order), batch_size):

@@ -1,11 +1,8 @@
-"""What training either demo stand-in takes: a schedule, one update, and files of half the size.
-
-Knows neither what is trained nor on what.
-"""
+"""What both bundled models need for their training: a schedule, one optimizer step, and weights saved as float16."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Log = Callable[[str], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """How long and how fast one stand-in is trained.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: utterances or sequences in one step.
-        learning_rate: peak of a linear warm-up and a cosine to zero.
-        warmup_steps: length of the warm-up.
-    """
+    """How long and how fast a model is trained."""
 
     steps: int
-    batch_size: int
-    learning_rate: float
+    batch_size: int  # utterances or sequences in one step
+    learning_rate: float  # peak of a linear warm-up and a cosine to zero
     warmup_steps: int
 
     def rate(self, step: int) -> float:
@@ -42,7 +30,7 @@ class TrainingPlan:
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, rate: float) -> None:
-    """Take one step at a learning rate, with gradients clipped to a norm of 1."""
+    """Take one step at the given learning rate, with gradients clipped to a norm of 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
@@ -52,7 +40,7 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Round a model to float16 and save it so; its config asks to be loaded in float32."""
+    """Save a model rounded to float16; its config asks for loading in float32."""
     weights: Any = model
     weights.half()
     model.save_pretrained(folder)

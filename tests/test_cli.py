@@ -148,6 +148,20 @@ def test_interrupt_exits_130_with_one_line(recipe_file, corpus_folder, noise, tm
     assert stderr.strip() == "tinyaudio: interrupted; run the same command again to resume"
 
 
+def test_interrupt_inside_exec_exits_130_too(tmp_path):
+    """As while torch is imported; `python -m` would end by the signal itself."""
+    (tmp_path / "interrupted.py").write_text(
+        "import tinyaudio.cli.app as cli\n"
+        "def app(**_):\n"
+        "    try: exec('raise KeyboardInterrupt')\n"
+        "    except KeyboardInterrupt: raise SystemExit(130)\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 130
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(("command", "option"), [("extract", "--store"), ("train", "--run")])
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(command, option, recipe_file, tmp_path):

@@ -1,4 +1,4 @@
-"""`tinyaudio transcribe` as a Unix tool: where text goes, what is skipped, which code it leaves with."""
+"""`tinyaudio transcribe` as a Unix tool: where text goes, what is skipped, exit codes."""
 
 import json
 import subprocess
@@ -97,7 +97,7 @@ def test_all_formats_at_once(run, talk):
     assert {p.suffix for p in (talk.parent / "out").iterdir()} == {".txt", ".srt", ".vtt", ".tsv", ".json"}
 
 
-def test_skip_existing_looks_for_the_asked_formats_where_they_go(run, talk):
+def test_skip_existing_checks_the_requested_formats(run, talk):
     out = talk.parent / "out"
     run(talk, "-f", "txt", "-o", out)
     before = (out / "talk.txt").stat().st_mtime_ns
@@ -171,7 +171,7 @@ def test_file_that_cannot_be_written_is_named_with_its_reason(run, talk, tmp_pat
     assert f"{str(tmp_path / 'out/talk.txt')!r} cannot be written: Is a directory" in done.stderr
 
 
-def test_transcript_somebody_keeps_beside_the_audio_is_never_written_over_unasked(run, talk, expected):
+def test_existing_transcript_beside_the_audio_is_never_replaced_unasked(run, talk, expected):
     other, reference = talk.with_name("other.wav"), talk.with_suffix(".txt")
     other.write_bytes(talk.read_bytes())
     reference.write_text("what was really said")

@@ -108,6 +108,10 @@ def main() -> None:
             raise
         warn(message)
         sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
+    finally:
+        # If Ctrl-C hits code that exec() runs from a string, as while torch is imported, `python -m` ends by SIGINT and
+        # not with 130, even if it was caught (CPython, run_eval_code_obj). Running another string resets that.
+        exec("")
 
 
 def _one_line(error: Exception) -> str | None:

@@ -18,11 +18,6 @@ FullSizeOption = Annotated[
 bench = typer.Typer(help="Measure speed and memory. Ratios come from one run, side by side.", no_args_is_help=True)
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.add_typer(bench, name="bench")
-
-
 def _bench(stage: str, json: bool, *arguments: Any, **settings: Any) -> None:
     """Call `pipelines.bench.<stage>.bench_<stage>` and print its results, also as JSON if requested."""
     module = import_module(f"pipelines.bench.{stage}")

@@ -1,4 +1,4 @@
-"""The `eval` command. Part of the command line."""
+"""The `eval` command."""
 
 import json as json_module
 import math
@@ -37,33 +37,33 @@ def evaluate(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe that names the corpus: its name or file; default the model's own.")
+        str | None, typer.Option(help="Recipe that names the corpus: its name or file.  [default: the model's own]")
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="Folder, hub data set, or a name of eval_sets.toml; default the recipe's.")
+        str | None, typer.Option(help="Folder, hub data set, or a name of eval_sets.toml.  [default: the recipe's]")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split to score; default the recipe's test split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to score.  [default: the recipe's test split]")] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Score a random sample of this many.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for --max-samples.")] = 0,
     source: Annotated[str | None, typer.Option(help="Score only utterances of this source.")] = None,
     provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, hf or assemblyai.")] = "tinyaudio",
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams; default the model's own.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams.  [default: the model's own]")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of tokens per piece of audio; default the model's own.")
+        int | None, typer.Option(min=1, help="Maximum number of tokens per piece of audio.  [default: the model's own]")
     ] = None,
     length_penalty: Annotated[
-        float | None, typer.Option(help="Length penalty of beam search; default the model's own.")
+        float | None, typer.Option(help="Length penalty of beam search.  [default: the model's own]")
     ] = None,
     guard: Annotated[bool, typer.Option(help="Decode as transcribe does, or run the model alone.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 16,
     device: DeviceOption = "auto",
     api_key: Annotated[
-        str | None, typer.Option(help="Key of a paid provider; default its environment variable.")
+        str | None, typer.Option(help="Key of a paid provider.  [default: its environment variable]")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Jobs of a paid provider in flight.")] = 5,
     yes: Annotated[bool, typer.Option("--yes", help="Pay without asking for confirmation.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Output folder; default RUN/eval/CORPUS-SPLIT.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder.  [default: RUN/eval/CORPUS-SPLIT]")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try utterances again that failed in an earlier call.")
     ] = False,

@@ -7,8 +7,6 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperGroup
 
-from tinyaudio.cli.console import say as say
-
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a bundled recipe, or path of a TOML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. Repeatable.")

@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("publish")(publish)
+from tinyaudio.cli.options import JsonOption
 
 
 def publish(
@@ -27,8 +24,8 @@ def publish(
     grams_per_kwh: Annotated[
         float | None, typer.Option(min=0, help="CO2 emissions of its electricity, g per kWh, for the card.")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token. [default: HF_TOKEN or the stored one]")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
+    token: Annotated[str | None, typer.Option(help="Hub token.  [default: HF_TOKEN or the stored one]")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Publish a run: the model, a card with measured numbers, evaluations and samples."""
     from pipelines.publish.stage import publish as stage

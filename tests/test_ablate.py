@@ -20,7 +20,7 @@ from pipelines.errors import RecipeError, RunError
 from pipelines.extract.request import wanted_splits
 from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
-from pipelines.train.encoder_passes import counting_encoder_passes
+from pipelines.train.meter import counting_encoder_passes
 from pipelines.train.run_table import compare_runs, list_runs
 from pipelines.train.runs import Run
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration

@@ -123,7 +123,7 @@ def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_f
 
 def test_training_on_a_store_that_is_not_complete_is_warned_of(recipe_file, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 3))
-    monkeypatch.setattr("pipelines.train.stage._Stage", lambda *_: sys.exit("far enough"))
+    monkeypatch.setattr("pipelines.train.stage.build_model", lambda *_: sys.exit("far enough"))
     said = []
     with pytest.raises(SystemExit, match="far enough"):
         train(load_recipe(str(recipe_file)), tmp_path / "store", Run(tmp_path / "run"), device="cpu", say=said.append)

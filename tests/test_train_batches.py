@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cache import FeatureReader, Quantized
 from pipelines.errors import RunError
-from pipelines.train.batches import Dequantizer, TrainingBatches, collate, cut_by_budget, positions_needed, tokenize
+from pipelines.train.batches import Dequantizer, TrainingBatches, collate, cut_by_budget, positions_needed
+from pipelines.train.targets import tokenize
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9, 40, 12, 55, 21] * 8
@@ -98,7 +99,7 @@ def test_int8_becomes_features_on_the_device_as_the_reader_would_decode_it(tmp_p
 
 
 def test_an_utterance_beyond_the_budget_is_one_line_before_training(tmp_path, tokenizer):
-    with pytest.raises(RunError, match=r"decoder positions and train\.batch_tokens is 8"):
+    with pytest.raises(RunError, match=r"decoder positions; expected at most 8. Raise train.batch_tokens"):
         open_batches(tmp_path / "store", tokenizer, budget=8)
 
 

@@ -1,4 +1,4 @@
-"""Before a long run: one step of everything, a few utterances learnt by heart, what the command says."""
+"""Before a long run: one step of everything, an overfit check, what the command says."""
 
 import json
 
@@ -11,7 +11,7 @@ from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train import stage as train_module
 from pipelines.train.batches import TrainingBatches
-from pipelines.train.dev_run import rehearse
+from pipelines.train.dev_run import dev_run
 from pipelines.train.dev_set import DevSet
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
@@ -27,25 +27,23 @@ def store(recipe_file):
     return extracted(recipe_file)
 
 
-def test_rehearsal_does_one_step_of_everything_and_asks_nothing(recipe_file, store, monkeypatch):
+def test_dev_run_does_one_step_of_everything_and_asks_nothing(recipe_file, store, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _="": pytest.fail("asked a question on stdin"))
     lines: list[str] = []
-    done = rehearse(
-        load_recipe(str(recipe_file), ["train.overfit_utterances=3"]), store, device="cpu", say=lines.append
-    )
+    done = dev_run(load_recipe(str(recipe_file), ["train.overfit_utterances=3"]), store, device="cpu", say=lines.append)
     assert any("stopped at step 1 of 2" in line for line in lines)
     assert "trained, evaluated, saved, loaded and resumed" in str(done)
     assert (done.to_dict()["steps"], done.peak_memory_bytes > 0) == (2, True)
 
 
-def test_rehearsal_trains_and_evaluates_on_what_takes_most_memory(recipe_file, store, monkeypatch):
-    made, heard = [], []
+def test_dev_run_trains_and_evaluates_on_what_takes_most_memory(recipe_file, store, monkeypatch):
+    made, evaluated = [], []
     make, transcribe = TrainingBatches.__init__, DevSet.transcribe
     monkeypatch.setattr(TrainingBatches, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1])
-    monkeypatch.setattr(DevSet, "transcribe", lambda self, *a: (heard.append(self), transcribe(self, *a))[1])
+    monkeypatch.setattr(DevSet, "transcribe", lambda self, *a: (evaluated.append(self), transcribe(self, *a))[1])
     monkeypatch.setattr("pipelines.train.dev_set.BATCH_FRAMES", 120)
-    rehearse(load_recipe(str(recipe_file)), store, device="cpu", say=lambda _: None)
-    batches, dev = made[0], heard[0]
+    dev_run(load_recipe(str(recipe_file)), store, device="cpu", say=lambda _: None)
+    batches, dev = made[0], evaluated[0]
     left_out = np.setdiff1d(np.arange(len(batches.reader)), batches.chosen)
     assert batches.costs[batches.chosen].min() >= batches.costs[left_out].max()
     assert all(sorted(batches.positions(number)) == batches.chosen.tolist() for number in range(2))
@@ -55,21 +53,21 @@ def test_rehearsal_trains_and_evaluates_on_what_takes_most_memory(recipe_file, s
     assert len(dev.positions) * int(frames[dev.positions].max()) <= 120
 
 
-def test_rehearsal_under_torchrun_is_refused_instead_of_hanging(recipe_file, store, monkeypatch):
+def test_dev_run_under_torchrun_is_refused_instead_of_hanging(recipe_file, store, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"--dev-run under 2 processes; expected one"):
-        rehearse(load_recipe(str(recipe_file)), store, device="cpu")
+    with pytest.raises(RunError, match=r"--dev-run with 2 processes; expected one"):
+        dev_run(load_recipe(str(recipe_file)), store, device="cpu")
 
 
-def test_overfitting_that_fails_says_so_as_often_as_it_is_asked(recipe_file, store, tmp_path):
+def test_a_failed_overfit_check_is_reported_at_every_call(recipe_file, store, tmp_path):
     for _ in range(2):
-        with pytest.raises(RunError, match=r"3 utterances were not learnt by heart in 6 steps"):
+        with pytest.raises(RunError, match=r"overfit check failed: WER is .* after 6 steps on 3 utterances"):
             stage_two(recipe_file, store, tmp_path / "run", "train.overfit_utterances=3")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["is_finished"]
 
 
-def test_a_few_utterances_are_learnt_by_heart(tmp_path):
-    """On the bundled stand-ins, whose decoder can write: near-zero word errors, and an end as soon as they are zero."""
+def test_a_few_utterances_are_overfitted(tmp_path):
+    """On the bundled models, whose decoder can write: near-zero word errors, and an end as soon as they are zero."""
     recipe = load_recipe("demo", ["corpus.dev_split=none", "train.overfit_utterances=8", "train.eval_every=25"])
     store = tmp_path / "store"
     extract(recipe, store, splits=["dev"], device="cpu")
@@ -97,14 +95,14 @@ def test_dev_run_prints_json_and_refuses_what_it_would_ignore(recipe_file, store
     for more in (["--run", "mine"], ["--resume"], ["--overfit", 3]):
         refused = invoke(*common, *more)
         assert refused.exit_code == 2
-        assert "goes without --run, --resume and --overfit" in refused.output
+        assert "omit --run, --resume and --overfit" in refused.output
 
 
-def test_interrupt_says_how_to_go_on(recipe_file, store, tmp_path, monkeypatch):
+def test_interrupt_prints_how_to_resume(recipe_file, store, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, "build_model", interrupt)
     done = invoke("--recipe", recipe_file, "--store", store, "--device", "cpu", "--run", tmp_path / "run")
     assert done.exit_code == 130
-    assert f"the same command with --run {tmp_path / 'run'} --resume goes on" in done.output
+    assert f"run the same command with --run {tmp_path / 'run'} --resume to resume" in done.output

@@ -1,4 +1,4 @@
-"""Stage two on several processes: the same global batches, the same losses, nobody waits for ever."""
+"""Stage two on several processes: the same global batches, the same losses, and no process waits for ever."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trainings import extracted, tiny_recipe
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
+from pipelines.train.trainer import ProjectorTrainer
 
 OVERRIDES = ["train.accumulate=2", "train.log_every=1", "train.report_to=[]"]
 
@@ -58,6 +60,13 @@ def test_two_processes_take_the_steps_of_one(recipe_file, store, tmp_path):
         assert abs(two.state["report"][key] - one.state["report"][key]) < 1e-6
     a, b = (load_file(run.folder / "model.safetensors") for run in (one, two))
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_only_the_main_process_writes_the_model(tmp_path):
+    """transformers 5 calls `_save` in every process; two writers once left a torn processor_config.json."""
+    other = SimpleNamespace(args=SimpleNamespace(should_save=False, output_dir=str(tmp_path)))
+    ProjectorTrainer._save(other, str(tmp_path / "checkpoint"))
+    assert not (tmp_path / "checkpoint").exists()
 
 
 @pytest.mark.slow

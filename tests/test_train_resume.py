@@ -15,8 +15,9 @@ from trainings import extracted, logged, same_weights, stage_two, tiny_recipe
 
 from pipelines.errors import RunError
 from pipelines.train import batches as batches_module
+from pipelines.train import targets as targets_module
 from pipelines.train import trainer as trainer_module
-from pipelines.train.callback import Watch
+from pipelines.train.callback import TrainingCallback
 from pipelines.train.dev_set import DevSet
 from pipelines.train.runs import Run
 
@@ -61,7 +62,7 @@ class Killed(BaseException):
 
 def strike(monkeypatch, place: str, step: int, blow) -> None:
     """Call `blow` in the middle of a step, or halfway through writing its checkpoint."""
-    on_step_end, flush = Watch.on_step_end, trainer_module._flush
+    on_step_end, flush = TrainingCallback.on_step_end, trainer_module._flush
 
     def in_step(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -74,7 +75,7 @@ def strike(monkeypatch, place: str, step: int, blow) -> None:
             blow()
         flush(folder)
 
-    monkeypatch.setattr(Watch, "on_step_end", in_step if place == "step" else on_step_end)
+    monkeypatch.setattr(TrainingCallback, "on_step_end", in_step if place == "step" else on_step_end)
     monkeypatch.setattr(trainer_module, "_flush", in_save if place == "save" else flush)
 
 
@@ -154,12 +155,12 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe_file, store, whole, tmp_path
         strike(patch, "step", 4, terminate)
         report = stage_two(recipe_file, store, tmp_path / "run", lines=lines)
     assert (report.is_finished, report.steps) == (False, 4)
-    assert "stopped at step 4 of 6, saved; go on with" in lines[-1]
+    assert "stopped at step 4 of 6, saved. Run the same command with --run" in lines[-1]
     assert "--resume" in lines[-1]
-    assert 4 not in logged(tmp_path / "run", "dev_wer"), "the evaluation at step 4 was given up"
+    assert 4 not in logged(tmp_path / "run", "dev_wer"), "the evaluation at step 4 was interrupted"
     stage_two(recipe_file, store, tmp_path / "run", resume=True)
     assert same_weights(whole, tmp_path / "run")
-    assert logged(tmp_path / "run", "dev_wer") == logged(whole, "dev_wer"), "and made up for"
+    assert logged(tmp_path / "run", "dev_wer") == logged(whole, "dev_wer"), "and repeated after the resume"
 
 
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
@@ -171,11 +172,11 @@ def test_sigterm_at_the_end_is_no_finish_without_its_word_errors(
         if moment == "step":
             strike(patch, "step", 6, terminate)
         else:
-            listen, calls = DevSet.listen, iter(range(9))
-            patch.setattr(DevSet, "listen", lambda *a: (terminate() if next(calls) == 1 else None, listen(*a))[1])
+            gain, calls = DevSet.audio_gain, iter(range(9))
+            patch.setattr(DevSet, "audio_gain", lambda *a: (terminate() if next(calls) == 1 else None, gain(*a))[1])
         report = stage_two(recipe_file, store, tmp_path / "run", lines=lines)
     assert (report.is_finished, report.steps) == (False, 6)
-    assert "stopped at step 6 of 6, saved; go on with" in lines[-1]
+    assert "stopped at step 6 of 6, saved. Run the same command with --run" in lines[-1]
     assert stage_two(recipe_file, store, tmp_path / "run", resume=True).is_finished
     assert logged(tmp_path / "run", "dev_wer") == logged(whole, "dev_wer")
     assert same_weights(whole, tmp_path / "run")
@@ -192,7 +193,7 @@ def test_resume_computes_the_order_of_one_epoch_and_tokenises_nothing(recipe_fil
     order = batches_module.epoch_order
     with monkeypatch.context() as patch:
         patch.setattr(batches_module, "epoch_order", lambda *a, **k: (epochs.append(k["epoch"]), order(*a, **k))[1])
-        patch.setattr(batches_module, "tokenize", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(targets_module, "tokenize", lambda *_: pytest.fail("tokenised again"))
         stage_two(recipe_file, store, tmp_path / "run", *many, resume=True)
     assert len(epochs) == 1
     assert epochs[0] > 3, "a late epoch, and none of those before it"
@@ -205,7 +206,7 @@ def test_split_that_grew_since_the_last_save_is_refused(recipe_file, store, whol
     Run(tmp_path / "run").update({"is_finished": False})
     progress = tmp_path / "run" / "checkpoints" / "checkpoint-6" / "progress.json"
     progress.write_text(json.dumps({**json.loads(progress.read_text()), "utterances_in_split": 39}))
-    with pytest.raises(RunError, match=r"holds 40 utterances of split 'train' and held 39 when the run was last saved"):
+    with pytest.raises(RunError, match=r"split 'train' of .* has 40 utterances; expected 39 as at the last checkpoint"):
         stage_two(recipe_file, store, tmp_path / "run", resume=True)
 
 

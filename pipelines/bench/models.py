@@ -18,8 +18,8 @@ from cache import FeatureReader, FeatureStore, make_plan
 from pipelines.corpora import open_corpus
 from pipelines.encoders import LoadedEncoder
 from pipelines.recipes import load_recipe
-from pipelines.train.batches import Targets, tokenize
 from pipelines.train.model import load_tokenizer
+from pipelines.train.targets import Targets, tokenize
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_encoder, load_feature_extractor

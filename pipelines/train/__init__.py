@@ -1,1 +1,1 @@
-"""Stage two: the projector, trained from a feature store. `stage.py` is the stage."""
+"""Stage two: training the projector from a feature store. `stage.py` is the stage."""

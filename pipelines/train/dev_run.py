@@ -1,8 +1,8 @@
-"""A rehearsal of stage two, for before a night's run: one step of everything, in a temporary folder.
+"""The dev run: one step of everything in a temporary folder, before a long run.
 
-Train a step on the longest utterances, evaluate a full batch, save, stop, resume, train another, load what was saved
-as anyone would, and transcribe with it. What would fail after hours (a batch that does not fit, a full disk, a decoder
-that cannot be loaded again) fails now.
+It trains a step on the longest utterances, evaluates a full batch, saves, stops, resumes, trains another step, loads
+the saved model as a user would, and transcribes with it. What would fail after hours (a batch that does not fit, a full
+disk, a decoder that cannot be loaded again) fails now.
 """
 
 import tempfile
@@ -18,20 +18,23 @@ from pipelines.encoders import pick_device
 from pipelines.errors import RunError
 from pipelines.processes import num_processes
 from pipelines.recipes import Recipe
-from pipelines.train.batches import Dequantizer, collate, stored_targets
+from pipelines.train.batches import Dequantizer, collate
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
+from pipelines.train.targets import stored_targets
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 STEPS = 2
-OFTEN = {"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1}
-QUIETLY: dict[str, Any] = {"report_to": [], "overfit_utterances": None}  # two steps learn nothing by heart
+SETTINGS: dict[str, Any] = {
+    **{"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1},
+    **{"report_to": [], "overfit_utterances": None},  # two steps cannot overfit
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """What a rehearsal went through; `peak_memory_bytes` is the most that training or evaluating took."""
+class DevRunReport:
+    """The result of a dev run; `peak_memory_bytes` is the peak of training and evaluating."""
 
     steps: int
     seconds: float
@@ -43,46 +46,42 @@ class Rehearsal:
 
     def __str__(self) -> str:
         return (
-            f"trained, evaluated, saved, loaded and resumed, with at most {self.peak_memory_bytes / 1e9:.1f} GB; the "
+            f"trained, evaluated, saved, loaded and resumed; peak memory {self.peak_memory_bytes / 1e9:.1f} GB; the "
             f"loaded model writes {self.transcript[:60]!r}"
         )
 
 
-def rehearse(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> Rehearsal:
-    """Do one step of everything, with the recipe's own sizes; leaves nothing behind.
+def dev_run(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> DevRunReport:
+    """Run one step of everything with the recipe's own sizes; nothing is left behind.
 
     Raises:
-        RunError: several processes, a stop from outside, and everything that `train` raises.
+        RunError: several processes, or a stop by a signal.
+        Everything that `train` raises.
     """
     if num_processes() > 1:
-        raise RunError(
-            f"--dev-run under {num_processes()} processes; expected one: leave torchrun away for the rehearsal"
-        )
-    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=OFTEN | QUIETLY)})
-    with tempfile.TemporaryDirectory(prefix="tinyaudio-rehearsal-") as folder:
+        raise RunError(f"--dev-run with {num_processes()} processes; expected one. Run --dev-run without torchrun")
+    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=SETTINGS)})
+    with tempfile.TemporaryDirectory(prefix="tinyaudio-dev-run-") as folder:
         run = Run(Path(folder) / "run")
-        train(short, store, run, device=device, say=say, is_rehearsal=True, stop_after=1)
-        report = train(short, store, run, resume=True, device=device, say=say, is_rehearsal=True)
+        train(short, store, run, device=device, say=say, is_dev_run=True, stop_after=1)
+        report = train(short, store, run, resume=True, device=device, say=say, is_dev_run=True)
         if not report.is_finished:
-            raise RunError(f"the rehearsal ended at step {report.steps} of {STEPS}; it was stopped from outside")
-        transcript = _transcribe_one(run, store, recipe.corpus.train_split, device)
-    return Rehearsal(
+            raise RunError(f"the dev run was stopped by a signal at step {report.steps} of {STEPS}. Run it again")
+        # Load the folder as a user would, and transcribe a stored utterance.
+        model = TinyAudioForConditionalGeneration.from_pretrained(run.folder, trust_remote_code=False)
+        processor = TinyAudioProcessor.from_pretrained(run.folder, trust_remote_code=False)  # else it asks on stdin
+        reader = FeatureReader(FeatureStore.open(store), split=recipe.corpus.train_split)
+        batch = collate(reader, stored_targets(reader, processor.tokenizer), [0])
+        model = model.to(pick_device(device))
+        batch = {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+        }
+        with torch.no_grad():
+            features = Dequantizer(reader)(batch)
+            tokens = model.generate(features=features, num_frames=batch["num_frames"], num_beams=1, max_new_tokens=20)
+    return DevRunReport(
         steps=report.steps,
         seconds=report.seconds,
         peak_memory_bytes=report.peak_memory_bytes,
-        transcript=transcript,
+        transcript=str(processor.decode_transcripts(tokens)[0]),
     )
-
-
-def _transcribe_one(run: Run, store: Path, split: str, device: str) -> str:
-    """Load the run's folder as a user would and transcribe a stored utterance."""
-    model = TinyAudioForConditionalGeneration.from_pretrained(run.folder, trust_remote_code=False)
-    processor = TinyAudioProcessor.from_pretrained(run.folder, trust_remote_code=False)  # else it asks, on stdin
-    reader = FeatureReader(FeatureStore.open(store), split=split)
-    batch = collate(reader, stored_targets(reader, processor.tokenizer), [0])
-    model = model.to(pick_device(device))
-    batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    with torch.no_grad():
-        features = Dequantizer(reader)(batch)
-        tokens = model.generate(features=features, num_frames=batch["num_frames"], num_beams=1, max_new_tokens=20)
-    return str(processor.decode_transcripts(tokens)[0])

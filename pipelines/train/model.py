@@ -1,4 +1,4 @@
-"""From a recipe and a store's fingerprint to a model ready for stage two: frozen decoder, fresh projector."""
+"""The model that stage two trains, built from a recipe and a store's fingerprint: frozen decoder, new projector."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer
 
 from cache import FeatureReader, FeatureStore
-from pipelines.errors import RunError
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
@@ -22,33 +21,28 @@ from tinyaudio.model.prompt import end_of_text_id, prompt_ids
 def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
     """Load the decoder's tokenizer.
 
-    Raises:
-        RunError: no padding token beside the end-of-text token to fill finished beams with.
+    A decoder without a padding token gets `<|finetune_right_pad_id|>`, or its end-of-text token.
     """
     tokenizer = load_frozen(AutoTokenizer, decoder_id, revision)
     if tokenizer.pad_token_id is None:
-        # SmolLM3-3B-Base names none; its vocabulary has this one for the purpose (id 128004).
+        # SmolLM3-3B-Base defines none, but its vocabulary has this one for the purpose (id 128004).
         pad = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
         if pad is None or pad == tokenizer.unk_token_id:
             pad = end_of_text_id(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    tokenizer.padding_side = "right"  # pipelines want the same side as the feature extractor's
+    tokenizer.padding_side = "right"  # pipelines require the side of the feature extractor
     return tokenizer
 
 
 def build_model(
     recipe: Recipe, store: FeatureStore, device: torch.device
 ) -> tuple[TinyAudioForConditionalGeneration, TinyAudioProcessor]:
-    """Make the model that stage two trains; the seed decides the projector.
+    """Build the model on a device; `train.seed` decides the weights of the projector.
 
     Raises:
         MissingModelError, ModelError: a part cannot be loaded.
-        RunError: a decoder in a precision that is not known.
     """
-    dtype = getattr(torch, recipe.decoder.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise RunError(f"decoder.dtype {recipe.decoder.dtype!r}; expected float32 or bfloat16")
-    decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, dtype)
+    decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, getattr(torch, recipe.decoder.dtype))
     commit = None if Path(recipe.decoder.id).is_dir() else resolved_revision(decoder, recipe.decoder.revision)
     tokenizer = load_tokenizer(recipe.decoder.id, commit)
     prefix, suffix = prompt_ids(tokenizer)
@@ -82,6 +76,6 @@ def build_model(
 
 
 def window_s(store: FeatureStore, split: str) -> float:
-    """Return the longest training utterance in whole seconds: what the model may be asked to decode at once."""
+    """Return the longest training utterance in whole seconds: the longest piece the model may decode at once."""
     longest = int(FeatureReader(store, split=split).num_frames.max())
     return float(math.ceil(longest * HOP_LENGTH / SAMPLING_RATE))

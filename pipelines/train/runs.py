@@ -1,11 +1,12 @@
 """Runs: one execution of stage two is one folder, and that folder is a loadable model.
 
 runs/<name>/recipe.toml        the resolved recipe; itself a recipe
-runs/<name>/run.json           store, its fingerprint, commits of the frozen parts, whether it is finished
+runs/<name>/run.json           store, its fingerprint, overrides, commits of the frozen parts, whether it is finished
 runs/<name>/metrics.jsonl      one JSON object per logged step
+runs/<name>/log.txt            references and hypotheses at every evaluation
 runs/<name>/not_finite.txt     of a run that ended on a loss or a weight that was not finite: its utterances
-runs/<name>/tensorboard/       the same for TensorBoard
-runs/<name>/checkpoints/       what --resume goes on from
+runs/<name>/tensorboard/       the metrics for TensorBoard
+runs/<name>/checkpoints/       what --resume continues from
 runs/<name>/eval/              evaluations
 runs/<name>/config.json, model.safetensors, ...    the newest model
 runs/latest                    link to the newest run
@@ -13,34 +14,26 @@ runs/latest                    link to the newest run
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from cache.create import compare_fields
 from pipelines.errors import RunError
-from pipelines.files import write_text
+from pipelines.files import replacing, write_text
 from pipelines.recipes import Recipe, load_recipe
-from pipelines.recipes.recipe import differing_keys
 
 RUNS = Path("runs")
-LATEST = "latest"
-# What may differ when a run goes on: where things lie and how often we look, never what is computed.
-_FREE_TO_CHANGE = {
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_utterances",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.report_to",
-}
-_CORPUS_COUNTS = {"corpus.train_split", "corpus.dev_split"}  # the rest of its section is in the store's fingerprint
+LATEST, LOG = "latest", "log.txt"
+SECTIONS = {"corpus", "encoder", "decoder", "store", "projector", "train"}  # of a recipe, those that concern a run
+# Settings of [train] that may change when a run resumes: they affect how often it reports, not what it computes.
+_FREE_TO_CHANGE = {"log_every", "eval_every", "eval_utterances", "save_every", "keep_checkpoints", "report_to"}
 _MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model")
 
 
 def run_folder(name: str | None, recipe_name: str) -> Path:
-    """Resolve --run: a path if it has a slash, else a name under runs/; a new name from recipe and time if absent."""
+    """Resolve --run: a path if it has a slash, else a name under runs/; by default recipe and time."""
     if name is None:
         return RUNS / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(name) if "/" in name else RUNS / name
@@ -54,7 +47,7 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The content of run.json; empty for a folder that is no run."""
+        """The content of run.json; empty if there is none."""
         path = self.folder / "run.json"
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
@@ -70,51 +63,59 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def check_free(self) -> None:
+        """Check that a run may begin here.
+
+        Raises:
+            RunError: the folder contains a run already, or something else.
+        """
+        found = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        # A recipe, a log and hidden temporary files are what a kill during `begin` leaves.
+        if any(name not in ("recipe.toml", LOG) and not name.startswith(".") for name in found):
+            if self.state:
+                raise RunError(f"{str(self.folder)!r} contains an unfinished run. Add --resume, or use another --run")
+            raise RunError(f"{str(self.folder)!r} is not a run; expected a new or empty folder. Use another --run")
+
     def begin(self, recipe: Recipe, state: dict[str, Any]) -> None:
-        """Make the folder and say what will be done in it; errors as `check_free`."""
+        """Create the folder with recipe.toml and run.json, and link runs/latest to it; errors as `check_free`."""
         self.check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "recipe.toml", recipe.to_toml())
         self.update({"began": time.strftime("%Y-%m-%dT%H:%M:%S"), **state})
-        self.point_latest_here()
-
-    def check_free(self) -> None:
-        """Find out whether a run may begin here.
-
-        Raises:
-            RunError: the folder holds a run already, or something else.
-        """
-        found = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        # A recipe and half-written hidden files are what a kill during these lines leaves.
-        if any(name != "recipe.toml" and not name.startswith(".") for name in found):
-            if self.state:
-                raise RunError(
-                    f"{str(self.folder)!r} holds an unfinished run; add --resume to go on, or name another --run"
-                )
-            raise RunError(
-                f"{str(self.folder)!r} is not empty and holds no run; expected a new folder. Name another --run"
-            )
+        link = self.folder.parent / LATEST
+        if self.folder.parent.resolve() == RUNS.resolve() and (link.is_symlink() or not link.exists()):
+            with replacing(link) as temporary:
+                temporary.symlink_to(self.folder.name)
 
     def check_resumable(self, recipe: Recipe, fingerprint_id: str) -> None:
-        """Refuse to go on with anything else than what was begun.
+        """Check that a run would resume with the settings and the store it began with.
 
         Raises:
-            RunError: no run here, or keys that differ, named with both values.
+            RunError: no run here, or settings that differ, with both values.
         """
         if not self.state:
-            raise RunError(f"{str(self.folder)!r} holds no run to resume; expected a folder with run.json")
-        sections = ("corpus", "encoder", "decoder", "store", "projector", "train")
-        drift = {k: v for k, v in differing_keys(self.recipe, recipe, sections).items() if _counts(k)}
+            raise RunError(f"{str(self.folder)!r} is not a run; expected a folder with run.json")
+        changed = {}
+        for key, values in compare_fields(self.recipe.model_dump(), recipe.model_dump()).items():
+            section, _, name = key.partition(".")
+            if section == "corpus":  # the other settings of this section are in the store's fingerprint
+                is_free = name not in ("train_split", "dev_split")
+            else:
+                is_free = section not in SECTIONS or (section == "train" and name in _FREE_TO_CHANGE)
+            if not is_free:
+                changed[key] = values
         if self.state["store_fingerprint"] != fingerprint_id:
-            drift["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
-        if drift:
-            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in drift.items())
-            raise RunError(
-                f"{str(self.folder)!r} was begun with another recipe: {listed}; restore it or start a new --run"
-            )
+            changed["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
+        if changed:
+            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+            raise RunError(f"{str(self.folder)!r} began with other settings: {listed}. Restore them or use a new --run")
+
+    def update(self, state: dict[str, Any]) -> None:
+        """Merge into run.json."""
+        write_text(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line torn by a kill does not count."""
+        """Read metrics.jsonl; a last line cut off by a kill is ignored."""
         entries = []
         path = self.folder / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -128,38 +129,19 @@ class Run:
             lines.write(json.dumps(entry) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop what was written after a step: the run goes on from there and will write it again."""
+        """Drop the metrics after a step: the run resumes there and writes them again."""
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
         write_text(self.folder / "metrics.jsonl", "".join(kept))
 
-    @staticmethod
-    def progress(path: Path) -> dict[str, Any]:
-        """Read what a run had gone through at a checkpoint."""
-        return dict(json.loads(path.read_text()))
-
-    def update(self, state: dict[str, Any]) -> None:
-        """Merge into run.json, replacing the file as a whole."""
-        write_text(self.folder / "run.json", json.dumps({**self.state, **state}, indent=2) + "\n")
-
-    def point_latest_here(self) -> None:
-        """Make runs/latest a link to this run, if it lies in runs/."""
-        link = self.folder.parent / LATEST
-        if self.folder.parent.resolve() != RUNS.resolve() or (link.exists() and not link.is_symlink()):
-            return
-        temporary = link.with_name(f".{LATEST}.{os.getpid()}")
-        temporary.symlink_to(self.folder.name)
-        temporary.replace(link)
+    def log(self, text: str) -> None:
+        """Append to log.txt."""
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     def adopt_model(self, checkpoint: Path) -> None:
-        """Copy a checkpoint's model files into the run folder, weights last, each one replaced as a whole."""
+        """Copy a checkpoint's model files into the run folder, each one atomically, the weights last."""
         files = [path for pattern in _MODEL_FILES for path in checkpoint.glob(pattern)]
         files = [path for path in files if not path.name.startswith(("trainer_", "training_", "progress"))]
-        for path in sorted(files, key=lambda p: p.suffix == ".safetensors"):
-            temporary = self.folder / f".{path.name}.tmp"
-            shutil.copyfile(path, temporary)
-            temporary.replace(self.folder / path.name)
-
-
-def _counts(key: str) -> bool:
-    """Say whether a setting may not differ when a run goes on."""
-    return key in _CORPUS_COUNTS if key.startswith("corpus.") else key not in _FREE_TO_CHANGE
+        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+            with replacing(self.folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)

@@ -1,11 +1,11 @@
 """Stage two: train the projector, and nothing else, from a feature store.
 
-transformers' Trainer does the loop, the optimizer and the schedule (`trainer`); batches are a pure function
-of their number (`batches`); `callback` keeps metrics and word errors in the open. This module puts
-them together, begins and resumes. The encoder is never loaded here.
+transformers' Trainer runs the loop, the optimizer and the schedule (`trainer`); batches are a pure function of their
+number (`batches`); `callback` records metrics and word errors. The encoder is never loaded.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,13 @@ from pipelines.encoders import check_encoder, pick_device
 from pipelines.errors import RunError
 from pipelines.processes import is_main_process, local_rank, num_processes
 from pipelines.recipes import Recipe
-from pipelines.train.batches import (
-    TrainingBatches,
-    longest_batch,
-    open_training_reader,
-    positions_needed,
-    stored_targets,
-)
-from pipelines.train.callback import Watch, stop_on_sigterm
-from pipelines.train.dev_set import DevSet, chosen_for_overfitting
-from pipelines.train.encoder_passes import counting_encoder_passes
-from pipelines.train.meter import peak_memory_bytes
+from pipelines.train.batches import TrainingBatches, longest_batch, open_training_reader, positions_needed
+from pipelines.train.callback import TrainingCallback, stop_on_sigterm
+from pipelines.train.dev_set import DevSet, overfit_positions
+from pipelines.train.meter import counting_encoder_passes, peak_memory_bytes
 from pipelines.train.model import build_model
-from pipelines.train.runs import Run
+from pipelines.train.runs import LOG, Run
+from pipelines.train.targets import stored_targets
 from pipelines.train.trainer import (
     PROGRESS,
     ProjectorTrainer,
@@ -42,13 +36,12 @@ from pipelines.train.trainer import (
 )
 from tinyaudio.model.frozen import weights_digest
 
-Say = Callable[[str], None]
-OVERFIT_WER = 0.05  # what "near zero" means for `train.overfit_utterances`
+OVERFIT_WER = 0.05  # the most that `train.overfit_utterances` may end with
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """The closing line of stage two; counts are of the whole run, resumed parts included."""
+    """The result of stage two; counts are of the whole run, including the parts before a resume."""
 
     run: str
     steps: int
@@ -81,201 +74,163 @@ def train(
     *,
     resume: bool = False,
     device: str = "auto",
-    say: Say = print,
+    say: Callable[[str], None] = print,
+    overrides: Sequence[str] = (),
     stop_after: int | None = None,
-    is_rehearsal: bool = False,
+    is_dev_run: bool = False,
 ) -> TrainReport:
-    """Run stage two, or go on with it.
+    """Run or resume stage two.
 
     Args:
-        store_path: what stage one made.
-        run: where everything goes; a finished run of the same settings is left alone.
-        resume: go on from the last checkpoint (or from the start, if there is none yet).
-        say: receives lines for people, from the first process alone.
-        stop_after: a step after which to stop as on SIGTERM, saved; None for the recipe's end.
-        is_rehearsal: train on the longest utterances and evaluate on one full batch.
+        store_path: the feature store that stage one wrote.
+        run: the run's folder; a finished run with the same settings is left as it is.
+        resume: continue from the last checkpoint, or from the start if there is none.
+        say: receives messages, in the main process only.
+        overrides: "section.key=value" as given by the user, recorded in run.json.
+        stop_after: a step after which to save and stop as on SIGTERM; None for the recipe's last.
+        is_dev_run: train on the longest utterances and evaluate only one full batch.
 
     Raises:
-        StoreNotFoundError, StoreMismatchError: no store, or of another encoder.
-        RunError: a run in the way, settings that drifted or cannot be had here, a loss or a weight that is not finite,
-            or an overfit that failed.
+        StoreNotFoundError, StoreMismatchError: no store, or one made by another encoder.
+        RunError: the folder is not free, settings that changed or cannot be used here, a loss or a weight that is not
+            finite, or an overfit check that failed.
         ModelError: a frozen part cannot be loaded.
     """
-    told = say if is_main_process() else _say_nothing
-    device_here = _device_of_process(device)
-    check_settings(recipe)
-    store = FeatureStore.open(store_path)
-    check_encoder(recipe.encoder, store.fingerprint, store_path)
-    if pending := store.pending_shards():
-        told(
-            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run "
-            "sees the others only. Extract again until the store is complete"
-        )
-    is_finished = run.is_finished
-    if resume or is_finished:
-        run.check_resumable(recipe, store.fingerprint_id)
-        recipe = _at_the_recorded_commit(recipe, run)
-    elif is_main_process():
-        run.check_free()
-    if is_finished:
-        told(f"{run.folder} is finished; nothing to do (name another --run to train again)")
-        return _checked(TrainReport(**run.state["report"]), recipe)
-    checkpoint = last_checkpoint(run) if resume else None
-    stage = _Stage(recipe, store, run, checkpoint, device_here, told, is_rehearsal)
-    if not resume and is_main_process():
-        made_from = {
-            "store": str(store_path.resolve()),
-            "store_fingerprint": store.fingerprint_id,
-            "encoder_revision": stage.model.config.encoder_revision,
-            "decoder_revision": stage.model.config.decoder_revision,
-        }
-        run.begin(recipe, made_from)
-    with counting_encoder_passes() as count:
-        report = stage.run_to_the_end(lambda: count.passes, stop_after)
-    if not report.is_finished:
-        told(
-            f"stopped at step {report.steps} of {recipe.train.steps}, saved; "
-            f"go on with the same command and --run {run.folder} --resume"
-        )
-    return _checked(report, recipe)
+    is_main, settings = is_main_process(), recipe.train
+    if not is_main:
+        say = lambda _: None  # noqa: E731
 
-
-def _checked(report: TrainReport, recipe: Recipe) -> TrainReport:
-    """Refuse to call an overfit that failed a success."""
-    few = recipe.train.overfit_utterances
-    if report.is_finished and few is not None and (report.dev_wer is None or report.dev_wer > OVERFIT_WER):
-        wer = "unknown" if report.dev_wer is None else f"{100 * report.dev_wer:.1f} %"
-        raise RunError(
-            f"{few} utterances were not learnt by heart in {report.steps} steps: WER {wer}, expected at most "
-            f"{100 * OVERFIT_WER:.0f} %; raise train.steps or train.learning_rate in a new --run, and look at the pairs"
-        )
-    return report
-
-
-def _at_the_recorded_commit(recipe: Recipe, run: Run) -> Recipe:
-    """Go on with the decoder that the run began with, wherever its branch points by now."""
-    revision = run.state.get("decoder_revision", recipe.decoder.revision)
-    decoder = recipe.decoder.model_copy(update={"revision": revision})
-    return recipe.model_copy(update={"decoder": decoder})
-
-
-def _say_nothing(_: str) -> None:
-    """Processes beside the first one keep quiet."""
-
-
-def _device_of_process(device: str) -> torch.device:
-    """Give each process of torchrun its own GPU.
-
-    Raises:
-        RunError: one GPU of several is named; transformers' Trainer would take the first all the same.
-    """
-    if device.startswith("cuda:"):
+    # Check everything that can be checked before a model is loaded.
+    if device.startswith("cuda:"):  # transformers' Trainer would use the first GPU anyway
         index = device.removeprefix("cuda:")
         raise RunError(
             f"device {device!r}; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES={index} to choose a GPU"
         )
-    found = pick_device(device)
-    if found.type == "cuda":
-        found = torch.device("cuda", local_rank())
-        torch.cuda.set_device(found)
-    return found
-
-
-class _Stage:
-    """Stage two with everything loaded."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        store: FeatureStore,
-        run: Run,
-        checkpoint: Path | None,
-        device: torch.device,
-        say: Say,
-        is_rehearsal: bool,
-    ) -> None:
-        self.recipe, self.store, self.run, self.checkpoint = recipe, store, run, checkpoint
-        self.device, self.say = device, say
-        self.model, self.processor = build_model(recipe, store, device)
-        self.reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
-        self.batches = self._plan_batches(is_rehearsal)
-        self.dev = DevSet.open(recipe, store, self.processor, say)
-        if self.dev is not None and is_rehearsal:
-            self.dev = self.dev.largest_batch()
-        if recipe.train.gradient_checkpointing:
-            self.model.checkpoint_activations()
-        if recipe.train.compile:
-            self.model.compile_decoder()
-
-    def _plan_batches(self, is_rehearsal: bool) -> TrainingBatches:
-        settings, tokenizer = self.recipe.train, self.processor.tokenizer
-        targets = stored_targets(self.reader, tokenizer, self.say)
-        costs = positions_needed(self.reader, targets, tokenizer, self.recipe.projector.stack_factor)
-        chosen = None
-        if settings.overfit_utterances is not None:
-            chosen = chosen_for_overfitting(len(self.reader), settings.overfit_utterances)
-        elif is_rehearsal and len(self.reader):
-            chosen = longest_batch(costs, settings.batch_tokens)
-        return TrainingBatches(
-            self.reader,
-            targets,
-            costs,
-            budget=settings.batch_tokens,
-            seed=settings.seed,
-            num_batches=settings.steps * settings.accumulate,
-            chosen=chosen,
-            jitter_frames=settings.jitter_frames,
-            world_size=num_processes(),
-            is_pinned=self.device.type == "cuda",
+    torch_device = pick_device(device)
+    if torch_device.type == "cuda":  # each process of torchrun has its own GPU
+        torch_device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(torch_device)
+    check_settings(recipe)
+    store = FeatureStore.open(store_path)
+    check_encoder(recipe.encoder, store.fingerprint, store_path)
+    if pending := store.pending_shards():
+        say(
+            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run "
+            "trains on the others only. Extract again until the store is complete"
         )
+    is_finished = run.is_finished
+    if resume or is_finished:
+        run.check_resumable(recipe, store.fingerprint_id)
+        # The branch of the decoder may have moved since the run began.
+        revision = run.state.get("decoder_revision", recipe.decoder.revision)
+        recipe = recipe.model_copy(update={"decoder": recipe.decoder.model_copy(update={"revision": revision})})
+    elif is_main:
+        run.check_free()
+    if is_finished:
+        say(f"{run.folder} is finished; nothing to do (use another --run to train again)")
+        return _check_overfit(TrainReport(**run.state["report"]), recipe)
 
-    def run_to_the_end(self, count_passes: Callable[[], int], stop_after: int | None) -> TrainReport:
-        checkpoint = self.checkpoint
-        watch = Watch(self.run, self.dev, self.recipe.train, self.say, stop_after)
-        first_step = 0 if checkpoint is None else step_of(checkpoint)
-        if is_main_process() and self.run.state:
-            self.run.rewind_metrics(first_step)
-        watch.resume(first_step)
-        trainer = self._trainer(watch, first_step)
-        if checkpoint is not None:
-            progress = self.run.progress(checkpoint / PROGRESS)
-            trainer.meter.restore(progress)
-            self.batches.restore(progress)
-        with stop_on_sigterm(watch):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        self._check_frozen()
-        newest, totals, steps = trainer.checkpoint_now(), trainer.meter.totals(), trainer.state.global_step
-        report = TrainReport(
-            run=str(self.run.folder),
-            steps=steps,
-            loss=watch.last_loss,
-            dev_wer=watch.last_wer,
-            parameters=sum(p.numel() for p in self.model.projector.parameters()),
-            seconds=totals["seconds"],
-            is_finished=watch.is_learnt_by_heart or (steps >= self.recipe.train.steps and watch.has_judged(steps)),
-            num_utterances=int(totals["num_utterances"]),
-            audio_s=totals["audio_s"],
-            encoder_passes=count_passes(),
-            peak_memory_bytes=int(peak_memory_bytes(self.device)),
+    # Load the model, plan the batches, choose the dev set.
+    checkpoint = last_checkpoint(run) if resume else None
+    model, processor = build_model(recipe, store, torch_device)
+    reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
+    targets = stored_targets(reader, processor.tokenizer, say)
+    costs = positions_needed(reader, targets, processor.tokenizer, recipe.projector.stack_factor)
+    chosen = None
+    if settings.overfit_utterances is not None:
+        chosen = overfit_positions(len(reader), settings.overfit_utterances)
+    elif is_dev_run and len(reader):
+        chosen = longest_batch(costs, settings.batch_tokens)
+    batches = TrainingBatches(
+        reader,
+        targets,
+        costs,
+        budget=settings.batch_tokens,
+        seed=settings.seed,
+        num_batches=settings.steps * settings.accumulate,
+        chosen=chosen,
+        jitter_frames=settings.jitter_frames,
+        world_size=num_processes(),
+        is_pinned=torch_device.type == "cuda",
+    )
+    dev = DevSet.open(recipe, store, processor, say)
+    if dev is not None and is_dev_run:
+        dev = dev.largest_batch()
+    if settings.gradient_checkpointing:
+        model.checkpoint_activations()
+    if settings.compile:
+        model.compile_decoder()
+
+    # Begin the run, or return to the state of its last checkpoint.
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    if is_main:
+        if not resume:
+            state = {
+                "store": str(store_path.resolve()),
+                "store_fingerprint": store.fingerprint_id,
+                "encoder_revision": model.config.encoder_revision,
+                "decoder_revision": model.config.decoder_revision,
+                "overrides": list(overrides),
+            }
+            run.begin(recipe, state)
+        run.rewind_metrics(first_step)
+    callback = TrainingCallback(run, dev, settings, say, stop_after)
+    callback.resume(first_step)
+    trainer = ProjectorTrainer(
+        model=model,
+        args=training_arguments(recipe, run, torch_device),
+        batches=batches,
+        processor=processor,
+        callbacks=[callback, *(tensorboard(recipe, run, first_step) if is_main else [])],
+    )
+    trainer.remove_callback(PrinterCallback)  # `callback` prints instead
+    trainer.remove_callback(ProgressCallback)
+    callback.trainer = trainer
+    if checkpoint is not None:
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+        trainer.meter.restore(progress)
+        batches.restore(progress)
+
+    # Train.
+    with counting_encoder_passes() as encoder, stop_on_sigterm(callback):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    digest = weights_digest(model.decoder)
+    assert digest == model.config.decoder_digest, f"the frozen decoder changed during training: {digest}"
+
+    # Save and report.
+    newest, totals, steps = trainer.checkpoint_now(), trainer.meter.totals(), trainer.state.global_step
+    report = TrainReport(
+        run=str(run.folder),
+        steps=steps,
+        loss=callback.last_loss,
+        dev_wer=callback.last_wer,
+        parameters=sum(p.numel() for p in model.projector.parameters()),
+        seconds=totals["seconds"],
+        is_finished=callback.has_overfit or (steps >= settings.steps and callback.has_evaluated(steps)),
+        num_utterances=int(totals["num_utterances"]),
+        audio_s=totals["audio_s"],
+        encoder_passes=encoder.passes,
+        peak_memory_bytes=int(peak_memory_bytes(torch_device)),
+    )
+    if is_main:
+        run.adopt_model(newest)
+        run.update({"is_finished": report.is_finished, "report": report.to_dict()})
+    if not report.is_finished:
+        say(
+            f"stopped at step {steps} of {settings.steps}, saved. "
+            f"Run the same command with --run {run.folder} --resume to continue"
         )
-        if is_main_process():
-            self.run.adopt_model(newest)
-            self.run.update({"is_finished": report.is_finished, "report": report.to_dict()})
-        return report
+    return _check_overfit(report, recipe)
 
-    def _trainer(self, watch: Watch, first_step: int) -> ProjectorTrainer:
-        trainer = ProjectorTrainer(
-            model=self.model,
-            args=training_arguments(self.recipe, self.run, self.device),
-            batches=self.batches,
-            processor=self.processor,
-            callbacks=[watch, *(tensorboard(self.recipe, self.run, first_step) if is_main_process() else [])],
+
+def _check_overfit(report: TrainReport, recipe: Recipe) -> TrainReport:
+    """Raise a RunError if a finished overfit check has too many word errors."""
+    few = recipe.train.overfit_utterances
+    if report.is_finished and few is not None and (report.dev_wer is None or report.dev_wer > OVERFIT_WER):
+        wer = "unknown" if report.dev_wer is None else f"{100 * report.dev_wer:.1f} %"
+        raise RunError(
+            f"overfit check failed: WER is {wer} after {report.steps} steps on {few} utterances (expected at most "
+            f"{100 * OVERFIT_WER:.0f} %). Increase train.steps or train.learning_rate in a new --run, and inspect the "
+            f"reference/hypothesis pairs in {LOG}"
         )
-        for talkative in (PrinterCallback, ProgressCallback):  # Watch says it better
-            trainer.remove_callback(talkative)
-        watch.trainer = trainer
-        return trainer
-
-    def _check_frozen(self) -> None:
-        found, expected = weights_digest(self.model.decoder), self.model.config.decoder_digest
-        assert found == expected, f"the frozen decoder changed during training: {found} is not {expected}"
+    return report

@@ -1,7 +1,7 @@
-"""transformers' Trainer over batches by number: exact, resumable, saving models that load as they are.
+"""transformers' Trainer over batches by number: exact, resumable, and saving models that load as they are.
 
 Invariants: a checkpoint folder is complete or does not exist; a loss or a weight that is not finite is found before
-anything is saved; `train.accumulate` batches make a step whatever the number of processes, so one process and eight
+anything is saved; a step takes `train.accumulate` batches whatever the number of processes, so one process and eight
 take the same steps.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from pipelines.errors import RunError
 from pipelines.processes import is_main_process, num_processes
@@ -27,10 +27,10 @@ from pipelines.train.meter import Meter
 from pipelines.train.runs import Run
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
-PROGRESS = "progress.json"  # in a checkpoint: what the run had gone through
+PROGRESS = "progress.json"  # in a checkpoint: counts and batches up to it
 NOT_FINITE = "not_finite.txt"  # in a run's folder: the utterances on which it ended
-NAMED = 5  # utterances in an error
-STAGING = "partial"  # beside the checkpoints: the one being written
+NUM_NAMED = 5  # utterances in an error message
+STAGING = "partial"  # in the folder of checkpoints: the one being written
 
 
 class ProjectorTrainer(Trainer):
@@ -43,7 +43,7 @@ class ProjectorTrainer(Trainer):
         self.projected_rms: Tensor | None = None
         self._dequantize = Dequantizer(batches.reader)
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, utterance ids, loss
-        self._newest: tuple[int, list[str]] = (0, [])  # the step under way and the utterances of its batches
+        self._newest: tuple[int, list[str]] = (0, [])  # the current step and the utterances of its batches so far
 
     def get_train_dataloader(self) -> Any:
         numbers = [[number] for number in range(len(self.batches))]
@@ -52,7 +52,7 @@ class ProjectorTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of one batch, as Trainer wants it: its share of the step's mean, times the processes."""
+        """Compute the loss of one batch as Trainer expects it: its share of the step's mean, times the processes."""
         output = model(
             features=self._dequantize(inputs),
             num_frames=inputs["num_frames"],
@@ -60,10 +60,13 @@ class ProjectorTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
             host_counts=inputs["host_counts"],
         )
-        self._check_soon(inputs["utterance_ids"], output.loss.detach())
+        step, utterance_ids = self.state.global_step + 1, inputs["utterance_ids"]
+        self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
+        self._unchecked.append((step, utterance_ids, output.loss.detach()))
+        self.check_finite(keep=1)  # one batch late: by then a GPU has computed the loss, and nothing waits for it
         self.projected_rms = output.projected_rms
         self.meter.add(
-            num_utterances=len(inputs["utterance_ids"]),
+            num_utterances=len(utterance_ids),
             num_tokens=inputs["num_tokens"],
             num_targets=inputs["num_targets"],
             audio_s=inputs["duration_s"],
@@ -72,17 +75,8 @@ class ProjectorTrainer(Trainer):
         loss = output.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, output) if return_outputs else loss
 
-    # ------------------------------------------------------------------------------------- a loss that is not finite
-
-    def _check_soon(self, utterance_ids: list[str], loss: Tensor) -> None:
-        """Look at the loss one batch late: by then a GPU has finished it, and need not be waited for."""
-        step = self.state.global_step + 1
-        self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
-        self._unchecked.append((step, utterance_ids, loss))
-        self.check_finite(keep=1)
-
     def check_finite(self, keep: int = 0) -> None:
-        """Look at the losses not looked at yet, except for the last `keep`.
+        """Check the losses that have not been checked, except for the last `keep`.
 
         Raises:
             RunError: one is not finite; with its step and the utterances of its batch.
@@ -90,35 +84,30 @@ class ProjectorTrainer(Trainer):
         while len(self._unchecked) > keep:
             step, utterance_ids, loss = self._unchecked.pop(0)
             if not torch.isfinite(loss):
-                raise RunError(
-                    f"loss is {loss.item()} at step {step}, on utterances {self._named(utterance_ids)}; nothing was "
-                    "saved since the last checkpoint. Look at these utterances, or lower train.learning_rate"
-                )
+                raise self._not_finite(f"loss is {loss.item()} at step {step}", utterance_ids)
 
-    def check_weights(self) -> None:
-        """Look at the projector itself: the gradient of a finite loss may not be finite, and then no weight is.
+    def _check_weights(self) -> None:
+        """Check losses and projector: a finite loss can have a gradient that is not finite, which ruins all weights.
 
         Raises:
-            RunError: some weight is not finite; with the last step, which must have done it, and its utterances.
+            RunError: a weight is not finite; with the last step, which must have caused it, and its utterances.
         """
         self.check_finite()
         weights = self.accelerator.unwrap_model(self.model).projector.parameters()
         if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             step, utterance_ids = self._newest
-            raise RunError(
-                f"projector weights are not finite after step {step}, on utterances {self._named(utterance_ids)}: "
-                "their loss was finite and its gradient was not; nothing was saved since the last checkpoint. Look at "
-                "these utterances, or lower train.learning_rate"
-            )
+            raise self._not_finite(f"projector weights are not finite after step {step}", utterance_ids)
 
-    def _named(self, utterance_ids: list[str]) -> str:
-        """Name the first few, and where all of them are left."""
+    def _not_finite(self, found: str, utterance_ids: list[str]) -> RunError:
+        """Write all utterance ids to a file, and make an error that names the first few."""
         path = Path(self.args.output_dir).parent / NOT_FINITE
-        path.write_text("".join(f"{one}\n" for one in utterance_ids))
-        more = len(utterance_ids) - NAMED
-        return ", ".join(utterance_ids[:NAMED]) + (f" and {more} more (all in {str(path)!r})" if more > 0 else "")
-
-    # ------------------------------------------------------------------------------------- metrics
+        path.write_text("".join(f"{utterance_id}\n" for utterance_id in utterance_ids))
+        named, more = ", ".join(utterance_ids[:NUM_NAMED]), len(utterance_ids) - NUM_NAMED
+        rest = f" and {more} more (all in {str(path)!r})" if more > 0 else ""
+        return RunError(
+            f"{found}, on utterances {named}{rest}; nothing was saved since the last checkpoint. "
+            "Check these utterances, or lower train.learning_rate"
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -128,21 +117,19 @@ class ProjectorTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Give nothing: Trainer's own estimate walks all parameters at every step and assumes that all are trained."""
+        """Return 0: Trainer's estimate walks all parameters at every step and assumes that all of them are trained."""
         return 0
-
-    # ------------------------------------------------------------------------------------- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside its place, then move it there as a whole."""
+        """Write a checkpoint into a staging folder, then move it into place (transformers 5.23 writes in place)."""
         name = f"checkpoint-{self.state.global_step}"
         folder, staging = Path(self.args.output_dir), Path(self._get_output_dir(trial))
         if (folder / name).is_dir():
             return
-        self.check_weights()
+        self._check_weights()
         with self.meter.paused():
             totals = self.meter.totals()
             if self.args.should_save:
@@ -155,22 +142,24 @@ class ProjectorTrainer(Trainer):
                 (staging / name / PROGRESS).write_text(json.dumps(progress) + "\n")
                 _flush(staging / name)
                 (staging / name).rename(folder / name)
-                _forget_old(folder, keep=self.args.save_total_limit or 1)
+                rotate_checkpoints(str(folder), self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # transformers 5.23 calls this in every process
+            return
         folder = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     def checkpoint_now(self) -> Path:
-        """Return the newest checkpoint, saving one if the last step has none."""
+        """Return the checkpoint of the last step, saving it if there is none."""
         self._save_checkpoint(self.model, trial=None)
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
 
 def last_checkpoint(run: Run) -> Path | None:
-    """Find the newest complete checkpoint of a run."""
+    """Return the newest checkpoint of a run, if there is one."""
     found = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
     return None if found is None else Path(found)
 
@@ -181,7 +170,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _flush(folder: Path) -> None:
-    """Make a folder's files survive a power cut before anything points to them."""
+    """Flush a folder's files to the disk, so that a power cut after the rename leaves them whole."""
     for path in [*folder.iterdir(), folder]:
         file = os.open(path, os.O_RDONLY)
         try:
@@ -190,13 +179,8 @@ def _flush(folder: Path) -> None:
             os.close(file)
 
 
-def _forget_old(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("checkpoint-*"), key=step_of)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> TrainingArguments:
-    """Translate a recipe into what transformers calls things; makes the folder of checkpoints."""
+    """Translate a recipe into transformers' arguments; creates the folder of checkpoints."""
     settings, on_gpu = recipe.train, device.type == "cuda"
     if is_main_process():
         run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -223,7 +207,7 @@ def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> Traini
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=False,  # the batches' own thread does it
+        dataloader_pin_memory=False,  # the thread that makes batches does it
         ddp_find_unused_parameters=False,
         accelerator_config={
             "split_batches": False,
@@ -232,12 +216,12 @@ def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> Traini
             "non_blocking": on_gpu,
         },
     )
-    arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs are torchrun's business, never DataParallel's
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs need torchrun; never DataParallel
     return arguments
 
 
 def tensorboard(recipe: Recipe, run: Run, first_step: int) -> list[TrainerCallback]:
-    """Write curves into the run's own folder, if the recipe says so; what a stop left behind it is purged."""
+    """Write curves into the run's folder, if the recipe asks for it; points after `first_step` are purged."""
     if "tensorboard" not in recipe.train.report_to:
         return []
     from torch.utils.tensorboard import SummaryWriter
@@ -248,25 +232,20 @@ def tensorboard(recipe: Recipe, run: Run, first_step: int) -> list[TrainerCallba
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Find out before anything is loaded what would stop the run later.
+    """Check before anything is loaded what would stop the run later.
 
     Raises:
-        RunError: `train.accumulate` cannot be divided among the processes, or something to report to is not installed.
+        RunError: `train.accumulate` cannot be divided among the processes, or a reporter is not installed.
     """
     accumulate, processes = recipe.train.accumulate, num_processes()
     if accumulate % processes:
         raise RunError(
-            f"train.accumulate is {accumulate} and there are {processes} processes; expected a multiple of "
-            f"{processes}, since a step takes train.accumulate batches over all processes"
+            f"train.accumulate is {accumulate} with {processes} processes; expected a multiple of {processes}, "
+            "since the batches of a step are divided among the processes"
         )
-    _check_reporters(recipe)
-
-
-def _check_reporters(recipe: Recipe) -> None:
     available = {"tensorboard", *get_available_reporting_integrations()}
-    missing = [name for name in recipe.train.report_to if name not in available]
-    if missing:
+    if missing := [name for name in recipe.train.report_to if name not in available]:
         raise RunError(
             f"train.report_to names {', '.join(missing)}, which is not installed; expected some of "
-            f"{', '.join(sorted(available))} (pip install {' '.join(missing)} adds it)"
+            f"{', '.join(sorted(available))}. Try `pip install {' '.join(missing)}`"
         )

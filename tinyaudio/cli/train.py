@@ -40,7 +40,7 @@ def train(
     """
     from pipelines.processes import is_main_process, num_processes
     from pipelines.recipes import load_recipe
-    from pipelines.train.dev_run import rehearse
+    from pipelines.train.dev_run import dev_run as run_dev
     from pipelines.train.runs import Run, run_folder
     from pipelines.train.stage import train as stage_two
 
@@ -50,14 +50,14 @@ def train(
     if dev_run:
         if run is not None or resume or overfit is not None:
             raise typer.BadParameter("omit --run, --resume and --overfit", param_hint="--dev-run")
-        print_report(rehearse(loaded, path, device=device, say=say), json)
+        print_report(run_dev(loaded, path, device=device, say=say), json)
         return
     if run is None and not resume and num_processes() > 1:
         raise typer.BadParameter("several processes that train together need a name for the run", param_hint="--run")
     folder = run_folder("latest" if resume and run is None else run, loaded.name).resolve()
     is_first = is_main_process()
     try:
-        report = stage_two(loaded, path, Run(folder), resume=resume, device=device, say=say)
+        report = stage_two(loaded, path, Run(folder), resume=resume, device=device, say=say, overrides=overrides)
     except KeyboardInterrupt:
         if is_first:
             warn(f"interrupted; run the same command with --run {folder} --resume to resume")

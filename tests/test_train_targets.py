@@ -1,8 +1,7 @@
-"""What is worked out from a store is worked out once, kept beside it, and never trusted blindly."""
+"""Token ids are computed once for a store, kept with it, and computed again when they are damaged."""
 
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,8 @@ import pytest
 from cache_stores import create, fill, make_features
 
 from cache import FeatureReader, FeatureStore
-from pipelines.train import batches as batches_module
-from pipelines.train.batches import stored_targets, tokenize
-from pipelines.train.derived import remembered
+from pipelines.train import targets as targets_module
+from pipelines.train.targets import stored_targets, tokenize
 from tinyaudio.model.prompt import transcript_ids
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9] * 4
@@ -30,18 +28,18 @@ def kept(store: FeatureStore) -> list[Path]:
 
 
 def never(*_: object) -> dict[str, np.ndarray]:
-    pytest.fail("worked out again")
+    pytest.fail("computed again")
 
 
-def test_second_start_works_nothing_out(store, tokenizer, monkeypatch):
+def test_second_start_computes_nothing(store, tokenizer, monkeypatch):
     first, again = [], []
     expected = stored_targets(FeatureReader(FeatureStore.open(store.path), split="train"), tokenizer, first.append)
-    monkeypatch.setattr(batches_module, "tokenize", never)
+    monkeypatch.setattr(targets_module, "tokenize", never)
     found = stored_targets(FeatureReader(FeatureStore.open(store.path), split="train"), tokenizer, again.append)
     assert np.array_equal(expected.ids, found.ids)
     assert np.array_equal(expected.offsets, found.offsets)
     assert len(first) == 1
-    assert "are not there yet" in first[0]
+    assert "none are kept yet" in first[0]
     assert again == []
 
 
@@ -60,7 +58,7 @@ def test_another_tokenizer_or_split_is_another_question(store, tokenizer):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_damaged_file_is_worked_out_again_with_a_line(store, tokenizer, damage):
+def test_damaged_file_is_computed_again_with_a_line(store, tokenizer, damage):
     reader = FeatureReader(store, split="train")
     expected = stored_targets(reader, tokenizer, lambda _: None)
     (path,) = kept(store)
@@ -84,48 +82,35 @@ def test_store_that_cannot_be_written_to_warns_and_works(store, tokenizer, monke
     reader = FeatureReader(store, split="train")
     targets = stored_targets(reader, tokenizer, lines.append)
     assert len(targets.lengths) == len(reader)
-    assert lines == [
-        f"warning: the token-ids of {store.path} cannot be kept there (Permission denied); every start works them out"
-    ]
+    assert "tokenizing the transcripts" in lines[0]
+    (warning,) = lines[1:]
+    assert warning.startswith(f"warning: cannot keep token ids in {store.path / 'derived'} (Permission denied)")
     assert not kept(store)
 
 
-def test_store_that_grows_asks_again(store):
-    answers = iter([{"n": np.array([1])}, {"n": np.array([2])}])
-    assert remembered(store, "number", {}, lambda: next(answers), lambda _: None)["n"] == [1]
+def test_store_that_grows_asks_again(store, tokenizer):
+    before = stored_targets(FeatureReader(store, split="train"), tokenizer, lambda _: None)
     moved = store.path / "commits.aside"
     moved.mkdir()
     shutil.move(store.layout.commit(0), moved)
-    assert remembered(store, "number", {}, lambda: next(answers), lambda _: None)["n"] == [2]
+    smaller = stored_targets(FeatureReader(FeatureStore.open(store.path), split="train"), tokenizer, lambda _: None)
+    assert len(smaller.lengths) < len(before.lengths)
+    assert len(kept(store)) == 2
 
 
-def test_one_process_works_it_out_while_the_other_waits(store, tmp_path):
-    """Both begin at once; the work takes a while and leaves a mark each time it is done."""
-    script = """
-import sys, time, uuid
-from pathlib import Path
-import numpy as np
-from cache import FeatureStore
-from pipelines.train.derived import remembered
-def work():
-    (Path(sys.argv[2]) / uuid.uuid4().hex).touch()
-    time.sleep(1.5)
-    return {"n": np.arange(3)}
-Path(sys.argv[2], "ready" + sys.argv[3]).touch()
-while len(list(Path(sys.argv[2]).glob("ready*"))) < 2:
-    time.sleep(0.01)
-assert remembered(FeatureStore.open(sys.argv[1]), "number", {}, work, print)["n"].tolist() == [0, 1, 2]
-"""
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    command = [sys.executable, "-c", script, str(store.path), str(marks)]
-    both = [subprocess.Popen([*command, name]) for name in "ab"]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    assert len([path for path in marks.iterdir() if not path.name.startswith("ready")]) == 1
+def test_processes_that_start_together_keep_one_whole_file(store, tokenizer):
+    """Both may do the work; what they write is the same, and each file is replaced as a whole."""
+    readers = [FeatureReader(FeatureStore.open(store.path), split="train") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda reader: stored_targets(reader, tokenizer, lambda _: None), readers))
+    assert all(np.array_equal(one.ids, found[0].ids) for one in found)
+    assert len(kept(store)) == 1
+    assert np.array_equal(stored_targets(readers[0], tokenizer, never).ids, found[0].ids)
+    assert [path.suffix for path in (store.path / "derived").iterdir()] == [".npz"]
 
 
 def test_batched_tokens_are_those_of_one_transcript_at_a_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(batches_module, "TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr(targets_module, "TOKENIZED_AT_ONCE", 3)
     texts = ["the cat sat", "", "  on the mat ", "a dog", "\n", "the dog", "a cat and a dog"]
     targets = tokenize(tokenizer, texts)
     assert [targets[i].tolist() for i in range(len(texts))] == [transcript_ids(tokenizer, text) for text in texts]

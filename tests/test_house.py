@@ -1,6 +1,7 @@
 """Imports point one way, from floor to floor; names, lists and the layout in the docs are those of the tree."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -101,6 +102,7 @@ STRANGERS = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the three packages, by its dotted name."""
     found = {}

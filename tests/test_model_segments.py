@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.segments import MIN_SPEECH, audible_length, cut, join_texts, rules
-from tinyaudio.model.voice import FRAME_LENGTH, VoiceActivity
+from tinyaudio.model.segments import MIN_SPEECH, audible_length, cut, join_texts
+from tinyaudio.model.voice import FRAME_LENGTH, FRAME_S, VoiceActivity
 
 
 def silence(duration_s):
@@ -228,7 +228,7 @@ def test_a_gap_early_in_a_window_is_better_than_none():
     """Speech, one gap after a sixth of the window, and speech without a pause for longer than the rest of it."""
     frames = np.full((150, FRAME_LENGTH), 0.1, np.float32)
     probabilities = np.ones(len(frames))
-    window = rules(window_s=4.0)[1].window
+    window = int(4.0 / FRAME_S)
     probabilities[window // 6 : window // 6 + 4] = 0.0
     piece = next(cut([frames[: window + 4].reshape(-1)], 4.0, ScriptedVoice(probabilities)))
     assert piece.end_s == pytest.approx(window // 6 * FRAME_LENGTH / SAMPLING_RATE, abs=0.15)

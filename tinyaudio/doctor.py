@@ -5,7 +5,7 @@ Examines what tinyaudio itself uses. Changes no files and does not access the ne
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
@@ -39,18 +39,12 @@ def examine() -> Iterator[Finding]:
     """Examine Python, torch and its device, audio formats, voice activity, disk space and the default model."""
     found, remedy = sys.version.split()[0], "install Python 3.11 or later"
     yield _check("Python", sys.version_info >= MIN_PYTHON, found, remedy, "bad")
-    yield from _torch()
-    yield from _formats()
-    try:
-        import numpy as np
-
-        from tinyaudio.model.voice import VoiceActivity
-
-        VoiceActivity().feed(np.zeros(512, np.float32))
-        yield Finding(name="voice activity", state="ok", found=f"silero-vad {version('silero-vad')}")
-    except Exception as error:  # any failure is the finding
-        remedy = "pip install 'silero-vad>=6.2'"
-        yield Finding(name="voice activity", state="bad", found=one_line(error), remedy=remedy)
+    for name, (try_out, remedy) in REQUIREMENTS.items():
+        try:
+            yield Finding(name=name, state="ok", found=try_out())
+        except Exception as error:  # any failure is the finding
+            yield Finding(name=name, state="bad", found=one_line(error), remedy=remedy)
+    yield _device()
     yield _disk()
     yield _default_model()
 
@@ -62,52 +56,67 @@ def _check(name: str, is_ok: bool, found: str, remedy: str, otherwise: str) -> F
     return Finding(name=name, state=otherwise, found=found, remedy=remedy)
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _libsndfile() -> str:
+    """Write and read a tenth of a second in memory: a version number does not show which formats work."""
+    import numpy as np
+    import soundfile
+
+    from tinyaudio.model.audio import load_audio
+
+    kinds = ("WAV", "AIFF", "FLAC", "MP3", "OGG")
+    for kind in kinds:
+        buffer = BytesIO()
+        soundfile.write(buffer, np.zeros(4410, np.float32), 44_100, format=kind)
+        load_audio(buffer.getvalue())
+    return f"{soundfile.__libsndfile_version__}: {', '.join(kinds)}"
+
+
+def _ffmpeg() -> str:
+    import av
+
+    missing = [codec for codec in ("aac", "opus", "vorbis", "mp3") if codec not in av.codecs_available]
+    if missing:
+        raise RuntimeError(f"PyAV {av.__version__} without {', '.join(missing)}")
+    return f"PyAV {av.__version__}: M4A, AAC, WebM"
+
+
+def _voice_activity() -> str:
+    import numpy as np
+
+    from tinyaudio.model.voice import VoiceActivity
+
+    VoiceActivity().feed(np.zeros(512, np.float32))
+    return f"silero-vad {version('silero-vad')}"
+
+
+# Name -> a function that tries it out and raises if it does not work, and the remedy.
+REQUIREMENTS: dict[str, tuple[Callable[[], str], str]] = {
+    "torch": (_torch, "pip install torch"),
+    "libsndfile": (_libsndfile, "pip install --upgrade soundfile soxr"),
+    "FFmpeg libraries": (_ffmpeg, "pip install --upgrade av"),
+    "voice activity": (_voice_activity, "pip install 'silero-vad>=6.2'"),
+}
+
+
+def _device() -> Finding:
     try:
         import torch
-    except (ImportError, OSError) as error:
-        yield Finding(name="torch", state="bad", found=one_line(error), remedy="pip install torch")
-        return
-    yield Finding(name="torch", state="ok", found=f"{torch.__version__}, {torch.get_num_threads()} threads")
+    except (ImportError, OSError):
+        return Finding(name="device", state="bad", found="none without torch", remedy="pip install torch")
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found = f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
         remedy = f"the default models need {MIN_FREE_GPU_GB} GB; free memory, or use a smaller decoder"
-        yield _check("device", free > MIN_FREE_GPU_GB * 1e9, found, remedy, "note")
-    elif torch.backends.mps.is_available():
-        yield Finding(name="device", state="ok", found="Apple MPS")
-    else:
-        remedy = "works; for a GPU install a CUDA build of torch (pytorch.org/get-started)"
-        yield Finding(name="device", state="note", found="CPU only", remedy=remedy)
-
-
-def _formats() -> Iterator[Finding]:
-    """Write and read a tenth of a second in memory: a version number does not show which formats work."""
-    try:
-        import numpy as np
-        import soundfile
-
-        from tinyaudio.model.audio import load_audio
-
-        readable = []
-        for kind in ("WAV", "AIFF", "FLAC", "MP3", "OGG"):
-            buffer = BytesIO()
-            soundfile.write(buffer, np.zeros(4410, np.float32), 44_100, format=kind)
-            load_audio(buffer.getvalue())
-            readable.append(kind)
-        yield Finding(name="libsndfile", state="ok", found=f"{soundfile.__libsndfile_version__}: {', '.join(readable)}")
-    except Exception as error:  # any failure is the finding
-        remedy = "pip install --upgrade soundfile soxr"
-        yield Finding(name="libsndfile", state="bad", found=one_line(error), remedy=remedy)
-    try:
-        import av
-
-        missing = [codec for codec in ("aac", "opus", "vorbis", "mp3") if codec not in av.codecs_available]
-        found = f"PyAV {av.__version__}: M4A, AAC, WebM" + (f"; without {', '.join(missing)}" if missing else "")
-        yield _check("FFmpeg libraries", not missing, found, "pip install --upgrade av", "note")
-    except Exception as error:  # any failure is the finding
-        remedy = "pip install --upgrade av"
-        yield Finding(name="FFmpeg libraries", state="bad", found=one_line(error), remedy=remedy)
+        return _check("device", free > MIN_FREE_GPU_GB * 1e9, found, remedy, "note")
+    remedy = "works; for a GPU install a CUDA build of torch (pytorch.org/get-started)"
+    has_mps = torch.backends.mps.is_available()
+    return _check("device", has_mps, "Apple MPS" if has_mps else "CPU only", remedy, "note")
 
 
 def _disk() -> Finding:

@@ -31,29 +31,10 @@ def load_encoder(encoder_id: str, revision: str | None = None) -> PreTrainedMode
 
     Raises:
         MissingModelError: there is no model with that id.
-        ModelError: the encoder's frame formula is not HuBERT's.
+        ModelError: its convolutions do not give `audio.num_frames`: a window of 400 and a hop of 320 samples.
     """
     encoder = freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32))
-    check_geometry(encoder.config)
-    return encoder
-
-
-def load_feature_extractor(encoder_id: str, revision: str | None = None) -> Any:
-    """Load the encoder's own feature extractor, which sets the normalisation; errors as `load_encoder`."""
-    extractor = load_frozen(AutoFeatureExtractor, encoder_id, revision)
-    if extractor.sampling_rate != SAMPLING_RATE:
-        raise ModelError(
-            f"expected an encoder for {SAMPLING_RATE} Hz, found {extractor.sampling_rate} Hz in {encoder_id!r}"
-        )
-    return extractor
-
-
-def check_geometry(config: Any) -> None:
-    """Check that an encoder's convolutions give `audio.num_frames`.
-
-    Raises:
-        ModelError: no convolution settings, or a window and hop other than 400 and 320 samples.
-    """
+    config = encoder.config
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if kernels is None or strides is None:
         raise ModelError(
@@ -67,6 +48,17 @@ def check_geometry(config: Any) -> None:
             f"expected an encoder with window {WINDOW_LENGTH} and hop {HOP_LENGTH} samples (50 Hz), "
             f"found window {window} and hop {hop}"
         )
+    return encoder
+
+
+def load_feature_extractor(encoder_id: str, revision: str | None = None) -> Any:
+    """Load the encoder's own feature extractor, which sets the normalisation; errors as `load_encoder`."""
+    extractor = load_frozen(AutoFeatureExtractor, encoder_id, revision)
+    if extractor.sampling_rate != SAMPLING_RATE:
+        raise ModelError(
+            f"expected an encoder for {SAMPLING_RATE} Hz, found {extractor.sampling_rate} Hz in {encoder_id!r}"
+        )
+    return extractor
 
 
 def encoder_inputs(feature_extractor: Any, recordings: Sequence[Samples]) -> tuple[Tensor, Tensor]:

@@ -161,17 +161,6 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Compile the decoder's training step, for any length; generation is not compiled."""
         self._compiled_decoder = torch.compile(self._decoder().get_decoder().forward, dynamic=True)
 
-    @property
-    def no_mask(self) -> Any:
-        """The attention mask that makes the decoder use plain causal attention.
-
-        With None, transformers checks on the device whether rows are packed; under torch.compile it assumes that they
-        are and builds a mask. A dictionary is a mask that is already prepared; SmolLM3 accepts one, Llama does not.
-        """
-        config = self._decoder().config
-        is_plain = config.model_type == "smollm3" and set(config.layer_types) == {"full_attention"}
-        return {"full_attention": None} if is_plain else None
-
     def get_input_embeddings(self) -> Any:
         return self._decoder().get_input_embeddings()
 
@@ -218,13 +207,9 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             (B, P, H) in the decoder's precision, and the number of valid projected frames (B,).
         """
-        projected = self.projector(features.to(self.projector_dtype))
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
         embeddings = self.get_input_embeddings().weight
         return projected.to(embeddings.dtype), num_projected(num_frames, self.config.stack_factor)
-
-    @property
-    def projector_dtype(self) -> torch.dtype:
-        return next(self.projector.parameters()).dtype
 
     def forward(
         self,
@@ -260,16 +245,22 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         host_lengths = num_projected(frames, self.config.stack_factor)
         hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
         total = summed_cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
+        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
+        # Selecting the valid frames would wait for the device.
+        energy = (projected.detach().float().square() * valid[:, :, None]).sum()
+        if self._cached_embedding_rms is None:
+            self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
+        projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(
             loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
             num_targets=len(targets),
-            projected_rms=self._relative_rms(projected.detach(), lengths),
+            projected_rms=projected_rms,
         )
 
     def _hidden_at_targets(
         self, projected: Tensor, lengths: Tensor, labels: Tensor, num_targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run the decoder and pick the hidden states that predict a target: (N, H), and the targets (N,).
+        """Run the decoder: the hidden states that predict a target, (N, H), and the targets, (N,).
 
         Args:
             lengths, num_targets: (B,) projected frames and targets of each row, on the host.
@@ -279,10 +270,14 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embed = self.get_input_embeddings()
         rows = assemble(prefix, projected, lengths, suffix, [embed(ids) for ids in target_ids])
         # Right padding needs no mask: causal attention never looks beyond a position, and without a mask attention
-        # takes its fast causal path.
+        # takes its fast causal path. With None, transformers checks on the device whether rows are packed; under
+        # torch.compile it assumes that they are and builds a mask. A dictionary is a mask that is already prepared;
+        # SmolLM3 accepts one, Llama does not.
+        config = self._decoder().config
+        is_plain = config.model_type == "smollm3" and set(config.layer_types) == {"full_attention"}
+        mask: Any = {"full_attention": None} if is_plain else None
         decoder = self._compiled_decoder or self._decoder().get_decoder()
-        padded = pad_right(rows)
-        states = decoder(inputs_embeds=padded, attention_mask=self.no_mask, use_cache=False).last_hidden_state
+        states = decoder(inputs_embeds=pad_right(rows), attention_mask=mask, use_cache=False).last_hidden_state
         first = len(prefix) + lengths + len(suffix) - 1  # the last prompt position predicts the first target
         row = torch.repeat_interleave(torch.arange(len(rows)), num_targets)
         offset = torch.cat([torch.arange(n) for n in num_targets.tolist()])
@@ -297,13 +292,6 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             prefix, suffix = (torch.tensor(part, dtype=torch.long, device=embed.weight.device) for part in parts)
             ids = self._cached_prompt_ids = (prefix, suffix)
         return embed(ids[0]), embed(ids[1])
-
-    def _relative_rms(self, projected: Tensor, lengths: Tensor) -> Tensor:
-        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
-        energy = (projected.float().square() * valid[:, :, None]).sum()  # selecting rows would wait for the device
-        if self._cached_embedding_rms is None:
-            self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
-        return (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
 
     @torch.no_grad()
     def generate(

@@ -29,6 +29,7 @@ SEARCH_LENGTH = 4_000  # samples, 0.25 s: how long before its first frame speech
 LEVEL_LENGTH = 80  # samples, 5 ms: a level is the largest value in so many samples
 ABOVE_PAUSE = 3.0  # times the level of a pause is sound; in noise of 100 levels, one is 1.5 times its quietest fifth
 QUIET = 20  # levels, 0.1 s: ends a sound for good; closures before a last stop are shorter
+LONG_PAUSE_S, LONG_PAUSE_EDGE_S = 2.0, 1.0  # cut out of a recording that fits the window, and what is kept around it
 MAX_OVERLAP_S = 2.0  # of two windows without a gap between them: five to eight words
 WORDS_PER_SECOND = 5  # fast speech; bounds how far from a seam the same words can stand in both texts
 
@@ -57,39 +58,11 @@ class Piece:
     name: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """When to cut.
-
-    Args:
-        window: the longest stretch of speech in one piece, frames.
-        pause: frames without speech that end a piece.
-        margin: samples kept on either side of speech; never more than half of the gap.
-        overlap: of windows without a gap, frames.
-    """
-
-    window: int
-    pause: int
-    margin: int
-    overlap: int
-
-
-def rules(window_s: float) -> tuple[Rule, Rule]:
-    """Return how to cut a recording that fits the window, and one that does not.
+def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece]:
+    """Cut a recording into pieces.
 
     A model trained on utterances of a few seconds has seen no long pauses inside them: the shorter its window, the
     shorter the pause that ends a piece, from 0.5 s (windows of 30 s) down to 0.25 s (15 s and less).
-    """
-    window = max(int(window_s / FRAME_S), 8)
-    overlap = int(min(MAX_OVERLAP_S, window_s / 4) / FRAME_S)
-    pause_s = min(0.5, max(0.25, window_s / 60))
-    margin = int(EDGE_S * SAMPLING_RATE)
-    whole = Rule(window=window, pause=round(2.0 / FRAME_S), margin=SAMPLING_RATE, overlap=overlap)
-    return whole, Rule(window=window, pause=round(pause_s / FRAME_S), margin=margin, overlap=overlap)
-
-
-def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece]:
-    """Cut a recording into pieces.
 
     Args:
         blocks: its samples, any number at a time.
@@ -100,9 +73,9 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
         Pieces in order of time, as soon as they are complete; none where there is no speech.
     """
     voice = voice or VoiceActivity()
-    whole, long = rules(window_s)
-    rule = whole
-    held, speech = _HeldSamples(), _Speech()
+    held = _HeldSamples()
+    speech = _Speech(window=max(int(window_s / FRAME_S), 8), overlap=int(min(MAX_OVERLAP_S, window_s / 4) / FRAME_S))
+    pause_s, edge_s = LONG_PAUSE_S, LONG_PAUSE_EDGE_S
     done = 0  # samples before belong to an earlier piece or to a pause
     for block in chain(blocks, [None]):
         if block is None:
@@ -113,8 +86,9 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
             speech.add(voice.feed(block))
             if held.end <= window_s * SAMPLING_RATE:
                 continue  # so far the recording fits the window as a whole
-            rule = long
-        while spans := speech.take_piece(rule, is_final=block is None):
+            pause_s, edge_s = min(0.5, max(0.25, window_s / 60)), EDGE_S
+        margin = int(edge_s * SAMPLING_RATE)
+        while spans := speech.take_piece(round(pause_s / FRAME_S), is_final=block is None):
             first, last = spans[0], spans[-1]
             end = min(last.end * FRAME_LENGTH, held.end)
             if last.overlap_after:  # cut inside speech: it changes over to the next window in the middle of the overlap
@@ -123,7 +97,7 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
                 gap = max((speech.spans[0].start * FRAME_LENGTH if speech.spans else held.end) - end, 0)
                 limit = end + (gap // 2 if speech.spans else gap)
                 speech_end = end + audible_length(held.read(end, min(limit, end + SEARCH_LENGTH // 2)))
-                end = min(speech_end + rule.margin, limit)
+                end = min(speech_end + margin, limit)
             if first.overlap_before:
                 begin = first.start * FRAME_LENGTH
                 speech_start = begin + first.overlap_before // 2 * FRAME_LENGTH
@@ -132,7 +106,7 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
                 earliest = max(latest - SEARCH_LENGTH, done)
                 audible = audible_length(held.read(earliest, latest)[::-1]) or FRAME_LENGTH
                 speech_start = max(latest - audible, earliest)
-                begin = max(speech_start - rule.margin, done)
+                begin = max(speech_start - margin, done)
             yield Piece(
                 samples=held.read(begin, end),
                 start_s=speech_start / SAMPLING_RATE,
@@ -143,7 +117,7 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
             )
             done = end
         next_frame = speech.spans[0].start if speech.spans else speech.num_frames
-        held.drop_before(next_frame * FRAME_LENGTH - SEARCH_LENGTH - rule.margin)
+        held.drop_before(next_frame * FRAME_LENGTH - SEARCH_LENGTH - margin)
 
 
 @dataclass
@@ -159,12 +133,17 @@ class _Span:
 class _Speech:
     """The spans of speech that are not yet in a piece.
 
+    Args:
+        window: the longest stretch of speech in one piece, frames.
+        overlap: of two windows without a gap between them, frames.
+
     Attributes:
         num_frames: frames followed so far.
         spans: in order of time; the last one is still growing while `is_open`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int, overlap: int) -> None:
+        self.window, self.overlap = window, overlap
         self.num_frames = 0
         self.spans: list[_Span] = []
         self.is_open = False
@@ -190,23 +169,28 @@ class _Speech:
                 self.spans[-1].end = burst.end
         self.is_open = False
 
-    def take_piece(self, rule: Rule, is_final: bool) -> list[_Span]:
-        """Remove the spans of the next piece; none where more frames are needed to know its end, or none are left."""
+    def take_piece(self, pause: int, is_final: bool) -> list[_Span]:
+        """Remove the spans of the next piece; none if more frames are needed to find its end, or no spans are left.
+
+        Args:
+            pause: frames without speech that end a piece.
+            is_final: whether all frames were followed.
+        """
         spans, num_taken = self.spans, len(self.spans) if is_final else 0
         for i, span in enumerate(spans):
-            if span.end - spans[0].start > rule.window:
+            if span.end - spans[0].start > self.window:
                 if i == 0:  # there is no gap in it
-                    cut_at = span.start + rule.window
-                    self.spans = [_Span(cut_at - rule.overlap, span.end, overlap_before=rule.overlap), *spans[1:]]
-                    return [_Span(span.start, cut_at, span.overlap_before, overlap_after=rule.overlap)]
+                    cut_at = span.start + self.window
+                    self.spans = [_Span(cut_at - self.overlap, span.end, overlap_before=self.overlap), *spans[1:]]
+                    return [_Span(span.start, cut_at, span.overlap_before, overlap_after=self.overlap)]
                 # After the longest gap, among those in the window's last three quarters if there are any.
                 gaps = [(spans[n - 1].end, spans[n].start, n) for n in range(1, i + 1)]
-                at_least = spans[0].start + rule.window // 4
+                at_least = spans[0].start + self.window // 4
                 num_taken = max((start >= at_least, end - start, n) for start, end, n in gaps)[-1]
                 break
             is_growing = self.is_open and span is spans[-1]
             following = spans[i + 1].start if i + 1 < len(spans) else self.num_frames
-            if not is_growing and following - span.end >= rule.pause:
+            if not is_growing and following - span.end >= pause:
                 num_taken = i + 1
                 break
         self.spans = spans[num_taken:]

@@ -1,7 +1,7 @@
 """A loopback server that speaks AssemblyAI's v2 API well enough for the official SDK.
 
 Faithful in what matters to a client: paths, headers, status codes, error bodies, the transcript object's fields and
-units, paging of the list. Strict where the service is: a wrong key, a body that is no audio, an unknown id or a missing
+units. Strict where the service is: a wrong key, a body that is no audio, an unknown id or a missing
 model is refused as the service refuses it. Tests script trouble with `trouble`, and read what was asked in `posts`.
 
 Sources: AssemblyAI/assemblyai-api-spec @ 3fcf678 (OpenAPI 1.3.4); requests as SDK 1.8.2 sends them.
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import urlparse
 
 import soundfile
 
@@ -48,7 +48,7 @@ class FakeAssemblyAI:
         created_as: status in the answer to a creation. statuses: what polls of a job answer, one after the other; the
             last one stays.
         max_running: jobs beyond this number stay queued.
-        trouble: scripted replies by endpoint ("upload", "create", "poll", "list"), each used once, first come first.
+        trouble: scripted replies by endpoint ("upload", "create", "poll"), each used once, first come first.
         posts: bodies of all creations that took effect. requests: (method, path, headers) of everything.
     """
 
@@ -147,37 +147,6 @@ class FakeAssemblyAI:
             made["speech_model_used"] = request["speech_models"][0]
         return made
 
-    def list(self, query: dict[str, list[str]]) -> Reply:
-        limit = int(query.get("limit", ["10"])[0])
-        if not 1 <= limit <= 200:
-            return error(400, "limit must be between 1 and 200")
-        newest = list(self.jobs.values())[::-1]
-        before = query.get("before_id", [None])[0]
-        if before is not None:
-            newest = newest[[job["id"] for job in newest].index(before) + 1 :]
-        page = newest[:limit]
-        older = f"{self.url}/v2/transcript?limit={limit}&before_id={page[-1]['id']}" if len(newest) > limit else None
-        items = [
-            {
-                "id": job["id"],
-                "resource_url": f"{self.url}/v2/transcript/{job['id']}",
-                "status": self._status(job) if job["polls"] else "queued",
-                "created": "2026-11-22T10:00:00.000000",
-                "completed": None,
-                "audio_url": job["request"]["audio_url"],
-                "error": None,
-            }
-            for job in page
-        ]
-        details = {
-            "limit": limit,
-            "result_count": len(page),
-            "current_url": self.url,
-            "prev_url": older,
-            "next_url": None,
-        }
-        return _json({"page_details": details, "transcripts": items})
-
 
 def _json(content: dict[str, Any]) -> Reply:
     return Reply(200, json.dumps(content).encode())
@@ -198,9 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlparse(self.path)
-        if parts.path == "/v2/transcript":
-            self._serve("list", lambda: self.fake.list(parse_qs(parts.query)))
-        elif parts.path.startswith("/v2/transcript/"):
+        if parts.path.startswith("/v2/transcript/"):
             self._serve("poll", lambda: self.fake.poll(parts.path.rsplit("/", 1)[1]))
         else:
             self._send(error(404, "Not found"))

@@ -1,50 +1,45 @@
-"""The `assemblyai` provider: the official SDK, wrapped in what it lacks.
+"""The `assemblyai` provider: the official SDK, with retries and a ledger of paid jobs.
 
-The SDK retries nothing: one 429 while polling would lose a job that is paid for. Here every job is submitted once, its
-id is kept in `assemblyai-jobs.jsonl` beside the predictions, and polling has its own patience; started again after a
-kill, jobs are fetched by id. A job's status "error", a refused request and a job that never ends are failures with
-their reason; a completed job without text is an empty answer.
+The SDK retries nothing: one 429 while polling would lose a job that is paid for. Here every request goes through
+`pipelines.retry`, and a job's id is kept in `assemblyai-jobs.jsonl` beside the predictions, so that a resumed
+evaluation fetches it instead of paying again. A job with status "error", a refused request and a job that does not end
+are failures with their reason; a completed job without text is an empty answer.
 
-Sent are the 16 kHz WAV bytes that every remote system gets, one model by name (`speech_models` must be given), and the
-language; punctuation and formatting stay at the service's defaults.
+The service is sent the 16 kHz WAV bytes that every remote system gets, one model by name (`speech_models` is required),
+and the language; punctuation and formatting are the service's defaults.
 """
 
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import assemblyai
 import httpx
-from assemblyai import api
+from assemblyai import TranscriptStatus, api
+from assemblyai.types import AssemblyAIError
 
-from pipelines.errors import EvaluationError
+from pipelines.errors import EvaluationError, one_line
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from pipelines.evaluate.providers.base import ProviderOptions
-from pipelines.evaluate.providers.paid_jobs import (
-    Job,
-    Ledger,
-    Patience,
-    Quote,
-    StoppedError,
-    Verdict,
-    Waiter,
-    model_names,
-    quote,
-)
+from pipelines.evaluate.providers.paid_jobs import Ledger, Quote, model_names, quote
+from pipelines.retry import TRANSIENT_STATUS, StoppedError, retry, retry_after_s
 
 KEY_VARIABLE = "ASSEMBLYAI_API_KEY"
 DEFAULT_MODEL = "universal-3-5-pro"
 LANGUAGE = "en"
 JOBS_FILE = "assemblyai-jobs.jsonl"
-TRANSIENT = {429, 500, 502, 503, 504}
-# What the SDK lets through of a reply with status 200 that is not what it should be: no JSON, or without its fields.
+ATTEMPTS = 8  # of one request
+MAX_POLL_S = 15.0  # pause between two polls of a job; the first is the SDK's, 3 s, and each is half as long again
+JOB_TIMEOUT_S = 1_800.0  # how long to wait for one job; it can be fetched later by its id
+# What the SDK raises for a reply with status 200 whose body is not JSON, or lacks its fields.
 _MALFORMED = (ValueError, KeyError)
-LOOKUP_PAGES, LOOKUP_LIMIT = 20, 200  # newest jobs searched for one whose id was lost; 200 is the service's page limit
+
+Result = TypeVar("Result")
 
 
 class AssemblyAIProvider:
@@ -52,9 +47,9 @@ class AssemblyAIProvider:
 
     name = "assemblyai"
 
-    def __init__(self, options: ProviderOptions, api_key: str, patience: Patience | None = None) -> None:
+    def __init__(self, options: ProviderOptions, api_key: str) -> None:
         if options.output is None:
-            raise EvaluationError("provider 'assemblyai' needs an output folder, to keep the ids of paid jobs in")
+            raise EvaluationError("provider 'assemblyai' requires an output folder for the ids of paid jobs")
         self.model = options.model or DEFAULT_MODEL
         if self.model not in model_names(self.name):
             raise EvaluationError(
@@ -62,8 +57,8 @@ class AssemblyAIProvider:
             )
         self.concurrency = options.concurrency
         self.settings = assemblyai.Settings(api_key=api_key)
-        self.waiter = Waiter(patience or Patience(poll_first_s=self.settings.polling_interval))
         self.ledger = Ledger(options.output / JOBS_FILE)
+        self._stop = threading.Event()
         self._local = threading.local()
 
     @classmethod
@@ -82,156 +77,113 @@ class AssemblyAIProvider:
         return {"name": self.model, "speech_models": [self.model], "language_code": LANGUAGE}
 
     def environment(self) -> dict[str, Any]:
-        sdk = version("assemblyai")
-        where = {"is_remote": True, "url": self.settings.base_url, "sdk": sdk, "concurrency": self.concurrency}
-        return {**where, "audio": "16 kHz mono, 16-bit WAV"}
+        return {
+            "is_remote": True,
+            "url": self.settings.base_url,
+            "sdk": version("assemblyai"),
+            "concurrency": self.concurrency,
+            "audio": "16 kHz mono, 16-bit WAV",
+        }
 
     def quote(self, clips: Sequence[tuple[str, float]]) -> Quote:
-        """Say what clips (id, seconds) will cost; those whose job is known already cost nothing."""
-        self.ledger.read_again()
-        unpaid = [seconds for name, seconds in clips if self.ledger.job(name).job_id is None]
-        return quote(self.name, self.model, unpaid)
+        """Compute what clips (id, seconds) will cost; those that have a job already cost nothing."""
+        self.ledger.read()
+        return quote(self.name, self.model, [seconds for name, seconds in clips if self.ledger.job_id(name) is None])
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
-        self.ledger.read_again()
+        self.ledger.read()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._answer, clip) for clip in clips]
+            futures = [pool.submit(self._transcribe_one, clip) for clip in clips]
             try:
-                yield from _as_they_come(futures)
-            finally:  # also on an interrupt: nobody sleeps on, nothing new is submitted
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:  # after an error or an interrupt, no wait continues and no clip is begun
                 if not all(future.done() for future in futures):
-                    self.waiter.stop()
+                    self._stop.set()
                 for future in futures:
                     future.cancel()
 
-    def _answer(self, clip: Clip) -> Prediction:
+    def _transcribe_one(self, clip: Clip) -> Prediction:
+        """Submit the clip's job, unless it has one, and wait for its result."""
         started = time.perf_counter()
-        job_id: str | None = None
+        job_id = self.ledger.job_id(clip.utterance_id)
+        text, error = None, None
+        warnings: tuple[str, ...] = ()
         try:
-            job_id = self._job_id(clip)
+            if job_id is None:
+                job_id = self._submit(clip)
+                self.ledger.note(clip.utterance_id, job_id)
             done = self._wait_for(job_id)
-        except assemblyai.types.AssemblyAIError as error:
-            _raise_if_fatal(error)
-            return _failed(clip, _reason(error), started, job_id)
-        except (httpx.HTTPError, TimeoutError) as error:
-            return _failed(clip, f"{type(error).__name__}: {error}", started, job_id)
+            if done.status == TranscriptStatus.error:
+                self.ledger.note(clip.utterance_id, None)  # failed jobs are not charged; a retry submits another
+                error = done.error or "status error without a reason"
+            else:
+                text = done.text or ""
+                used = getattr(done, "speech_model_used", None)
+                warnings = (f"other_model:{used}",) if used not in (None, self.model) else ()
+        except AssemblyAIError as refused:
+            error = _reason(refused)
+            if refused.status_code == 401:
+                raise EvaluationError(
+                    f"AssemblyAI refused the key ({error}); check --api-key or {KEY_VARIABLE}"
+                ) from refused
+            if refused.status_code == 400 and "balance" in error:
+                raise EvaluationError(
+                    f"AssemblyAI: {error} Top up and run the same command again; no clip is paid for twice."
+                ) from refused
+        except (httpx.HTTPError, TimeoutError) as failed:
+            error = f"{type(failed).__name__}: {failed}"
         except _MALFORMED:
-            return _failed(clip, "HTTP 200 with a body that is not the service's JSON", started, job_id)
-        if done.status == assemblyai.TranscriptStatus.error:
-            self.ledger.note(clip.utterance_id, Job())  # failed jobs are not charged; a retry submits anew
-            return _failed(clip, done.error or "status error without a reason", started, job_id)
-        used = getattr(done, "speech_model_used", None)
-        warnings = (f"other_model:{used}",) if used not in (None, self.model) else ()
+            error = "HTTP 200 with a body that is not the service's JSON"
         time_s = time.perf_counter() - started
-        return clip.answer(done.text or "", time_s=time_s, warnings=warnings, provider_id=job_id)
-
-    def _job_id(self, clip: Clip) -> str:
-        """Return the clip's job, submitting it if there is none yet."""
-        known = self.ledger.job(clip.utterance_id)
-        if known.job_id is not None:
-            return known.job_id
-        found = self._look_up(known.upload) if known.upload is not None else None
-        if found is None:
-            found = self._submit(clip)
-        return found
+        return clip.answer(text, time_s=time_s, error=error, warnings=warnings, provider_id=job_id)
 
     def _submit(self, clip: Clip) -> str:
+        """Upload a clip and create its job; where it is not certain that the service made one, another is created."""
         wav = clip.to_wav()
-        upload = self.waiter.persist(lambda: self._sdk().upload_file(wav), self._judge)
-        self.ledger.note(clip.utterance_id, Job(upload=upload))
         config = assemblyai.TranscriptionConfig(speech_models=[self.model], language_code=LANGUAGE)
-        is_uncertain = False
-
-        def create() -> str:
-            nonlocal is_uncertain
-            found = self._look_up(upload) if is_uncertain else None
-            if found is not None:
-                return found
-            try:
-                return str(self._sdk().submit(upload, config).id)
-            except assemblyai.types.AssemblyAIError as error:
-                is_uncertain = error.status_code != 429  # a refusal is certain; anything else may have made a job
-                raise
-            except (httpx.HTTPError, *_MALFORMED):
-                is_uncertain = True
-                raise
-
-        job_id = self.waiter.persist(create, self._judge)
-        self.ledger.note(clip.utterance_id, Job(upload=upload, job_id=job_id))
-        return job_id
-
-    def _look_up(self, upload: str) -> str | None:
-        """Find the job of an upload among the newest ones; None if the service never made it."""
-        before: str | None = None
-        for _ in range(LOOKUP_PAGES):
-            params = assemblyai.ListTranscriptParameters(limit=LOOKUP_LIMIT, before_id=before)
-            page = self.waiter.persist(lambda: self._sdk().list_transcripts(params), self._judge)  # noqa: B023
-            for item in page.transcripts:
-                if item.audio_url == upload:
-                    return str(item.id)
-            before = page.page_details.before_id_of_prev_url
-            if before is None:
-                break
-        return None
+        upload = self._request(lambda: assemblyai.Transcriber(client=self._client()).upload_file(wav))
+        return self._request(lambda: str(assemblyai.Transcriber(client=self._client()).submit(upload, config).id))
 
     def _wait_for(self, job_id: str) -> Any:
-        patience = self.waiter.patience
-        deadline, pause_s = time.monotonic() + patience.give_up_s, patience.poll_first_s
+        deadline, pause_s = time.monotonic() + JOB_TIMEOUT_S, self.settings.polling_interval
         while True:
-            found = self.waiter.persist(lambda: api.get_transcript(self._client().http_client, job_id), self._judge)
-            if found.status in (assemblyai.TranscriptStatus.completed, assemblyai.TranscriptStatus.error):
+            found = self._request(lambda: api.get_transcript(self._client().http_client, job_id))
+            if found.status in (TranscriptStatus.completed, TranscriptStatus.error):
                 return found
             if time.monotonic() >= deadline:
                 raise TimeoutError(
-                    f"job {job_id} is {found.status.value} after {patience.give_up_s:g} s; fetch it later "
-                    "with --retry-failed, which pays nothing"
+                    f"job {job_id} is {found.status.value} after {JOB_TIMEOUT_S:g} s; fetch it later with "
+                    "--retry-failed, which pays nothing"
                 )
-            self.waiter.pause(pause_s)
-            pause_s = min(1.5 * pause_s, patience.poll_most_s)
+            if self._stop.wait(pause_s):
+                raise StoppedError
+            pause_s = min(1.5 * pause_s, MAX_POLL_S)
 
-    def _judge(self, error: Exception) -> Verdict:
-        if isinstance(error, assemblyai.types.AssemblyAIError):
-            response = self._client().last_response
-            after = response.headers.get("retry-after", "") if response is not None else ""
-            retry_after_s = float(after) if error.status_code == 429 and after.isdigit() else 0.0
-            return Verdict(is_transient=error.status_code in TRANSIENT, retry_after_s=retry_after_s)
-        return Verdict(is_transient=isinstance(error, (httpx.HTTPError, *_MALFORMED)))
+    def _request(self, call: Callable[[], Result]) -> Result:
+        return retry(call, _may_pass, stop=self._stop, attempts=ATTEMPTS, asked_s=self._asked_s)
+
+    def _asked_s(self, error: Exception) -> float | None:
+        """Return the wait that the service asked for in its last response to this thread."""
+        response = self._client().last_response if isinstance(error, AssemblyAIError) else None
+        return None if response is None else retry_after_s(response.headers)
 
     def _client(self) -> Any:
-        """One client for each thread, since `last_response` belongs to whoever asked last."""
+        """Return this thread's client: `last_response` of a shared one would belong to any thread."""
         if not hasattr(self._local, "client"):
             self._local.client = assemblyai.Client(settings=self.settings)
         return self._local.client
 
-    def _sdk(self) -> Any:
-        return assemblyai.Transcriber(client=self._client())
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, AssemblyAIError):
+        return error.status_code in TRANSIENT_STATUS
+    return isinstance(error, (httpx.HTTPError, *_MALFORMED))
 
 
-def _as_they_come(futures: Sequence[Future[Prediction]]) -> Iterator[Prediction]:
-    for future in as_completed(futures):
-        try:
-            yield future.result()
-        except StoppedError:
-            continue
-
-
-def _raise_if_fatal(error: Any) -> None:
-    """Stop the evaluation for what no other clip will survive either: a wrong key, an empty account."""
-    reason = _reason(error)
-    if error.status_code == 401:
-        raise EvaluationError(f"AssemblyAI refused the key ({reason}); check --api-key or {KEY_VARIABLE}") from error
-    if error.status_code == 400 and "balance" in reason:
-        raise EvaluationError(f"AssemblyAI: {reason} Top up and type the same again; nothing is paid twice.") from error
-
-
-def _reason(error: Exception) -> str:
-    """Fold an error into one line; a page of HTML is named and not quoted."""
-    text = " ".join(str(error).split())
-    status = getattr(error, "status_code", None)
+def _reason(error: AssemblyAIError) -> str:
+    """Return the service's message on one line, without a page of HTML."""
+    text = one_line(error)
     if "<html" in text.lower() or "Reason: Request" in text:
-        return f"HTTP {status} with a body that is no JSON"
-    return f"HTTP {status}: {text}" if status else text
-
-
-def _failed(clip: Clip, reason: str, started: float, job_id: str | None) -> Prediction:
-    return clip.answer(None, time_s=time.perf_counter() - started, error=reason, provider_id=job_id)
+        return f"HTTP {error.status_code} with a body that is not JSON"
+    return f"HTTP {error.status_code}: {text}" if error.status_code else text

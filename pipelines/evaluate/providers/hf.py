@@ -15,7 +15,7 @@ from typing import Any
 from transformers import pipeline
 
 from pipelines.encoders import pick_device
-from pipelines.errors import EvaluationError
+from pipelines.errors import EvaluationError, one_line
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from pipelines.evaluate.providers.base import (
@@ -57,7 +57,7 @@ class HubProvider:
                 device=pick_device(options.device),
             )
         except (OSError, ValueError, KeyError) as error:
-            raise MissingModelError(f"{options.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise MissingModelError(f"{options.model!r} cannot be loaded: {one_line(error)}") from error
         return cls(recognizer=recognizer, options=options)
 
     def _decoding(self) -> dict[str, Any]:
@@ -99,5 +99,5 @@ class HubProvider:
         except (ValueError, RuntimeError) as error:
             if len(batch) > 1:
                 return [one for clip in batch for one in self._transcribe_batch([clip])]
-            return [batch[0].answer(None, error=f"the pipeline failed: {' '.join(str(error).split())}")]
+            return [batch[0].answer(None, error=f"the pipeline failed: {one_line(error)}")]
         return [clip.answer(one["text"]) for clip, one in zip(batch, written, strict=True)]

@@ -203,6 +203,23 @@ def test_what_lies_on_the_disk_scores_as_what_was_answered(folder: Path, tmp_pat
     assert done == score_again(tmp_path / "out", tmp_path / "again", Scoring())
 
 
+def test_an_evaluation_made_by_an_earlier_version_is_still_read(folder: Path, tmp_path: Path) -> None:
+    """Stored features and merged compounds are gone; folders that were made with them are scored and compared."""
+    evaluate(parrot(), eval_set(folder), tmp_path / "old")
+    for name, change in {
+        "settings.json": lambda content: content["scored"].update(provenance=None, store_fingerprint="0" * 64),
+        "summary.json": lambda content: content["scores"][0].update(merge_compounds=False),
+    }.items():
+        content = json.loads((tmp_path / "old" / name).read_text())
+        change(content)
+        (tmp_path / "old" / name).write_text(json.dumps(content))
+    assert load_summary(tmp_path / "old" / "summary.json").word_errors.errors == 1
+    assert score_again(tmp_path / "old", tmp_path / "again", Scoring()).word_errors.errors == 1
+    done = evaluate(parrot(), eval_set(folder), tmp_path / "new", scoring=Scoring(compare_with=tmp_path / "old"))
+    assert done.comparison is not None
+    assert (done.comparison.utterances, done.comparison.num_tied) == (6, 6)
+
+
 def test_another_evaluation_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder), tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"contains another evaluation \(model.version 1 there, 2 now\)"):

@@ -52,7 +52,7 @@ class Clip:
     """One utterance with its audio, as every provider gets it.
 
     Args:
-        utterance: read its id only: the rest is what the answer is scored with.
+        utterance: a provider reads its id only; the rest becomes part of the prediction.
         samples: (S,) float32, 16 kHz mono.
     """
 

@@ -207,7 +207,8 @@ def summarize(
         raise EvaluationError("no predictions to score; expected at least one utterance")
     corpus = settings.corpus_name
     predictions = [replace(one, source=one.source or source_of(corpus, one.utterance_id)) for one in predictions]
-    answered, failed = ([one for one in predictions if one.is_failed is is_failed] for is_failed in (False, True))
+    answered = [one for one in predictions if not one.is_failed]
+    failed = [one for one in predictions if one.is_failed]
 
     names = dict.fromkeys([normalizer, "recipe", "whisper"])
     normalizers = [open_normalizer(name, settings.section) for name in names]
@@ -264,19 +265,13 @@ def code_versions() -> dict[str, str]:
     """Return what scored: our version, our commit if this is a checkout, and the scorers' versions."""
     found = {"tinyaudio": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in ("jiwer", "kaldialign", "whisper-normalizer")}
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        is_changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
-        found["commit"] = f"{commit}, with uncommitted changes" if is_changed else commit
-    return found
-
-
-def _git(*arguments: str) -> str | None:
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    if (root / ".git").exists():
+        describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=, with uncommitted changes"]
+        try:
+            done = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return found
+        if done.returncode == 0:
+            found["commit"] = done.stdout.strip()
+    return found

@@ -47,7 +47,15 @@ class AssemblyAIProvider:
 
     name = "assemblyai"
 
-    def __init__(self, options: ProviderOptions, api_key: str) -> None:
+    def __init__(self, options: ProviderOptions) -> None:
+        """Open an account.
+
+        Raises:
+            EvaluationError: no key, no output folder, or no such speech model.
+        """
+        api_key = options.api_key or os.environ.get(KEY_VARIABLE)
+        if not api_key:
+            raise EvaluationError(f"provider 'assemblyai' needs a key; pass --api-key or set {KEY_VARIABLE}")
         if options.output is None:
             raise EvaluationError("provider 'assemblyai' requires an output folder for the ids of paid jobs")
         self.model = options.model or DEFAULT_MODEL
@@ -60,18 +68,6 @@ class AssemblyAIProvider:
         self.ledger = Ledger(options.output / JOBS_FILE)
         self._stop = threading.Event()
         self._local = threading.local()
-
-    @classmethod
-    def open(cls, options: ProviderOptions) -> "AssemblyAIProvider":
-        """Open an account.
-
-        Raises:
-            EvaluationError: no key, no output folder, or no such speech model.
-        """
-        api_key = options.api_key or os.environ.get(KEY_VARIABLE)
-        if not api_key:
-            raise EvaluationError(f"provider 'assemblyai' needs a key; pass --api-key or set {KEY_VARIABLE}")
-        return cls(options, api_key)
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.model, "speech_models": [self.model], "language_code": LANGUAGE}

@@ -50,7 +50,7 @@ def open_provider(name: str, options: ProviderOptions) -> Provider:
         from pipelines.evaluate.providers.assemblyai import AssemblyAIProvider
     except ModuleNotFoundError as error:
         raise EvaluationError(f"{error}; install the extra: pip install 'tinyaudio[providers]'") from error
-    return AssemblyAIProvider.open(options)
+    return AssemblyAIProvider(options)
 
 
 def _as_typed(options: Sequence[str]) -> str:

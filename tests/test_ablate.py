@@ -13,7 +13,7 @@ import torch
 from conftest import NoiseMaker, write_folder_corpus, write_recipe
 
 from pipelines.ablate import sweep as ablate_module
-from pipelines.ablate.grid import GRIDS, load_grid
+from pipelines.ablate.grid import load_grid
 from pipelines.ablate.sweep import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
@@ -95,6 +95,7 @@ def test_parallel_jobs_train_the_same_grid(recipe_file, store, tmp_path):
     compared = str(compare_runs(["hidden_size-8", "hidden_size-16"], tmp_path / "out"))
     assert "projector.hidden_size" in compared
     assert "train.seed" not in compared, "only settings that differ are shown"
+    assert (tmp_path / "out" / "hidden_size-8" / "log.txt").read_text().count("dev WER") == 1
     changed = load_grid(grid, ["train.learning_rate=0.5"])
     with pytest.raises(RunError, match=r"train.learning_rate was 0.001 and is 0.5"):
         ablate(changed, store, tmp_path / "out", device="cpu", say=lambda _: None)
@@ -115,7 +116,7 @@ def test_a_run_that_fails_is_named_stops_no_other_and_is_tried_again(recipe_file
     assert [one.name for one in done.outcomes] == ["seed-0", "seed-2"]
     assert any("seed-1 failed: loss is nan at step 3" in line for line in lines)
     assert "Failed: seed-1: loss is nan at step 3" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(RunError, match=r"1 of 3 runs failed: seed-1; the same command again tries them again"):
+    with pytest.raises(RunError, match=r"1 of 3 runs failed: seed-1. Run the same command again to retry them"):
         done.check()
     again = ablate(grid, store, tmp_path / "out", device="cpu", say=lines.append)
     again.check()
@@ -174,23 +175,27 @@ print(os.environ["CUDA_VISIBLE_DEVICES"])
     assert done.stdout.strip() == "5"
 
 
-def test_listing_finds_runs_inside_folders_and_says_in_what_they_differ(recipe_file, tmp_path):
+def test_listing_finds_runs_inside_folders_with_their_overrides(recipe_file, tmp_path):
     for name, overrides in (
         ("plain", []),
         ("ablate-x/seed-1", ["train.seed=1"]),
         ("ablate-x/kind-linear", ["projector.kind=linear"]),
         ("again", []),
     ):
-        Run(tmp_path / name).begin(load_recipe(str(recipe_file), overrides), {})
+        Run(tmp_path / name).begin(load_recipe(str(recipe_file), overrides), {"overrides": overrides})
+    text = (tmp_path / "again" / "recipe.toml").read_text()
+    (tmp_path / "again" / "recipe.toml").write_text(text.replace("[projector]\n", "[projector]\nwhiten = true\n"))
     (tmp_path / "latest").symlink_to("plain")
     table = list_runs(tmp_path)
     assert table.columns[:3] == ("run", "began", "differs in")
     assert {row[0]: row[2] for row in table.rows} == {
         "plain": "-",
         "again": "-",
-        "ablate-x/seed-1": "seed=1",
-        "ablate-x/kind-linear": "kind=linear",
+        "ablate-x/seed-1": "train.seed=1",
+        "ablate-x/kind-linear": "projector.kind=linear",
     }
+    steps = {row[0]: row[4] for row in table.rows}
+    assert (steps["plain"], steps["again"]) == ("0/6", "0/?"), "an unreadable recipe does not hide the other runs"
 
 
 def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):
@@ -199,10 +204,14 @@ def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):
         load_grid(str(tmp_path / "typo.toml"))
     with pytest.raises(RecipeError, match=r"unknown key 'projector.kin'; did you mean 'kind'"):
         load_grid(write_grid(tmp_path / "key.toml", recipe_file, '"projector.kin" = ["mlp"]'))
-    with pytest.raises(RecipeError, match=r"no grid 'dem'; expected a TOML file or one of .*demo"):
+    with pytest.raises(
+        RecipeError, match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of demo, encodings"
+    ):
         load_grid("dem")
     grid = load_grid(write_grid(tmp_path / "int8.toml", recipe_file, '"store.encoding" = ["float16", "int8"]'))
-    with pytest.raises(RunError, match=r"holds float16 and the grid asks for int8; extract one with"):
+    with pytest.raises(
+        RunError, match=r"encoding float16; expected int8. Try `tinyaudio extract --recipe .* --set store.enc"
+    ):
         ablate(grid, store, tmp_path / "out", device="cpu", say=lambda _: None)
     assert not (tmp_path / "out").exists()
 
@@ -225,11 +234,27 @@ def test_settings_with_the_same_last_name_give_cells_of_different_names(recipe_f
 
 
 def test_shipped_grid_has_four_projectors_and_two_seeds():
-    (path,) = GRIDS.glob("*.toml")
-    cells = load_grid(path.stem).cells
+    cells = load_grid("demo").cells
     assert len({cell.recipe.projector.kind for cell in cells}) >= 4
     assert len({cell.recipe.train.seed for cell in cells}) == 2
     assert len(cells) >= 8
+
+
+def test_grid_of_encodings_has_a_store_for_each_and_names_the_commands_that_make_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = load_grid("encodings")
+    assert {(cell.recipe.store.encoding, cell.recipe.train.seed) for cell in grid.cells} == {
+        (encoding, seed) for encoding in ("float16", "int8") for seed in range(3)
+    }
+    commands = (
+        "`tinyaudio extract --recipe demo --set store.encoding=float16 --store data/demo && "
+        "tinyaudio extract --recipe demo --set store.encoding=int8 --store data/demo-int8`"
+    )
+    with pytest.raises(RunError, match=r"no feature store at data/demo, data/demo-int8. Try ") as caught:
+        ablate(grid, None, tmp_path / "out", device="cpu", say=lambda _: None)
+    assert commands in str(caught.value)
+    with pytest.raises(RunError, match=r"--store 'elsewhere' would not be used: the grid names all its stores"):
+        ablate(grid, Path("elsewhere"), tmp_path / "out", device="cpu", say=lambda _: None)
 
 
 def test_no_runs_is_one_line(tmp_path):

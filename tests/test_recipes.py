@@ -8,7 +8,7 @@ from pipelines.ablate.grid import load_grid
 from pipelines.corpora.hub import is_commit
 from pipelines.errors import RecipeError
 from pipelines.recipes import load_recipe
-from pipelines.recipes.recipe import CorpusSection, differing_keys, recipe_names
+from pipelines.recipes.recipe import CorpusSection, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -89,11 +89,6 @@ def test_missing_recipe_and_broken_file(tmp_path):
     (tmp_path / "broken.toml").write_text("[train\n")
     with pytest.raises(RecipeError, match="is not TOML"):
         load_recipe(str(tmp_path / "broken.toml"))
-
-
-def test_differing_keys_are_listed_with_both_values():
-    one, other = load_recipe("demo"), load_recipe("demo", ["train.seed=4", "store.encoding=int8"])
-    assert differing_keys(one, other, ["train"]) == {"train.seed": (0, 4)}
 
 
 def test_a_folder_named_in_an_override_is_the_one_that_was_meant_wherever_the_recipe_is_kept(tmp_path, monkeypatch):

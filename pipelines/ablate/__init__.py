@@ -1,1 +1,1 @@
-"""Many stage twos over one store: every combination of a grid. `sweep.py` runs them."""
+"""Ablations: many runs of stage two over one store. `sweep.py` runs a grid."""

@@ -1,9 +1,9 @@
-"""Ablations, the reason for the store: train every cell of a grid, then put what came of it into a table and a plot.
+"""Ablations: train every cell of a grid, then summarize the results in a table and a plot.
 
-    <output>/<cell>/         one run each; .log.txt holds what it said
+    <output>/<cell>/         one run each; log.txt has its messages
     <output>/table.md, table.csv, plot.png
 
-What is finished is skipped and what was interrupted goes on, so the same command again continues after a kill. The
+Finished runs are skipped and interrupted ones resume, so running the same command again continues after a kill. The
 encoder is never loaded; a counter over every module call proves it.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cache import FeatureStore
+from cache.errors import StoreNotFoundError
 from pipelines.ablate.grid import Cell, Grid
 from pipelines.ablate.report import Outcome, plot, tabulate, tabulate_runs
 from pipelines.errors import RunError
@@ -34,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """A grid that has been gone through; `failed` says why, by the names of runs that came to nothing."""
+    """The results of a grid; `failed` is run name -> reason."""
 
     output: Path
     outcomes: tuple[Outcome, ...]
@@ -43,15 +44,15 @@ class Ablation:
     failed: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse to take a grid with holes for a whole one.
+        """Check that no run failed.
 
         Raises:
-            RunError: some run failed.
+            RunError: some did, with their names.
         """
         if self.failed:
             raise RunError(
-                f"{len(self.failed)} of {len(self.failed) + len(self.outcomes)} runs failed: {', '.join(self.failed)}; "
-                "the same command again tries them again"
+                f"{len(self.failed)} of {len(self.failed) + len(self.outcomes)} runs failed: {', '.join(self.failed)}. "
+                "Run the same command again to retry them"
             )
 
     def __str__(self) -> str:
@@ -59,11 +60,9 @@ class Ablation:
         return f"{self.table}\nwritten to {self.output}: {files}"
 
     def to_dict(self) -> dict[str, Any]:
-        reports = [{"name": one.name, **one.report.to_dict()} for one in self.outcomes]
-        passes = sum(one.report.encoder_passes for one in self.outcomes)
         return {
-            "runs": reports,
-            "encoder_passes": passes,
+            "runs": [{"name": one.name, **one.report.to_dict()} for one in self.outcomes],
+            "encoder_passes": sum(one.report.encoder_passes for one in self.outcomes),
             "skipped": self.num_skipped,
             "failed": self.failed,
             "output": str(self.output),
@@ -72,7 +71,7 @@ class Ablation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What a worker process is told."""
+    """The arguments of one run, for a worker process."""
 
     cell: Cell
     store: Path
@@ -83,82 +82,122 @@ class _Task:
 def ablate(
     grid: Grid, store: Path | None, output: Path, *, jobs: int = 1, device: str = "auto", say: Say = print
 ) -> Ablation:
-    """Run a grid, or go on with it.
+    """Run or resume a grid.
 
     Args:
-        store: the feature store; None for where the grid or the recipe says.
+        store: the feature store of cells whose encoding has none in the grid; None for data/<recipe>.
         output: folder of the runs and the tables.
-        jobs: runs at the same time; they share the cores, and the GPUs in turn.
+        jobs: runs at the same time; they share the cores, and use the GPUs in turn.
 
     Returns:
-        What came of it. A run that fails (a loss that is not finite, say) is named there and stops no other.
+        The results. A run that fails (on a loss that is not finite, say) is named there and does not stop the others.
 
     Raises:
-        StoreNotFoundError, StoreMismatchError: a store that is missing, or of another encoder or encoding.
-        RunError: a cell's folder holds a run with other settings, or a run was stopped from outside.
+        RunError: a store is missing or has another encoding, a cell's folder contains a run with other settings, or a
+            run was stopped by a signal.
+        StoreMismatchError: a store made by another encoder.
     """
     started = time.monotonic()
-    tasks = [
-        _Task(cell=cell, store=grid.store_of(cell, store), folder=(output / cell.name).resolve(), device=device)
-        for cell in grid.cells
-    ]
-    for task in tasks:
-        _check(task)
-    missing = [task for task in tasks if not Run(task.folder).is_finished]
-    say(f"{len(tasks)} runs, {len(tasks) - len(missing)} of them finished before")
+    tasks = []
+    for cell in grid.cells:
+        path = grid.stores.get(cell.recipe.store.encoding) or store or Path("data") / cell.recipe.name
+        tasks.append(_Task(cell=cell, store=path, folder=(output / cell.name).resolve(), device=device))
+    _check(grid, store, tasks)
+    unfinished = [task for task in tasks if not Run(task.folder).is_finished]
+    num_skipped = len(tasks) - len(unfinished)
+    say(f"{len(tasks)} runs, {num_skipped} of them finished before")
     failed: dict[str, str] = {}
-    for number, (name, report) in enumerate(_run_all(missing, jobs), start=len(tasks) - len(missing) + 1):
+    for number, (name, report) in enumerate(_run_all(unfinished, jobs), start=num_skipped + 1):
         if isinstance(report, str):
             failed[name] = report
             say(f"{number}/{len(tasks)}  {name} failed: {report}")
             continue
         say(f"{number}/{len(tasks)}  {report}")
         if not report.is_finished:
-            raise RunError(f"{report.run} was stopped at step {report.steps}; the same command again goes on")
-    outcomes = tuple(_outcome(task) for task in tasks if task.cell.name not in failed)
+            raise RunError(f"{report.run} was stopped at step {report.steps}. Run the same command again to resume")
+    outcomes = []
+    for task in tasks:
+        if task.cell.name in failed:
+            continue
+        run = Run(task.folder)
+        metrics = run.metrics()
+        outcome = Outcome(
+            name=task.cell.name,
+            settings=task.cell.settings,
+            group=task.cell.group,
+            report=TrainReport(**run.state["report"]),
+            wers=tuple((entry["step"], entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
+            losses=tuple((entry["step"], entry["loss"]) for entry in metrics if "loss" in entry),
+        )
+        outcomes.append(outcome)
     table = tabulate(outcomes, failed)
     write_text(output / "table.md", table.to_markdown())
     write_text(output / "table.csv", tabulate_runs(outcomes).to_csv())
     if outcomes:
         plot(outcomes, output / "plot.png")
     say(f"done in {time.monotonic() - started:.0f} s")
-    num_skipped = len(tasks) - len(missing)
-    return Ablation(output=output, outcomes=outcomes, table=table, num_skipped=num_skipped, failed=failed)
+    return Ablation(output=output, outcomes=tuple(outcomes), table=table, num_skipped=num_skipped, failed=failed)
 
 
-def _check(task: _Task) -> None:
-    """Find out before the first run what would stop the last one."""
-    opened = FeatureStore.open(task.store)
-    wanted = task.cell.recipe.store.encoding
-    if opened.encoding != wanted:
-        raise RunError(
-            f"store {str(task.store)!r} holds {opened.encoding} and the grid asks for {wanted}; extract one with "
-            f"`tinyaudio extract --set store.encoding={wanted} --store DIR` and name it in the grid: "
-            f'[stores] {wanted} = "DIR"'
-        )
-    run = Run(task.folder)
-    if run.state:
-        run.check_resumable(task.cell.recipe, opened.fingerprint_id)
+def _check(grid: Grid, store: Path | None, tasks: list[_Task]) -> None:
+    """Check before the first run what would stop a later one; errors as `ablate`."""
+    if store is not None and all(task.store != store for task in tasks):
+        raise RunError(f"--store {str(store)!r} would not be used: the grid names all its stores. Omit --store")
+    commands = {}
+    for task in tasks:
+        encoding = task.cell.recipe.store.encoding
+        relevant = [one for one in task.cell.overrides if one.startswith(("corpus.", "encoder.", "store.", "extract."))]
+        extract = " ".join([f"tinyaudio extract --recipe {grid.recipe}", *(f"--set {one}" for one in relevant)])
+        try:
+            opened = FeatureStore.open(task.store)
+        except StoreNotFoundError:
+            commands[str(task.store)] = f"{extract} --store {task.store}"
+            continue
+        if opened.encoding != encoding:
+            raise RunError(
+                f"store {str(task.store)!r} has encoding {opened.encoding}; expected {encoding}. Try "
+                f'`{extract} --store DIR`, and add DIR to the grid: [stores] {encoding} = "DIR"'
+            )
+        run = Run(task.folder)
+        if run.state:
+            run.check_resumable(task.cell.recipe, opened.fingerprint_id)
+    if commands:
+        raise RunError(f"no feature store at {', '.join(commands)}. Try `{' && '.join(commands.values())}`")
 
 
 def _run_all(tasks: list[_Task], jobs: int) -> Iterator[tuple[str, TrainReport | str]]:
-    """Run them; gives the name of each as it ends, with its report, or with why it failed."""
+    """Run all tasks; yields each run's name when it ends, with its report or with the reason why it failed."""
     if jobs == 1:
         for task in tasks:
-            yield task.cell.name, _attempt(task)
+            yield task.cell.name, _run(task)
         return
     threads, context = max(1, torch.get_num_threads() // jobs), get_context("spawn")
     gpus = context.SimpleQueue()
     for gpu in gpus_for(jobs, tasks[0].device if tasks else "cpu"):
         gpus.put(gpu)
     with ProcessPoolExecutor(jobs, context, _begin_worker, (threads, gpus)) as pool:
-        names = {pool.submit(_attempt, task): task.cell.name for task in tasks}
+        names = {pool.submit(_run, task): task.cell.name for task in tasks}
         for future in as_completed(names):
             yield names[future], future.result()
 
 
+def _run(task: _Task) -> TrainReport | str:
+    run, cell = Run(task.folder), task.cell
+    run.folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"resume": bool(run.state), "device": task.device, "overrides": cell.overrides}
+    try:
+        return train(cell.recipe, task.store, run, say=run.log, **options)
+    except RunError as error:
+        return str(error)
+    finally:
+        gc.collect()  # a model and its trainer refer to each other; the next run needs their memory now
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 def gpus_for(jobs: int, device: str) -> list[str | None]:
-    """Share the visible GPUs out among workers: for each the one it shall see, None where there is none."""
+    """Assign the visible GPUs to workers in turn; None without a GPU."""
     if device == "cpu":
         return [None] * jobs
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -167,60 +206,16 @@ def gpus_for(jobs: int, device: str) -> list[str | None]:
     return [gpus[worker % len(gpus)] if gpus else None for worker in range(jobs)]
 
 
-def _attempt(task: _Task) -> TrainReport | str:
-    report = _run_or_say_why(task)
-    gc.collect()  # a model lies in cycles with its trainer: the next one needs its memory now
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return report
-
-
-def _run_or_say_why(task: _Task) -> TrainReport | str:
-    try:
-        return _run(task)
-    except RunError as error:
-        return str(error)
-
-
-def _run(task: _Task) -> TrainReport:
-    run = Run(task.folder)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / ".log.txt").open("a") as log:
-        return train(
-            task.cell.recipe,
-            task.store,
-            run,
-            resume=bool(run.state),
-            device=task.device,
-            say=lambda line: print(line, file=log, flush=True),
-        )
-
-
 def _begin_worker(threads: int, gpus: Any) -> None:
-    """Share cores and GPUs, and die with the parent: an orphan would write where another goes on."""
+    """Limit a worker to its cores and its GPU, and end it with its parent: two writers would share a run's folder."""
     torch.set_num_threads(threads)
     if (gpu := gpus.get()) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when first used, which is later
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used, which is later
     parent = os.getppid()
 
-    def watch() -> None:
+    def end_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _outcome(task: _Task) -> Outcome:
-    run = Run(task.folder)
-    report = TrainReport(**run.state["report"])
-    metrics, cell = run.metrics(), task.cell
-    return Outcome(
-        name=cell.name,
-        settings=cell.settings,
-        group=cell.group,
-        report=report,
-        wers=tuple((entry["step"], entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
-        losses=tuple((entry["step"], entry["loss"]) for entry in metrics if "loss" in entry),
-    )
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -160,7 +160,7 @@ def checkpoint(model: TinyAudioForConditionalGeneration, processor: TinyAudioPro
 
 @pytest.fixture(scope="session")
 def spoken() -> list[tuple[np.ndarray, str]]:
-    """Twenty bundled test utterances: (samples at 16 kHz, transcript). Voice activity detection hears speech."""
+    """Twenty bundled test utterances: (samples at 16 kHz, transcript). All of them contain speech."""
     import pyarrow.parquet
 
     from tinyaudio.model.audio import load_audio

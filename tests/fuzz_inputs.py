@@ -1,4 +1,4 @@
-"""Hundreds of inputs that no recording device made, for `test_transcribe_fuzz`. Deterministic; writes into a folder."""
+"""Hundreds of damaged and unusual inputs for `test_transcribe_fuzz`. Deterministic; written into a folder."""
 
 import io
 import os
@@ -110,7 +110,7 @@ def contents(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
 
 
 def write_all(folder: Path, seed: int = 0) -> int:
-    """Fill a folder; returns how many inputs it holds."""
+    """Fill a folder; return the number of inputs."""
     rng = np.random.default_rng(seed)
     count = 0
     for name, data in contents(rng):
@@ -124,7 +124,7 @@ def write_all(folder: Path, seed: int = 0) -> int:
     os.mkfifo(folder / "pipe.wav")
     (folder / "folder.wav").mkdir()
     (folder / "unreadable.wav").write_bytes(encoded(speech_like(rng), "WAV"))
-    (folder / "unreadable.wav").chmod(0)  # root reads it all the same
+    (folder / "unreadable.wav").chmod(0)  # root can read it anyway
     if Path("/proc/self/mem").exists():
         (folder / "disk-error.wav").symlink_to("/proc/self/mem")  # opens, and fails at the first byte
     return count + 6

@@ -1,4 +1,4 @@
-"""A decoder that writes what a test has written for it."""
+"""A decoder whose output is written by the test."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tinyaudio.model.recognize import Recognizer
 
 
 class ScriptedDecoder:
-    """Stands in for the decoder: writes scripted texts, by the length of the audio, and notes what it was asked."""
+    """Replaces the decoder: generates scripted texts by the length of the audio, and records its calls."""
 
     def __init__(self, model, tokenizer, script):
         self.config, self.generation_config, self.device = model.config, model.generation_config, model.device

@@ -190,7 +190,7 @@ def test_checkpoint_holds_the_projector_and_nothing_frozen(checkpoint):
     from safetensors import safe_open
 
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
-        assert all(key.startswith("projector.") for key in weights.keys())  # noqa: SIM118  (safe_open is no dict)
+        assert all(key.startswith("projector.") for key in weights.keys())  # noqa: SIM118  (safe_open is not a dict)
     assert {p.name for p in checkpoint.glob("*.py")} == set(TRAVELLING)
 
 
@@ -255,7 +255,7 @@ def test_encoder_with_other_frames_is_refused(tmp_path, feature_extractor):
         load_encoder(str(tmp_path))
 
 
-def test_stranger_process_transcribes_with_the_checkpoint_alone(checkpoint, model, processor, spoken, tmp_path):
+def test_process_without_tinyaudio_transcribes_with_the_checkpoint(checkpoint, model, processor, spoken, tmp_path):
     """No tinyaudio on the path: code, processor and pipeline come from the folder; no ffmpeg either (empty PATH)."""
     import soundfile
 
@@ -288,7 +288,7 @@ def test_stranger_process_transcribes_with_the_checkpoint_alone(checkpoint, mode
     assert f"TEXT {expected!r}" in result.stdout
 
 
-def test_pipeline_in_process_says_what_it_cannot_do(checkpoint, noise):
+def test_pipeline_refuses_times_of_words(checkpoint, noise):
     asr = pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True)
     with pytest.raises(ValueError, match="return_timestamps='word' is not supported"):
         asr(noise(0.5), return_timestamps="word")
@@ -352,7 +352,7 @@ def test_another_encoder_family_swaps_in_by_id(config, processor, tmp_path, feat
 
 
 def test_another_copy_of_a_part_does_not_inherit_the_originals_revision(checkpoint, config, decoder_folder):
-    """A commit of the original's repository is none of the other's."""
+    """A commit of the original's repository does not exist in the other's."""
     stored = json.loads((checkpoint / "config.json").read_text())
     pins = {"encoder_revision": "a" * 40, "decoder_revision": "b" * 40}
     (checkpoint / "config.json").write_text(json.dumps({**stored, **pins}))

@@ -1,4 +1,4 @@
-"""Audio in: formats, rates and channels without any system package; and files that lie."""
+"""Audio: formats, rates and channels without any system package; damaged files and wrong headers."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def wav_bytes(samples=None, rate=16_000, **kwargs):
         ("x.opus", {"format": "OGG", "subtype": "OPUS"}),
     ],
 )
-def test_formats_of_libsndfile_come_through(tmp_path, name, options):
+def test_formats_of_libsndfile_are_read(tmp_path, name, options):
     soundfile.write(tmp_path / name, sweep(), 16_000, **options)
     samples = load_audio(tmp_path / name)
     assert samples.dtype == np.float32
@@ -57,7 +57,7 @@ def test_formats_of_libsndfile_come_through(tmp_path, name, options):
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("m4a", "aac"), ("webm", "libopus"), ("aac", "aac"), ("mp4", "aac")])
-def test_formats_of_ffmpeg_come_through_without_its_binary(tmp_path, suffix, codec, monkeypatch):
+def test_formats_of_ffmpeg_are_read_without_its_binary(tmp_path, suffix, codec, monkeypatch):
     import av
 
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -84,7 +84,7 @@ def test_any_rate_and_channel_count_becomes_16_khz_mono(tmp_path, rate, channels
     assert np.abs(samples[1600:-1600] - sweep(0.5)[1600 : len(samples) - 1600]).max() < 0.01
 
 
-def test_every_way_in_gives_the_same_samples(tmp_path):
+def test_every_kind_of_source_gives_the_same_samples(tmp_path):
     data = wav_bytes()
     (tmp_path / "x.wav").write_bytes(data)
     expected = load_audio(tmp_path / "x.wav")
@@ -133,7 +133,7 @@ def test_samples_that_are_not_finite_are_refused(bad):
         (lambda p: p.symlink_to("/dev/zero"), "device or socket"),
     ],
 )
-def test_what_is_no_recording_is_one_clear_line(tmp_path, make, message):
+def test_input_that_is_not_a_recording_is_one_clear_line(tmp_path, make, message):
     path = tmp_path / "x.wav"
     make(path)
     with pytest.raises(AudioError, match=message) as caught:
@@ -141,7 +141,7 @@ def test_what_is_no_recording_is_one_clear_line(tmp_path, make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_names_no_file_can_have_are_one_clear_line():
+def test_impossible_file_names_are_one_clear_line():
     for name in ("a\0b", "x" * 5000):
         with pytest.raises(AudioError, match="cannot be opened"):
             load_audio(name)
@@ -157,8 +157,8 @@ def test_process_substitution_is_read_to_its_end():
     os.close(reader)
 
 
-def test_declared_sizes_are_not_believed(tmp_path):
-    """A header that promises 4 GB, and an AU file that promises 2**32 frames, hold what they hold."""
+def test_declared_sizes_are_not_trusted(tmp_path):
+    """A header that promises 4 GB, and an AU file that promises 2**32 frames, are read to their real end."""
     data = bytearray(wav_bytes())
     data[40:44] = struct.pack("<I", 0xFFFFFFF0)
     assert len(load_audio(bytes(data))) == 16_000
@@ -185,7 +185,7 @@ def in_container(path, codec, duration_s=1.0, **options):
 
 @pytest.mark.parametrize("name", ["x.wav", "x.aiff", "x.mp3", "x.ogg", "x.opus", "x.webm", "x.flac", "x.m4a"])
 def test_half_a_file_is_reported_and_a_whole_one_is_not(tmp_path, name):
-    """Cut off by a full disk or a broken download; libsndfile and FFmpeg read the half without a word."""
+    """Cut off by a full disk or a broken download; libsndfile and FFmpeg read the half without an error."""
     path = tmp_path / name
     if name in ("x.webm", "x.m4a"):
         in_container(path, "libopus" if name == "x.webm" else "aac", 8.0, movflags="faststart")
@@ -203,8 +203,8 @@ def test_half_a_file_is_reported_and_a_whole_one_is_not(tmp_path, name):
     assert told == [name]
 
 
-def test_sizes_that_only_say_streamed_are_no_promise():
-    """What ffmpeg and sox write into a pipe, and headers that count some of themselves."""
+def test_sizes_of_streamed_files_do_not_count_as_truncation():
+    """The sizes that ffmpeg and sox write into a pipe, and headers that include some of their own bytes."""
     told = []
     data = bytearray(wav_bytes())
     for size in (0xFFFFFFFF, 0xFFFFFFF0, 0x7FFFFFFF, 0x7FFFF000, 0, 32_000 + 44):
@@ -215,7 +215,7 @@ def test_sizes_that_only_say_streamed_are_no_promise():
 
 
 def test_blocks_of_arrays_and_of_ffmpeg_are_ten_seconds(tmp_path):
-    """An array in one block cost a copy of the hour; 43 blocks a second cost voice activity detection its speed."""
+    """An array in one block was copied as a whole; 43 blocks a second slowed voice activity detection down."""
     assert [len(block) for block in iter_audio(sweep(25.0))] == [160_000, 160_000, 80_000]
     assert max(map(len, iter_audio(sweep(25.0, 8_000), 8_000))) < 170_000
     blocks = [len(block) for block in iter_audio(in_container(tmp_path / "x.m4a", "aac", 25.0))]
@@ -258,7 +258,7 @@ def test_text_file_objects_are_refused():
         load_audio(io.StringIO("text"))
 
 
-def test_headers_tell_the_length(tmp_path):
+def test_length_is_read_from_the_header(tmp_path):
     (tmp_path / "x.wav").write_bytes(wav_bytes())
     assert probe_duration_s(tmp_path / "x.wav") == 1.0
     assert probe_duration_s(tmp_path / "nothing.wav") is None

@@ -1,4 +1,4 @@
-"""The guard: what it calls wrong, and that it leaves honest speech alone."""
+"""The guard: the faults it finds, and honest speech that it accepts."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_hardly_a_letter_for_seconds_of_speech_is_empty():
     assert judge("uh", 12.0, is_complete=True, speech_s=10.0) == "empty"
     assert judge("", 3.0, is_complete=True, speech_s=0.6) is None, "a cough"
     assert judge("yes", 3.0, is_complete=True, speech_s=2.0) is None
-    assert judge("", 3.0, is_complete=True) is None, "nobody listened for speech"
+    assert judge("", 3.0, is_complete=True) is None, "speech was not measured"
 
 
 def test_output_without_an_end_is_truncated():

@@ -1,4 +1,4 @@
-"""`transformers.pipeline`: every way in, every option, and the text of the command line."""
+"""`transformers.pipeline`: every kind of input, every option, and the text of the command line."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_timestamps_are_segments_and_chunk_length_is_the_window(asr, spoken):
     assert output["text"] == " ".join(chunk["text"] for chunk in output["chunks"])
 
 
-def test_what_is_not_supported_is_said(asr, spoken):
+def test_unsupported_options_are_refused_or_warned_about(asr, spoken):
     with pytest.raises(ValueError, match="num_return_sequences=3 is not supported"):
         asr(spoken[0][0], num_return_sequences=3, **FEW)
     with pytest.warns(UserWarning, match="stride_length_s is ignored"):

@@ -23,7 +23,7 @@ def in_blocks(samples, size):
 
 
 class ScriptedVoice(VoiceActivity):
-    """Voice activity as a test has written it down: one probability for every frame."""
+    """Voice activity given by a test: one probability for every frame."""
 
     def __init__(self, probabilities):
         self.probabilities, self.num_samples = np.asarray(probabilities, np.float32), 0
@@ -47,7 +47,7 @@ def joined(spoken, gap_s, count=10):
 
 
 def test_voice_activity_equals_the_package_it_comes_from(spoken, tmp_path):
-    """In a process of its own: importing silero_vad sets torch to one thread."""
+    """In its own process, because importing silero_vad sets torch to one thread."""
     samples = np.concatenate([spoken[0][0], silence(0.3), spoken[1][0]])
     np.save(tmp_path / "samples.npy", samples)
     script = (
@@ -71,7 +71,7 @@ def test_no_bundled_utterance_is_dropped_or_shortened(spoken):
 
 @pytest.mark.parametrize("size", [1000, 37_777, 10_000_000])
 @pytest.mark.parametrize("gap_s", [0.4, 2.0])
-def test_joined_utterances_come_apart_at_the_joins(spoken, gap_s, size):
+def test_joined_utterances_are_cut_at_the_joins(spoken, gap_s, size):
     samples, times = joined(spoken, gap_s)
     pieces = list(cut(in_blocks(samples, size), window_s=4.0))
     assert len(pieces) == len(times)
@@ -85,7 +85,7 @@ def test_joined_utterances_come_apart_at_the_joins(spoken, gap_s, size):
 def test_piece_begins_a_fixed_time_before_its_speech_and_holds_all_of_it(spoken, noise_level):
     """A tenth of a second, whole steps of the projector: its frames are joined as in the utterance alone.
 
-    Detection by itself is up to 0.12 s late and knows frames of 32 ms; the demo's model, which has heard trimmed
+    Detection by itself is up to 0.12 s late and knows frames of 32 ms; the demo's model, trained on trimmed
     utterances only, made 3 % more word errors on utterances cut so. The first ones have nothing before their speech.
     """
     samples, times = joined(spoken, 0.55)
@@ -101,7 +101,7 @@ def test_piece_begins_a_fixed_time_before_its_speech_and_holds_all_of_it(spoken,
 
 
 def test_last_stop_behind_a_closure_belongs_to_its_word():
-    """What sinks into the pause, rises once more within 0.1 s and sinks for good, is heard to its end."""
+    """A sound that fades, rises once more within 0.1 s and fades for good is kept to its end."""
     quiet, burst = np.full(1200, 1e-4, np.float32), np.full(400, 0.05, np.float32)
     pause = np.tile(quiet, 5)
     assert audible_length(np.concatenate([burst, quiet, burst, pause])) == 2000
@@ -111,7 +111,7 @@ def test_last_stop_behind_a_closure_belongs_to_its_word():
 
 @pytest.mark.parametrize("gap_s", [0.4, 0.9])
 def test_block_size_changes_no_piece(spoken, gap_s):
-    """Not even where a block ends inside an utterance, whose onset then lies among samples that could be forgotten."""
+    """Not even where a block ends inside an utterance, whose onset is then among samples that could be dropped."""
     samples, _ = joined(spoken, gap_s)
     whole = list(cut([samples], window_s=4.0))
     for size in (999, 3_111, 7_003, 20_000, 33_333, 52_001, 160_000):
@@ -122,7 +122,7 @@ def test_block_size_changes_no_piece(spoken, gap_s):
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.1, 0.16])
-def test_onset_found_late_is_still_there_when_its_block_is_long_gone(late_s):
+def test_samples_before_a_late_detected_onset_are_still_held(late_s):
     """Detection misses the first `late_s` of each sound; samples arrive a frame at a time."""
     frames = np.zeros((400, FRAME_LENGTH), np.float32)
     probabilities = np.zeros(len(frames))
@@ -219,7 +219,7 @@ def test_seams_double_and_lose_no_word(before, after, expected):
     assert f"{left} {right}".strip() == expected
 
 
-def test_one_word_in_common_is_no_agreement_at_the_price_of_four():
+def test_one_common_word_does_not_join_texts_if_four_are_left_out():
     before, after = "we walked down to the sea and", "they said that the boats are gone"
     assert join_texts(before, after, overlap_s=1.0) == (before, after, False)
 

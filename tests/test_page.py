@@ -1,4 +1,4 @@
-"""The page: what it says about good, broken and silent recordings; and, in a browser, that a file comes out as text."""
+"""The page: its answers to good, broken and silent recordings; in a browser, a file is transcribed."""
 
 import shutil
 import threading
@@ -59,7 +59,7 @@ def test_no_recording_asks_for_one(transcriber):
     assert "Record something" in describe_recording(transcriber, None)[2]
 
 
-def test_page_without_gradio_says_how_to_get_it(transcriber, monkeypatch):
+def test_page_without_gradio_names_the_extra_to_install(transcriber, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -68,7 +68,7 @@ def test_page_without_gradio_says_how_to_get_it(transcriber, monkeypatch):
 
 
 def test_command_asks_for_gradio_before_it_loads_a_model(monkeypatch):
-    """A missing extra is found at once, and not after gigabytes are loaded (here: none, which would be said first)."""
+    """A missing extra is found before gigabytes are loaded (here: a missing model would be reported first)."""
     import sys
 
     from typer.testing import CliRunner
@@ -89,7 +89,7 @@ def test_taken_port_is_one_line():
         open_page(Page(), "127.0.0.1", 7860)
 
 
-def test_stopped_transcription_does_no_more_work_and_a_finished_one_ends_with_its_answer(transcriber, files):
+def test_stopped_transcription_ends_its_work_and_a_finished_one_yields_its_answer(transcriber, files):
     *progress, last = follow_recording(transcriber, str(files / "three.wav"))
     assert last == describe_recording(transcriber, str(files / "three.wav"))
     assert progress[-1][2] == f"{soundfile.info(files / 'three.wav').duration:.0f} s of audio done"
@@ -120,7 +120,7 @@ def test_space_folder_has_what_a_space_needs():
     assert "tinyaudio" in (SPACE / "requirements.txt").read_text()
 
 
-def test_command_and_space_offer_the_sameexample_recordings():
+def test_command_and_space_offer_the_same_examples():
     from tinyaudio.cli.serve import example_recordings
 
     assert [path.name for path in example_recordings()] == [
@@ -133,7 +133,7 @@ def test_command_and_space_offer_the_sameexample_recordings():
 
 @pytest.fixture
 def tab(transcriber, files):
-    """The page in a browser; its console goes unheard."""
+    """The page in a browser; its console is ignored."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     page = build_page(transcriber, [files / "talk.wav"])
@@ -164,7 +164,7 @@ def put_in(tab, path, answer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
-def test_in_a_browser_a_file_goes_in_and_the_text_comes_out(tab, transcriber, files):
+def test_in_a_browser_a_file_is_transcribed(tab, transcriber, files):
     put_in(tab, files / "talk.wav", "audio")
     text = describe_recording(transcriber, str(files / "talk.wav"))[0]
     assert tab.locator("#transcript textarea").input_value() == text

@@ -1,4 +1,4 @@
-"""Subtitles and the other formats: golden files, read back by parsers that are not ours; line lengths as properties."""
+"""Subtitles and the other formats: golden files, read back by independent parsers; line lengths as properties."""
 
 import csv
 import json

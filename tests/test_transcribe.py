@@ -1,4 +1,4 @@
-"""From recordings to transcripts: one way for all, bounded memory, nothing lost between inputs."""
+"""From recordings to transcripts: order, bounded memory, nothing lost between inputs."""
 
 import io
 import subprocess
@@ -63,7 +63,7 @@ def test_batch_size_changes_no_transcript(transcriber, spoken, num_beams):
         assert [t.to_dict() for t in transcriber.transcribe(sources, batch_size=batch_size, **options)] == expected
 
 
-def test_token_budget_of_a_row_is_its_own_in_any_company(model, processor, spoken):
+def test_token_budget_of_a_row_does_not_depend_on_its_batch(model, processor, spoken):
     """A short recording beside a long one stops where it stops alone (the random model never ends by itself)."""
     recognizer = Recognizer(model, processor.feature_extractor, processor.tokenizer)
     short, long = spoken[0][0][:8000], np.tile(spoken[1][0], 3)
@@ -141,7 +141,7 @@ def test_disk_that_fails_half_way_keeps_what_was_read(spoken, tmp_path, monkeypa
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_batch_that_the_gpu_does_not_hold_is_one_line_that_names_the_option(model, processor, spoken):
+def test_batch_too_large_for_the_gpu_is_one_line_that_names_the_option(model, processor, spoken):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand so on")
 
@@ -151,7 +151,7 @@ def test_batch_that_the_gpu_does_not_hold_is_one_line_that_names_the_option(mode
     assert "\n" not in str(raised.value)
 
 
-def test_finished_input_comes_out_while_the_next_one_keeps_us_waiting(transcriber, spoken, tmp_path):
+def test_finished_input_is_returned_while_the_next_one_is_slow(transcriber, spoken, tmp_path):
     release = threading.Event()
 
     def sources():
@@ -169,7 +169,7 @@ def test_finished_input_comes_out_while_the_next_one_keeps_us_waiting(transcribe
 
 
 @pytest.mark.parametrize("sound", ["silence", "noise", "hum", "tones"])
-def test_the_decoder_is_never_asked_about_what_is_not_speech(model, processor, noise, sound):
+def test_decoder_does_not_run_on_audio_without_speech(model, processor, noise, sound):
     t = np.arange(160_000) / 16_000
     sounds = {
         "silence": np.zeros(160_000),
@@ -203,8 +203,8 @@ def test_windows_without_a_pause_are_joined_and_reported(model, processor, spoke
     assert transcript.text == " ".join(["the cat"] * (len(transcript.segments) - num_seams))
 
 
-def test_reading_runs_ahead_but_not_away(model, processor, spoken):
-    """The reader stops a bounded number of pieces ahead of a consumer that rests."""
+def test_reading_ahead_is_bounded(model, processor, spoken):
+    """The reader stops a bounded number of pieces ahead of a consumer that pauses."""
     taken = []
 
     def sources():
@@ -222,7 +222,7 @@ def test_reading_runs_ahead_but_not_away(model, processor, spoken):
     assert not any(thread.name == "tinyaudio-reader" for thread in threading.enumerate())
 
 
-def test_bug_in_a_source_is_raised_where_it_can_be_seen(transcriber):
+def test_bug_in_a_source_is_raised_in_the_callers_thread(transcriber):
     def broken():
         raise RuntimeError("not an audio problem")
         yield
@@ -283,8 +283,8 @@ def test_encoded_bytes_and_file_objects_are_sources_too(transcriber, spoken):
     assert len({t.text for t in transcriber.transcribe(sources, **FEW)}) == 1
 
 
-def test_memory_is_given_back_after_every_group(transcriber, spoken, monkeypatch):
-    """What malloc keeps shows after an hour only: 775 MB instead of 456 together with oneDNN's kernels."""
+def test_memory_is_released_after_every_group(transcriber, spoken, monkeypatch):
+    """Memory kept by malloc shows after an hour only: 775 MB instead of 456, together with oneDNN's kernels."""
     given_back = []
     monkeypatch.setattr(recognize, "give_back_free_memory", lambda: given_back.append(1))
     transcriber.transcribe([spoken[0][0][:16_000]] * 9, batch_size=1, **FEW)
@@ -332,8 +332,8 @@ for minutes in (2, 12):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_stays_where_it_was_after_two_minutes():
-    """On the shipped stand-ins; the kernels that oneDNN kept were another tenth after twelve minutes."""
+def test_memory_does_not_grow_after_two_minutes():
+    """On the bundled models; the kernels that oneDNN kept were another tenth after twelve minutes."""
     demo = Path(__file__).parent.parent / "pipelines" / "demo"
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(demo)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

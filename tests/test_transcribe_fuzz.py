@@ -1,4 +1,4 @@
-"""Over three hundred broken inputs: no traceback, no hang, bounded memory, the right exit code."""
+"""More than three hundred broken inputs: no traceback, no hang, bounded memory, the right exit code."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tinyaudio.cli.inputs import find_inputs
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.errors import AudioError
 
-# The decoder always has something to say, and says it soundly: what comes out empty was never asked of it.
+# The decoder always writes the same sound text, so an empty text means that it did not run.
 SCRIPT = """
 import resource, sys
 from tinyaudio.cli import main
@@ -48,7 +48,7 @@ def is_readable(path):
 
 
 def test_broken_inputs_end_in_one_line_each_and_the_right_code(broken, checkpoint, tokenizer, spoken, tmp_path):
-    """And nothing is invented: of all of them only the one with speech that is put there gets a text."""
+    """No text is invented: only the one file with speech gets a text."""
     said = "the cat sat on the mat"
     ids = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
     soundfile.write(broken / "speech.wav", spoken[0][0], 16_000)

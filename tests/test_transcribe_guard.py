@@ -1,4 +1,4 @@
-"""The guard at work in transcription: loops are decoded again or cut, and every fault is in the warnings."""
+"""The guard in transcription: loops are decoded again or cut, and every fault is in the warnings."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tinyaudio.model.recognize import Options, _ended
 from tinyaudio.model.segments import Piece
 
 
-def test_loop_is_decoded_again_and_the_clean_output_stands(model, processor, spoken):
+def test_loop_is_decoded_again_and_the_clean_output_is_kept(model, processor, spoken):
     fake, recognizer = scripted(
         model, processor, lambda _, c: ("the cat sat", True) if is_retry(c) else ("cat " * 12, True)
     )
@@ -47,8 +47,8 @@ def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, co
     assert len(fake.asked) == 2
 
 
-def test_a_loop_is_cut_and_not_thrown_away_for_nothing(model, processor, spoken):
-    """Speech below the length at which silence is suspicious, so that an empty second output is no fault by itself."""
+def test_loop_is_cut_if_its_second_decoding_is_empty(model, processor, spoken):
+    """The speech is too short for an empty second output to be a fault by itself."""
     _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))
     samples = spoken[0][0][:16_000]
     piece = Piece(samples=samples, start_s=0.0, end_s=0.9, advance_s=1.0)

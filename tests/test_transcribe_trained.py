@@ -1,7 +1,7 @@
-"""What transcription must show with a model that hears: run by `pytest -m slow`, on the demo's trained run.
+"""Transcription with a trained model: run by `pytest -m slow`, on the demo's trained run.
 
-The run is $TINYAUDIO_TRAINED, else runs/demo (`make demo` makes it). Each test prints the figures that it holds against
-its limits.
+The run is $TINYAUDIO_TRAINED, else runs/demo (`make demo` makes it). Each test prints the figures that it compares
+with its limits.
 """
 
 import json
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning"
 def run():
     folder = Path(os.environ.get("TINYAUDIO_TRAINED", ROOT / "runs" / "demo"))
     if not (folder / "config.json").is_file():
-        pytest.skip(f"needs a trained run, and {str(folder)!r} holds none; `make demo` makes it")
+        pytest.skip(f"needs a trained run, and {str(folder)!r} has no model; `make demo` makes it")
     return folder
 
 
@@ -156,7 +156,7 @@ print(json.dumps({**transcript.to_dict(), "progress": progress}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_an_hour_takes_the_memory_of_minutes_and_has_true_times(run, test_set, tmp_path):
+def test_memory_does_not_grow_over_an_hour_and_times_are_true(run, test_set, tmp_path):
     """The test set over and over with pauses: bounded memory, progress to the end, every segment where it is known."""
     rng, times, at = np.random.default_rng(1), [], 0
     with soundfile.SoundFile(tmp_path / "hour.wav", "w", SAMPLING_RATE, 1) as file:
@@ -187,12 +187,12 @@ def test_an_hour_takes_the_memory_of_minutes_and_has_true_times(run, test_set, t
     assert max(off) < TIMES_S
     assert all(before <= after for before, after in pairwise(done_s))
     assert done_s[-1] == pytest.approx(at / SAMPLING_RATE)
-    assert max(late - early for late, early in pairwise(done_s)) < 300, "progress is told often"
-    assert max(read - done for read, done in zip(read_s, done_s, strict=True)) < 600, "reading does not run away"
+    assert max(late - early for late, early in pairwise(done_s)) < 300, "progress is reported often"
+    assert max(read - done for read, done in zip(read_s, done_s, strict=True)) < 600, "reading ahead is bounded"
     assert max(rss_kb) < 1.1 * early
 
 
-def test_killed_half_way_leaves_whole_files_and_goes_on(run, joined, tmp_path):
+def test_killed_half_way_leaves_whole_files_and_resumes(run, joined, tmp_path):
     for i, (samples, _) in enumerate(joined):
         soundfile.write(tmp_path / f"{i:02}.wav", samples, SAMPLING_RATE, subtype="FLOAT")
     words = [tmp_path, "-o", tmp_path / "out", "-f", "json,srt", "-m", run, "--skip-existing", "--batch-size", "1"]

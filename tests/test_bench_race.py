@@ -30,7 +30,7 @@ def test_every_result_is_printed_with_its_note():
         format_results(results, {"padding": "at most 0.02"})
         == """\
 padding       0.012       at most 0.02
-device        cpu
+device                    cpu
 worlds_agree  True
 matmul_share  -
 peak_bytes    12,345,678

@@ -29,18 +29,20 @@ def _bench(stage: str, json: bool, *arguments: Any, **settings: Any) -> None:
 
 def format_results(results: Mapping[str, Any], notes: Mapping[str, str]) -> str:
     """Lay out results: single values with their goals or meanings, then one table for each group of values."""
-    single = {name: value for name, value in results.items() if not isinstance(value, dict)}
-    blocks = [aligned([[name, _cell(value), notes.get(name, "")] for name, value in single.items()])]
+    rows = []
+    for name, value in results.items():
+        if isinstance(value, str):
+            rows.append([name, "", value])
+        elif not isinstance(value, dict):
+            rows.append([name, _cell(value), notes.get(name, "")])
+    blocks = [aligned(rows)]
     for name, group in results.items():
         if isinstance(group, dict):
-            rows = {row: _flat(values) for row, values in group.items()} if _is_table(group) else {"": group}
-            header = [name, *next(iter(rows.values()))]
-            blocks.append(aligned([header, *([row, *map(_cell, values.values())] for row, values in rows.items())]))
+            is_nested = all(isinstance(values, dict) for values in group.values())
+            table = {row: _flat(values) for row, values in group.items()} if is_nested else {"": group}
+            header = [name, *next(iter(table.values()))]
+            blocks.append(aligned([header, *([row, *map(_cell, values.values())] for row, values in table.items())]))
     return "\n\n".join(blocks)
-
-
-def _is_table(group: Mapping[str, Any]) -> bool:
-    return all(isinstance(values, dict) for values in group.values())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _cell(value: Any) -> str:
     if value is None or value == []:
         return "-"
-    if isinstance(value, bool | str):
+    if isinstance(value, bool):
         return str(value)
     return f"{value:,.3f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
 

@@ -124,7 +124,6 @@ class ShardPipeline:
         left, full_since = list(shards), math.inf
         while left:
             self._num_bad = sum(self.report.quarantined.values())
-            started = time.monotonic()
             resume()
             try:
                 self._run_pools(left)
@@ -142,12 +141,10 @@ class ShardPipeline:
                 time.sleep(min(POLL_S, left_s))
                 self._decoder.__exit__(type(error), error, None)
                 self.__enter__()
-            finally:
-                self.report.line_s += time.monotonic() - started
-                self.report.encoder_busy = self.report.encode_s / self.encoder.num_lanes / self.report.line_s
 
     def _run_pools(self, shards: Sequence[int]) -> None:
         """Start the threads, make shards, and return the claims of unfinished ones after an error."""
+        started = time.monotonic()
         try:
             with (
                 ThreadPoolExecutor(1, "prepare") as preparing,
@@ -167,6 +164,8 @@ class ShardPipeline:
             for writer in self._open.values():
                 writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
             self._open.clear()
+            self.report.line_s += time.monotonic() - started
+            self.report.encoder_busy = self.report.encode_s / self.encoder.num_lanes / max(self.report.line_s, 1e-9)
 
     def _run(
         self,

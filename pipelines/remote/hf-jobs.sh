@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole line as one Hugging Face Job. Store and runs lie in a bucket, so that a job that ran out of time is continued
-# by starting it again (--attempts does it by itself after a failure).
-#   BUCKET: owner/name of the bucket (make it with `hf buckets create`). SOURCE: what pip installs.
-#   FLAVOR (a100-large; one with as many GPUs as GPUS says), TIMEOUT (24h). DRY_RUN=1 prints what would be submitted.
-#   The rest: README.md beside this file.
+# All stages as one Hugging Face Job. Store and runs are in a bucket: if a job runs out of time, submit it again to
+# resume (after a failure, --attempts does so automatically).
+#   BUCKET: owner/name of the bucket (create it with `hf buckets create`). SOURCE: what pip installs.
+#   FLAVOR: a100-large by default, with GPUS GPUs. TIMEOUT: 24h by default. DRY_RUN=1 prints what would be submitted.
+#   Other variables: README.md.
 set -euo pipefail
 
 BUCKET=${BUCKET:?set BUCKET to owner/name of a storage bucket}
@@ -20,4 +20,4 @@ if [ "${DRY_RUN:-0}" = 1 ]; then OPTIONS+=(--dry-run); else OPTIONS+=(--detach);
 
 exec hf jobs run "${OPTIONS[@]}" python:3.12 bash -c '
     pip install --quiet "$SOURCE" &&
-    bash "$(python -c "import pipelines; print(pipelines.__path__[0])")/remote/line.sh"'
+    bash "$(python -c "import pipelines; print(pipelines.__path__[0])")/remote/run_stages.sh"'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole line on one machine: extract, train, eval, publish, in order. Start it again and it goes on where it stopped.
-# Variables: see README.md beside this file.
+# All stages on one machine: extract, train, eval, publish, in order. Run it again to resume.
+# Variables: README.md.
 set -euo pipefail
 
 RECIPE=${RECIPE:-demo}
@@ -16,11 +16,11 @@ STORE=$WORK/data/$(basename "$RECIPE" .toml)
 FOLDER=$WORK/runs/$RUN
 CHILD=
 
-# Slurm, spot machines and `docker stop` send TERM first: hand it on, so that training saves, and say so in the exit code.
+# Slurm, spot machines and `docker stop` send TERM first: pass it on, so that training saves, and exit with 143.
 on_term() { if [ -n "$CHILD" ]; then kill -TERM "$CHILD" 2>/dev/null || true; wait "$CHILD" || true; fi; exit 143; }
 trap on_term TERM
 
-say() {
+run() {
     echo "+ $*" >&2
     if [ "$DRY_RUN" = 1 ]; then return; fi
     local status=0
@@ -31,13 +31,12 @@ say() {
     return "$status"
 }
 
-# torchrun gives every GPU a process; with one GPU it would only be in the way. Without `--` it takes --run for its own
-# --run-path, and refuses.
+# torchrun starts one process per GPU; one GPU does not need it. Without `--` it would take --run for its own --run-path.
 tinyaudio_on_gpus() {
     if [ "$GPUS" -gt 1 ]; then
-        say torchrun --standalone --nproc-per-node "$GPUS" -m -- tinyaudio "$@"
+        run torchrun --standalone --nproc-per-node "$GPUS" -m -- tinyaudio "$@"
     else
-        say tinyaudio "$@"
+        run tinyaudio "$@"
     fi
 }
 
@@ -49,14 +48,14 @@ stage_train() {
     tinyaudio_on_gpus train --recipe "$RECIPE" --store "$STORE" --run "$FOLDER" ${resume[@]+"${resume[@]}"}
 }
 
-# eval exits 1 if a clip has no answer, with its summary written all the same: the line goes on, and the card marks that
-# number and keeps it out of the model-index.
+# eval exits with 1 if a clip has no answer, but writes its summary. Then the next stage still runs; the model card marks
+# the number and leaves it out of the model-index.
 evaluate() {
     local before status=0
     before=$(mktemp)
-    say tinyaudio eval "$@" || status=$?
+    run tinyaudio eval "$@" || status=$?
     if [ "$status" = 1 ] && [ -n "$(find "$FOLDER/eval" -name summary.json -newer "$before" 2>/dev/null)" ]; then
-        echo "some clips have no answer; going on, see the report" >&2
+        echo "some clips have no answer (see the report); continuing" >&2
         status=0
     fi
     rm -f "$before"
@@ -73,7 +72,7 @@ stage_publish() {
         echo "REPO is not set: nothing is published" >&2
         return
     fi
-    say tinyaudio publish "$FOLDER" --repo "$REPO"
+    run tinyaudio publish "$FOLDER" --repo "$REPO"
 }
 
 for stage in $STAGES; do

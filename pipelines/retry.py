@@ -47,8 +47,8 @@ def retry(
     stop: threading.Event,
     timeout_s: float = math.inf,
     attempts: float = math.inf,
-    asked_s: Callable[[Exception], float | None] = lambda error: retry_after_s(headers_of(error)),
-    on_wait: Callable[[Exception, float], None] = lambda error, wait_s: None,
+    asked_s: Callable[[Exception], float | None] | None = None,
+    on_wait: Callable[[Exception, float], None] | None = None,
 ) -> Result:
     """Call until it succeeds, waiting twice as long after each transient failure.
 
@@ -57,7 +57,7 @@ def retry(
         stop: ends a wait at once. It is not checked before the first call.
         timeout_s: seconds from the first call; no wait begins that would exceed them.
         attempts: the most calls.
-        asked_s: the wait in seconds that the server asks for with this error, or None.
+        asked_s: returns the wait in seconds that the server asks for with an error; by default from its response.
         on_wait: called with the error and the seconds before each wait.
 
     Raises:
@@ -69,11 +69,11 @@ def retry(
         try:
             return call()
         except Exception as error:
-            wait_s = _wait_s(asked_s(error), failed)
+            wait_s = _wait_s((asked_s or _asked_s)(error), failed)
             failed += 1
             if not is_transient(error) or failed >= attempts or time.monotonic() - begun + wait_s > timeout_s:
                 raise
-            if not stop.is_set():
+            if on_wait is not None and not stop.is_set():
                 on_wait(error, wait_s)
             if stop.wait(wait_s):
                 raise StoppedError from error
@@ -95,9 +95,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return float(limit[1]) if limit else None
 
 
-def headers_of(error: Exception) -> Mapping[str, str]:
-    """Return the headers of the response that an HTTP error carries; empty if it has none."""
-    return getattr(getattr(error, "response", None), "headers", None) or {}
+def _asked_s(error: Exception) -> float | None:
+    return retry_after_s(getattr(getattr(error, "response", None), "headers", None) or {})
 
 
 # ------------------------------------------------------------------------------------------- the Hugging Face hub

@@ -4,10 +4,10 @@
         hub.add("models", "facebook/hubert-large-ls960-ft", {"config.json": path, ...})
         subprocess.run([...], env=hub.environment(tmp_path / "home"))
 
-Serves files with ETags, commits, branches and byte ranges; keeps a log of every request; answers wrongly when told to:
+Serves files with ETags, commits, branches and byte ranges; keeps a log of every request; answers wrongly on demand:
 `hub.faults.append(Fault("resolve", "disconnect", times=2))`. What the shipped recipes pin lies at the commits that they
 pin, and `main` has moved on to other content, so that a request that forgets the revision shows. Also a script: `python
-tests/hub_replica.py FOLDER` serves the stand-ins of pipelines/demo under the real names until interrupted, for trying
+tests/hub_replica.py FOLDER` serves the bundled models of pipelines/demo under the real names until interrupted, to try
 commands by hand.
 """
 
@@ -394,7 +394,7 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 
 def fill(hub: Hub, folder: Path, num_train: int = 120, num_other: int = 48) -> Hub:
-    """Serve the stand-ins and the bundled corpus under the real names; what recipes pin, at the commits they pin."""
+    """Serve the bundled models and corpus under the real names, at the commits that recipes pin."""
     encoder = hub.add("models", ENCODER, model_files(DEMO / "encoder"), PINNED[ENCODER])
     encoder.push({**encoder.files, "model.safetensors": other_weights(folder / "moved", encoder.files)})
     hub.add("models", DECODER, model_files(DEMO / "decoder"))

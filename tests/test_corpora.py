@@ -44,9 +44,9 @@ def test_some_rows_are_read_without_the_others(parquet):
 
 
 def test_columns_are_found_by_the_names_of_the_recipe(tmp_path):
-    told = loquacious(3)
+    original = loquacious(3)
     names = {"ID": "key", "duration": "length", "wav": "sound", "spk_id": "who", "sex": "gender", "text": "said"}
-    columns = {names[key]: values for key, values in told.items()} | {"origin": pa.array(["a", "b", "c"])}
+    columns = {names[key]: values for key, values in original.items()} | {"origin": pa.array(["a", "b", "c"])}
     write_parquet(tmp_path / "train" / "part.parquet", columns)
     roles = Columns(
         id="key", audio="sound", text="said", duration="length", speaker="who", sex="gender", source="origin"
@@ -62,7 +62,7 @@ def test_columns_are_found_by_the_names_of_the_recipe(tmp_path):
         opened(tmp_path).scan("train")
 
 
-def test_durations_that_nobody_states_come_from_headers_and_a_dead_row_has_none(tmp_path):
+def test_durations_that_are_not_stated_come_from_headers_and_a_dead_row_has_none(tmp_path):
     columns = loquacious(4)
     del columns["duration"], columns["sex"]
     cells = columns["wav"].to_pylist()

@@ -98,8 +98,8 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
 
 def test_waiting_follows_the_server_and_else_doubles_up_to_a_minute():
     asked = SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": "7"}))
-    assert retry.headers_of(asked) == {"Retry-After": "7"}
-    assert retry.headers_of(ConnectionError()) == {}
+    assert retry._asked_s(asked) == 7
+    assert retry._asked_s(ConnectionError()) is None
     assert retry._wait_s(7.0, 0) == 7
     assert 2 <= retry._wait_s(None, 2) <= 4
     assert 30 <= retry._wait_s(None, 50) <= 60

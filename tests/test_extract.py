@@ -63,7 +63,7 @@ def test_extracting_again_repairs_exactly_the_damaged_shards(recipe_file, store,
     assert stage_one(recipe_file, store).shards_written == 0
 
 
-def test_an_unfinished_store_goes_on_without_listing_the_corpus_again(recipe_file, tmp_path, monkeypatch):
+def test_an_unfinished_store_resumes_without_listing_the_corpus_again(recipe_file, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 2))
     monkeypatch.setattr("pipelines.extract.stage.plan_corpus", lambda *_: pytest.fail("the corpus was listed again"))
     assert stage_one(recipe_file, tmp_path / "store").is_complete
@@ -74,7 +74,7 @@ def test_a_calibration_that_is_none_is_one_line(recipe_file, store, tmp_path):
         stage_one(recipe_file, tmp_path / "b", INT8, f"store.calibration={store}")
 
 
-def test_a_calibration_goes_on_until_it_has_seen_enough(recipe_file, tmp_path, monkeypatch):
+def test_a_calibration_continues_until_it_has_seen_enough(recipe_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(calibrating, "ROUND_UTTERANCES", 10)
     monkeypatch.setattr(

@@ -74,8 +74,8 @@ def test_a_handful_of_bad_recordings_stops_nothing_unless_max_bad_says_so(recipe
     assert stage_one(recipe_file, tmp_path / "exact", max_bad=3 / 48).is_complete
 
 
-def test_parts_share_one_budget_of_bad_rows_and_typing_again_buys_no_other(recipe_file, corpus_folder, tmp_path):
-    """Every part alone is within its 12 of 48; together they are not, whoever comes last, and however often."""
+def test_parts_share_one_budget_of_bad_rows_and_running_again_adds_none(recipe_file, corpus_folder, tmp_path):
+    """Every part alone has at most 12 of 48; together they have more, in any order and however often they run."""
     spoil(corpus_folder, 20)
     failed = 0
     for part in [(0, 3), (1, 3), (2, 3)] * 2:
@@ -115,7 +115,7 @@ def test_a_recording_without_end_is_given_up_at_the_limit(monkeypatch):
 
 
 def test_recordings_longer_than_their_corpus_says_are_stored_while_there_is_room(recipe_file, tmp_path, noise):
-    """Half a second more than stated is believed, but the plan has given the rows behind to somebody else."""
+    """Half a second more than stated is accepted, but the plan gave the next rows to another utterance."""
     rows = [parquet_row(f"u{i:02}", wav(noise(1.4 if i % 2 else 1.0)), 1.0, "the cat") for i in range(20)]
     write_parquet(tmp_path / "c" / "train-00000-of-00001.parquet", rows)
     report = stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}", max_bad=1.0)

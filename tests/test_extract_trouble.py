@@ -1,4 +1,4 @@
-"""Disks that fill up, interrupts, errors under way: every claim is given back, and the same command goes on."""
+"""Full disks, interrupts and errors during extraction: every claim is returned, and the same command resumes."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from tinyaudio.cli import app as cli
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_disk_nearly_full_stops_before_the_next_shard_and_goes_on_when_there_is_room(
+def test_a_disk_nearly_full_stops_before_the_next_shard_and_resumes_with_free_space(
     recipe_file, store, tmp_path, monkeypatch
 ):
     usage, left = shutil.disk_usage(tmp_path), iter([True] * 2)
@@ -40,10 +40,14 @@ def test_a_disk_nearly_full_stops_before_the_next_shard_and_goes_on_when_there_i
     assert same_content(store, tmp_path / "full")
 
 
-def test_extraction_waits_for_room_and_goes_on_by_itself(recipe_file, store, tmp_path, monkeypatch, caplog):
-    usage, looks = shutil.disk_usage(tmp_path), iter([True, True, *[False] * 4])
+def test_extraction_waits_for_disk_space_and_resumes_by_itself(recipe_file, store, tmp_path, monkeypatch, caplog):
+    usage, looks = shutil.disk_usage(tmp_path), iter([True] * 2)
     nearly = type(usage)(usage.total, usage.used, 10)
-    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda _: usage if next(looks, True) else nearly)
+
+    def full_until_it_waits(_):
+        return usage if next(looks, False) or "Waiting for disk space" in caplog.text else nearly
+
+    monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", full_until_it_waits)
     monkeypatch.setattr(shard_pipeline, "POLL_S", 0.01)
     assert stage_one(recipe_file, tmp_path / "full", "extract.disk_patience_s=3600").is_complete
     assert "Waiting for disk space" in caplog.text
@@ -66,7 +70,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_is_waited_for_too(recipe_
     assert same_content(store, tmp_path / "full")
 
 
-def test_room_is_kept_for_what_others_have_begun(recipe_file, tmp_path, monkeypatch):
+def test_space_is_kept_for_shards_that_others_have_claimed(recipe_file, tmp_path, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 3))
     recipe, opened = load_recipe(str(recipe_file)), FeatureStore.open(tmp_path / "store")
     shard_bytes = opened.rows_per_shard * opened.header.bytes_per_row
@@ -82,7 +86,7 @@ def test_room_is_kept_for_what_others_have_begun(recipe_file, tmp_path, monkeypa
         writer.__exit__(RuntimeError, RuntimeError("interrupted"), None)
 
 
-def test_whole_files_need_room_in_the_hub_clients_cache_too(recipe_file, store, tmp_path, monkeypatch):
+def test_whole_files_need_space_in_the_hub_clients_cache_too(recipe_file, store, tmp_path, monkeypatch):
     usage, cache = shutil.disk_usage(tmp_path), tmp_path / "home"
     cache.mkdir()
     full = type(usage)(usage.total, usage.used, 10)
@@ -109,7 +113,7 @@ def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, capsys, m
     assert "No space left on device" in last
 
 
-def test_a_store_that_somebody_else_is_finishing_is_not_said_to_be_done(recipe_file, tmp_path, capsys, monkeypatch):
+def test_a_store_that_another_process_finishes_is_not_reported_as_complete(recipe_file, tmp_path, capsys, monkeypatch):
     stage_one(recipe_file, tmp_path / "store", part=(0, 3))
     theirs = FeatureStore.open(tmp_path / "store").write_shard(1)
     command = ["tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(tmp_path / "store")]

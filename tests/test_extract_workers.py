@@ -1,4 +1,4 @@
-"""Several workers on one store: nothing lost, nothing twice, the same rows whoever computes them."""
+"""Several workers on one store: nothing lost, nothing twice, the same rows from any worker."""
 
 import contextlib
 import json

@@ -290,7 +290,7 @@ def test_training_scoring_and_transcribing_meet_the_same_hub(world):
 
 
 def test_a_model_keeps_the_decoder_it_was_trained_with(world):
-    """No recipe pins it, and the replica's `main` moves before the evaluation: nobody may ask what `main` means now."""
+    """No recipe pins it, and the replica's `main` moves before the evaluation: no command may ask for `main` now."""
     _, hub, session = world
     decoder = hub.repos["models", DECODER]
     assert any(DECODER in request.path and decoder.commit not in request.path for request in session.requests("train"))

@@ -70,7 +70,7 @@ class Machine:
 
 
 def documents() -> list[Path]:
-    """List the files that may tell somebody to type torchrun."""
+    """List the files that may contain a torchrun command."""
     found = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *REMOTE.iterdir(), *ROOT.glob("tinyaudio/cli/*.py")]
     return [path for path in sorted(found) if "torchrun --" in path.read_text()]
 
@@ -253,10 +253,10 @@ def test_the_hf_job_uses_options_of_the_real_client(machine: Machine) -> None:
     [command] = machine.commands()
     assert command[:3] == ["hf", "jobs", "run"]
     client = Path(sys.executable).with_name("hf")
-    told = subprocess.run([client, "jobs", "run", "--help"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([client, "jobs", "run", "--help"], capture_output=True, text=True, check=True).stdout
     for option in (word for word in command if word.startswith("--")):
-        assert re.search(rf"{option}\b", told), option
-    assert re.search(r"\ba100-large\b", told)
+        assert re.search(rf"{option}\b", printed), option
+    assert re.search(r"\ba100-large\b", printed)
     assert "hf://buckets/me/work:/work" in command
     assert "remote/run_stages.sh" in command[-1]
 

@@ -1,15 +1,13 @@
 """What `tinyaudio extract --plan` prints before anything runs: how much, how large, how long, and whether it fits.
 
 Sizes come from metadata alone. The time comes from a probe on this machine: some 30 recordings of noise, with durations
-of the plan, through an encoder of the recipe's shape with random weights (so nothing is fetched), one recording decoded
-from FLAC, and one file written where the store will be. The speed of the network is not measured: the forecast gives
-the rate at which audio must arrive.
+of the plan, through an encoder of the recipe's shape with random weights (so nothing is fetched), and one recording
+decoded from FLAC. Network and disk are not measured: the forecast gives the rates that they must sustain.
 """
 
 import io
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +36,6 @@ PROBE_UTTERANCES = 30
 PROBE_BATCH_S = 30.0  # of audio in one batch of the probe on a CPU; larger ones take long
 PROBE_LIMIT_S = 15.0  # stop the probe after the batch that ends later than this
 PROBE_DECODE_S = 60
-PROBE_WRITE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +54,18 @@ class Forecast:
     encoding: str  # the recipe's
     bytes: dict[str, int]  # by encoding
     free_bytes: int
-    margin_bytes: int
-    fits: bool  # what is still to be written, in the recipe's encoding, leaves the margin free
+    fits: bool  # what is still to be written, in the recipe's encoding, leaves extract.disk_margin_gb free
     audio_bytes: int | None  # encoded audio to be read
     revisions: dict[str, str | None]
     encoder_speed: float  # seconds of audio per second, measured
     decode_speed: float  # the same, of all decoding workers together
-    write_bytes_per_s: float  # measured
-    seconds: float  # for the rest of this command, if audio arrives fast enough
+    seconds: float  # for the rest of this command, if network and disk keep up
     fetch_bytes_per_s: float | None  # rate at which audio must arrive for that
+    write_bytes_per_s: float  # rate at which features must be written for that
     memory_bytes: int  # bound of samples and features in memory
     bad_share: float  # fraction of the rows that no filter of the recipe rejects
     max_bad: float
-    is_gpu: bool
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +79,7 @@ class Forecast:
         fetch = "" if self.fetch_bytes_per_s is None else f", at {self.fetch_bytes_per_s / 1e6:,.1f} MB/s to keep up"
         done = f", {self.shards_done:,} of them done" if self.shards_done else ""
         sizes = ", ".join(f"{count / 1e9:,.2f} GB as {encoding}" for encoding, count in self.bytes.items())
-        lack = "" if self.fits else f"; TOO LITTLE for {self.encoding} with {self.margin_bytes / 1e9:g} GB to spare"
+        lack = "" if self.fits else f"; TOO LITTLE for {self.encoding} and the free space that the recipe keeps"
         return "\n".join(
             [
                 f"splits      {', '.join(self.splits)} ({pins})",
@@ -92,9 +88,9 @@ class Forecast:
                 f"to read     {audio} of encoded audio{fetch}",
                 f"store       {self.shards:,} shards{done}: {sizes}; this recipe: {self.encoding}",
                 f"free disk   {self.free_bytes / 1e9:,.2f} GB{lack}",
-                f"time        about {spell_duration(self.seconds)} on this machine ({'GPU' if self.is_gpu else 'CPU'}: "
-                f"{self.encoder_speed:,.1f}x real time, decoding {self.decode_speed:,.0f}x, "
-                f"{self.write_bytes_per_s / 1e6:,.0f} MB/s to disk)",
+                f"time        about {spell_duration(self.seconds)} on this {self.device} (encoder "
+                f"{self.encoder_speed:,.1f}x real time, decoding {self.decode_speed:,.0f}x), writing "
+                f"{self.write_bytes_per_s / 1e6:,.1f} MB/s",
                 f"memory      at most {self.memory_bytes / 1e9:.2f} GB of samples and features, plus the encoder",
             ]
         )
@@ -145,15 +141,13 @@ def forecast(
     encoder_speed = _probe_encoder(open_batch_encoder(encoder), recipe, frames)
     decode_speed = _probe_decoding(recipe, is_gpu)
     folder = next(folder for folder in [store, *store.absolute().parents] if folder.exists())
-    write_bytes_per_s = _probe_disk(folder)
-    free_bytes, margin_bytes = shutil.disk_usage(folder).free, int(recipe.extract.disk_margin_gb * 1e9)
+    free_bytes = shutil.disk_usage(folder).free
 
     # 3. The rest of this command on this machine.
     rest = len(set(range(part[0], plan.num_shards, part[1])) - done) / plan.num_shards
     rest_of_all = 1 - len(done) / plan.num_shards
     times = 1 / encoder_speed, 1 / decode_speed
-    compute_s = hours * 3600 * (max(times) if is_gpu else sum(times))  # the cores of a CPU do both
-    seconds = rest * max(compute_s, num_rows * row_bytes / write_bytes_per_s)
+    all_s = hours * 3600 * (max(times) if is_gpu else sum(times))  # the cores of a CPU do both
     return Forecast(
         splits=list(plan.splits),
         utterances=len(frames),
@@ -167,19 +161,18 @@ def forecast(
         encoding=recipe.store.encoding,
         bytes={name: num_rows * size for name, size in bytes_per_row.items()},
         free_bytes=free_bytes,
-        margin_bytes=margin_bytes,
-        fits=free_bytes - rest_of_all * num_rows * row_bytes >= margin_bytes,
+        fits=free_bytes - rest_of_all * num_rows * row_bytes >= recipe.extract.disk_margin_gb * 1e9,
         audio_bytes=audio_bytes,
         revisions={name: revision for name, revision in revisions.items() if name and revision},
         encoder_speed=encoder_speed,
         decode_speed=decode_speed,
-        write_bytes_per_s=write_bytes_per_s,
-        seconds=seconds,
-        fetch_bytes_per_s=rest * audio_bytes / seconds if audio_bytes and seconds else None,
+        seconds=rest * all_s,
+        fetch_bytes_per_s=audio_bytes / all_s if audio_bytes else None,
+        write_bytes_per_s=num_rows * row_bytes / all_s,
         memory_bytes=memory_bound(plan.rows_per_shard, row_bytes, is_gpu),
         bad_share=num_bad / (len(frames) + num_bad),
         max_bad=recipe.extract.max_bad,
-        is_gpu=is_gpu,
+        device="GPU" if is_gpu else "CPU",
     )
 
 
@@ -214,15 +207,3 @@ def _probe_decoding(recipe: Recipe, is_gpu: bool) -> float:
     workers = recipe.extract.decode_workers
     workers = default_workers(is_gpu) if workers is None else workers
     return speed * min(workers or THREADS, len(os.sched_getaffinity(0)))
-
-
-def _probe_disk(folder: Path) -> float:
-    """Measure bytes per second, written and flushed, in a folder."""
-    block = np.random.default_rng(0).bytes(1 << 20)
-    started = time.perf_counter()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(PROBE_WRITE_BYTES // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return PROBE_WRITE_BYTES / (time.perf_counter() - started)

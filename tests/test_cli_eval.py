@@ -135,7 +135,7 @@ def test_without_a_model_eval_names_no_option_that_it_lacks(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_length_penalty_that_is_no_number_is_refused(checkpoint: Path, corpus: Path, value: str) -> None:
+def test_a_length_penalty_that_is_not_a_number_is_refused(checkpoint: Path, corpus: Path, value: str) -> None:
     result = run_eval(str(checkpoint), "--corpus", str(corpus), "--length-penalty", value)
     assert result.exit_code == 2
     assert f"--length-penalty {value}: expected a number" in result.output
@@ -175,7 +175,7 @@ def test_paying_needs_a_yes(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mo
         raise result.exception
 
 
-def test_a_corpus_that_is_nowhere_is_one_clear_line(checkpoint: Path) -> None:
+def test_an_unknown_corpus_is_one_clear_line(checkpoint: Path) -> None:
     result = run_eval(str(checkpoint), "--corpus", "librispech")
     with pytest.raises(EvaluationError, match="no corpus 'librispech'; expected a folder, a hub data set, or one of"):
         raise result.exception

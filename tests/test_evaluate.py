@@ -118,7 +118,7 @@ def test_undecodable_audio_is_a_failure_with_its_reason(folder: Path, tmp_path: 
     assert "not readable as audio" in failed.error
 
 
-def test_an_interrupted_evaluation_goes_on_and_asks_nothing_twice(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes_and_transcribes_nothing_twice(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder), tmp_path / "undisturbed")
     first = parrot(dies_after=2)
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +145,7 @@ def test_failures_stay_failures_until_a_retry_is_asked_for(folder: Path, tmp_pat
     assert again.asked == ["utt-4"]
 
 
-def test_who_says_no_before_the_first_question_changes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_declined_before_it_starts_changes_nothing(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(fails={"utt-4": "busy"}), eval_set(folder), tmp_path / "out")
     before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
     asked: list[list[str]] = []
@@ -162,7 +162,7 @@ def test_who_says_no_before_the_first_question_changes_nothing(folder: Path, tmp
     assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == before
 
 
-def test_what_scoring_would_refuse_is_refused_before_anything_is_asked(folder: Path, tmp_path: Path) -> None:
+def test_what_scoring_would_refuse_is_refused_before_anything_is_transcribed(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder, max_samples=1), tmp_path / "one")
     [asked] = read_predictions(tmp_path / "one" / "predictions.jsonl")
     stranger = replace(asked, utterance_id="another", audio_filepath="another")
@@ -191,7 +191,7 @@ def test_ids_are_made_unique_and_the_change_is_counted(folder: Path, tmp_path: P
     assert "renamed_ids | 2 |" in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
 
 
-def test_what_lies_on_the_disk_scores_as_what_was_answered(folder: Path, tmp_path: Path) -> None:
+def test_what_is_on_disk_scores_as_what_was_answered(folder: Path, tmp_path: Path) -> None:
     """Text is kept to the letter: line ends of any kind, quotes, empty answers, letters outside ASCII."""
     odd = ["\u2028the cat", 'a\r\ndog "ran" off', "\x85", "", "two\tthree  four\u00a0five", "it's \u00e9t\u00e9\\n"]
     system = Parrot({f"utt-{i}": text for i, text in enumerate(odd)}, fails={"utt-1": "l\u2019\u00e9chec\n"})
@@ -316,7 +316,7 @@ def test_a_row_without_id_goes_by_its_place(tmp_path: Path) -> None:
     assert found.num_renamed == 1
 
 
-def test_a_summary_says_what_was_computed_with_what(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_summary_states_what_was_computed_with_what(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 
     options = ProviderOptions(model=str(checkpoint), device="cpu", num_beams=1, max_new_tokens=4)

@@ -82,7 +82,7 @@ def test_a_job_that_is_completed_at_once_is_polled_once(fake: FakeAssemblyAI, tm
     assert [endpoint for endpoint, *_ in fake.requests] == ["upload", "create", "poll"]
 
 
-def test_requests_look_as_the_service_wants_them(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+def test_requests_have_the_form_that_the_service_expects(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     answer_one(tmp_path, model="universal-2")
     [post] = fake.posts
     assert post == {"audio_url": post["audio_url"], "speech_models": ["universal-2"], "language_code": "en"}
@@ -305,7 +305,7 @@ def test_the_price_is_computed_from_dated_list_prices(tmp_path: Path) -> None:
     assert provider(tmp_path).quote([("utt-10", 1.0), ("utt-11", 1.1)]).clips == 1
 
 
-def test_a_speech_model_that_is_none_is_refused_before_anything_is_sent(fake: FakeAssemblyAI, tmp_path: Path) -> None:
+def test_an_unknown_speech_model_is_refused_before_anything_is_sent(fake: FakeAssemblyAI, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no speech model 'runs/latest'; expected one of universal-3-5-pro, univ"):
         provider(tmp_path, model="runs/latest")
     assert provider(tmp_path, model="universal-3-pro").quote([("a", 60.0)]).usd is None
@@ -388,7 +388,7 @@ def test_a_clip_that_has_a_job_is_never_paid_for_again_however_often_the_evaluat
 
 
 @pytest.mark.parametrize(("typed", "code", "paid"), [("n", 1, 0), ("y", 0, 16)])
-def test_somebody_at_a_terminal_is_asked_before_anything_is_sent(
+def test_a_user_at_a_terminal_is_asked_before_anything_is_sent(
     fake: FakeAssemblyAI, corpus: Path, tmp_path: Path, typed: str, code: int, paid: int
 ) -> None:
     fake.statuses = ["completed"]
@@ -406,7 +406,7 @@ def test_somebody_at_a_terminal_is_asked_before_anything_is_sent(
     assert bool(fake.uploads) == bool(paid)
 
 
-def test_a_run_says_what_to_score_and_fetching_paid_answers_asks_nothing(
+def test_a_run_names_what_to_score_and_fetching_paid_answers_asks_nothing(
     fake: FakeAssemblyAI, corpus: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASSEMBLYAI_API_KEY", "fake-key")

@@ -160,7 +160,7 @@ def test_every_named_test_set_is_scored_from_its_own_layout(
         summary = json.loads((Path(printed["output"]) / "summary.json").read_text())
         lines = [json.loads(line) for line in (Path(printed["output"]) / "predictions.jsonl").read_text().splitlines()]
         words = sum(len(line["text"].split()) for line in lines) - (2 * count if name == "gigaspeech" else 0)
-        assert summary["scores"][0]["word_errors"]["words"] == words, "tags are no words"
+        assert summary["scores"][0]["word_errors"]["words"] == words, "tags are not words"
         assert summary["settings"]["scored"]["provenance"]["revision"], "pinned to a commit"
         if name == "common-voice":
             assert {line["sex"] for line in lines} == {"male_masculine", "female_feminine", ""}

@@ -109,7 +109,7 @@ def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whisper_is_told_the_language_and_takes_clips_beyond_its_window(
+def test_whisper_is_given_the_language_and_takes_clips_beyond_its_window(
     whisper_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[dict[str, Any]] = []

@@ -80,7 +80,7 @@ def test_words_where_the_reference_is_empty_are_insertions() -> None:
     assert count_word_errors([], []).wer == 0.0
 
 
-def test_white_space_is_no_word() -> None:
+def test_white_space_is_not_a_word() -> None:
     assert count_word_errors(["  a \t b "], ["a b\n"]).errors == 0
     assert count_word_errors([" "], ["  "]).errors == 0
 
@@ -148,7 +148,7 @@ def test_a_system_with_fewer_errors_probably_improves() -> None:
     assert probability_of_improvement(references, worse, worse, replications=1_000) == 0.0
 
 
-def test_normalisers_do_what_they_say() -> None:
+def test_normalisers_do_what_their_names_promise() -> None:
     section = CorpusSection(path=".", text_case="lower", text_punctuation="remove")
     text = "  It's Mr. Smith's COLOUR, twenty-one! "
     results = {name: open_normalizer(name, section).apply(text) for name in NAMES}

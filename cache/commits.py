@@ -1,8 +1,8 @@
-"""The commit record: the only truth about a shard. No record, no shard.
+"""Commit records: a shard exists if and only if it has one.
 
-A record names every file of its shard with its size and digest, and closes with a digest of itself. Of the array files
-the digests are those of the chunks, so that a reader can check each block it reads against the record: a flipped bit,
-but also a file swapped for another sound one, cannot pass. Knows nothing of how files are written.
+A record lists every file of its shard with size and digest, and ends with a digest of itself. For array files the
+digests are the checksums of the chunks, so that a reader can compare each block with the record: this finds a flipped
+bit, and also a file replaced by another valid one. Knows nothing of how files are written.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptShardError
-from cache.files import canonical_json, is_lost, place
+from cache.files import BYTES_LOST, canonical_json, place
 from cache.layout import Header, Layout
 
 
@@ -56,7 +56,7 @@ class PlainFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """One shard, finished."""
+    """The commit record of one finished shard."""
 
     format: int
     shard: int
@@ -67,7 +67,7 @@ class Commit:
     num_frames: int
     num_quarantined: int
     num_clamped: int  # values beyond the range of float16, clamped to it
-    duration_s: float  # of what is stored
+    duration_s: float  # of the stored utterances
     arrays: dict[str, ArrayFile]  # "features/c.<shard>.0" and, for int8, "scales/c.<shard>"
     files: dict[str, PlainFile]  # "index/<shard>.parquet", "quarantine/<shard>.jsonl"
     writer: str
@@ -75,37 +75,38 @@ class Commit:
 
     @property
     def size_bytes(self) -> int:
-        arrays = sum(file.size_bytes for file in self.arrays.values())
-        return arrays + sum(file.size_bytes for file in self.files.values())
+        return sum(file.size_bytes for file in (self.arrays | self.files).values())
 
     def encode(self) -> bytes:
-        """Spell the record: one line of canonical JSON, its `sha256` being that of the same line without it."""
+        """Encode the record as one line of canonical JSON; its `sha256` is that of the same line without it."""
         body = asdict(self)
         return canonical_json(body | {"sha256": hashlib.sha256(canonical_json(body)).hexdigest()}) + b"\n"
 
     @classmethod
-    def decode(cls, line: bytes, *, is_vouched_for: bool = False) -> Self:
+    def decode(cls, line: bytes, *, is_verified: bool = False) -> Self:
         """Read a record back.
 
         Args:
-            is_vouched_for: a digest over these bytes was compared already, so the record's own need not be.
+            is_verified: a digest over these bytes was compared already, so the record's own need not be.
 
         Raises:
-            ValueError: it is not a whole record, or its digest does not match.
+            ValueError: the record is incomplete, or its digest does not match.
         """
-        document: dict[str, Any] = json.loads(line)
-        digest = document.pop("sha256", None)
-        if not is_vouched_for and hashlib.sha256(canonical_json(document)).hexdigest() != digest:
-            raise ValueError("the digest of the commit record does not match")
-        document["arrays"] = {name: ArrayFile(**file) for name, file in document["arrays"].items()}
-        document["files"] = {name: PlainFile(**file) for name, file in document["files"].items()}
-        return cls(**{field.name: document[field.name] for field in fields(cls)})
+        try:
+            document: dict[str, Any] = json.loads(line)
+            digest = document.pop("sha256", None)
+            if not is_verified and hashlib.sha256(canonical_json(document)).hexdigest() != digest:
+                raise ValueError("its digest does not match")
+            document["arrays"] = {name: ArrayFile(**file) for name, file in document["arrays"].items()}
+            document["files"] = {name: PlainFile(**file) for name, file in document["files"].items()}
+            return cls(**{field.name: document[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the commit record is unreadable ({error})") from error
 
 
 def committed_shards(layout: Layout) -> list[int]:
     """List the shards that have a commit record, in order."""
-    names = [path.name for path in (layout.root / "commits").glob("[0-9]*.json")]
-    return sorted(int(name.removesuffix(".json")) for name in names)
+    return sorted(int(path.stem) for path in (layout.root / "commits").glob("[0-9]*.json"))
 
 
 def read_commit(layout: Layout, header: Header, shard: int) -> Commit:
@@ -113,7 +114,7 @@ def read_commit(layout: Layout, header: Header, shard: int) -> Commit:
 
     Raises:
         FileNotFoundError: the shard is not committed.
-        CorruptShardError: the record is damaged or another's.
+        CorruptShardError: the record is damaged or belongs to another shard or store.
     """
     path = layout.commit(shard)
     try:
@@ -125,41 +126,26 @@ def read_commit(layout: Layout, header: Header, shard: int) -> Commit:
     return check_commit(layout, header, shard, line)
 
 
-def check_commit(layout: Layout, header: Header, shard: int, line: bytes, *, is_vouched_for: bool = False) -> Commit:
-    """Decode a commit record, as `Commit.decode` does, and check whose it is.
+def check_commit(layout: Layout, header: Header, shard: int, line: bytes, *, is_verified: bool = False) -> Commit:
+    """Decode a commit record, as `Commit.decode` does, and check that it belongs to this shard, plan and fingerprint.
 
     Raises:
-        CorruptShardError: it is damaged or another's.
+        CorruptShardError: the record is damaged or belongs to another shard or store.
     """
     try:
-        commit = Commit.decode(line, is_vouched_for=is_vouched_for)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptShardError(layout.root, shard, f"its commit record is unreadable ({error})") from error
-    wrong = {
-        name: (getattr(commit, name), expected)
-        for name, expected in (("shard", shard), ("plan_id", header.plan_id), ("fingerprint_id", header.fingerprint_id))
-        if getattr(commit, name) != expected
-    }
+        commit = Commit.decode(line, is_verified=is_verified)
+    except ValueError as error:
+        raise CorruptShardError(layout.root, shard, str(error)) from error
+    expected = {"shard": shard, "plan_id": header.plan_id, "fingerprint_id": header.fingerprint_id}
+    wrong = [
+        f"{name} {getattr(commit, name)!r}, expected {value!r}"
+        for name, value in expected.items()
+        if getattr(commit, name) != value
+    ]
     if wrong:
-        found = "; ".join(f"{name} {found!r} instead of {expected!r}" for name, (found, expected) in wrong.items())
-        raise CorruptShardError(layout.root, shard, f"its commit record is of another store or shard: {found}")
+        found = f"the commit record belongs to another store or shard: {'; '.join(wrong)}"
+        raise CorruptShardError(layout.root, shard, found)
     return commit
-
-
-def sealed_commits(layout: Layout) -> Iterator[Commit]:
-    """Read the records under the seal, each by itself; those that are damaged are left out."""
-    try:
-        lines = layout.sealed_commits.read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            yield Commit.decode(line)
-
-
-def sealed_shards(layout: Layout) -> set[int]:
-    """List the shards that the seal still vouches for, whatever became of their own records."""
-    return {commit.shard for commit in sealed_commits(layout)}
 
 
 def root_digest(commits: Iterable[Commit]) -> str:
@@ -171,7 +157,7 @@ def root_digest(commits: Iterable[Commit]) -> str:
 
 
 def check_sizes(root: Path, commit: Commit) -> None:
-    """Check that the files of a shard are there at their committed sizes.
+    """Check that the files of a shard exist and have their committed sizes.
 
     Raises:
         CorruptShardError: one is missing, or is longer or shorter.
@@ -182,27 +168,22 @@ def check_sizes(root: Path, commit: Commit) -> None:
         except OSError as error:
             raise unreadable(root, commit.shard, name, error) from error
         if size != file.size_bytes:
-            raise CorruptShardError(
-                root, commit.shard, f"{name} has {size:,} bytes, committed with {file.size_bytes:,}"
-            )
+            raise CorruptShardError(root, commit.shard, f"{name} has {size:,} bytes, expected {file.size_bytes:,}")
 
 
 def unreadable(root: Path, shard: int, name: str, error: OSError) -> CorruptShardError:
-    """Say that a committed file cannot be read; bytes that are lost are noted for the next repair."""
+    """Describe a committed file that cannot be read; if its bytes are lost, note the shard as damaged."""
     if isinstance(error, FileNotFoundError):
         return CorruptShardError(root, shard, f"{name} is missing")
-    if is_lost(error):
+    if error.errno in BYTES_LOST:
         note_damage(Layout(root), shard)
     return CorruptShardError(root, shard, f"{name} cannot be read ({error.strerror})")
 
 
-# ------------------------------------------------------------------------------------------- found damaged
-
-
 def note_damage(layout: Layout, shard: int) -> None:
-    """Remember that a committed shard was found damaged, so that the next repair reads all of it; best effort."""
+    """Record that a shard was found damaged, so that the next repair reads every byte of it; best effort."""
     path = layout.damaged / f"{shard:06d}"
-    with contextlib.suppress(OSError):  # noted already, or a store that may only be read
+    with contextlib.suppress(OSError):  # noted already, or the store is read-only
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             place(path, [b""])
@@ -211,9 +192,3 @@ def note_damage(layout: Layout, shard: int) -> None:
 def noted_damage(layout: Layout) -> set[int]:
     """List the shards that were found damaged since the last repair."""
     return {int(path.name) for path in layout.damaged.glob("[0-9]*")}
-
-
-def forget_damage(layout: Layout, shards: Iterable[int]) -> None:
-    """Strike notes that have been seen to."""
-    for shard in shards:
-        (layout.damaged / f"{shard:06d}").unlink(missing_ok=True)

@@ -1,22 +1,21 @@
-"""Joining stores and cutting parts out of one."""
+"""Merging stores of one plan, and exporting a part of a store."""
 
-import os
-import shlex
+from __future__ import annotations
+
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cache.commits import check_sizes
-from cache.create import compare_fields
-from cache.errors import MADE_BY, RECIPE, REQUEST, CorruptShardError, LostClaimError, StoreMismatchError
-from cache.files import temporary_of, write_temporary
+from cache.create import require_same
+from cache.errors import CorruptShardError, LostClaimError
+from cache.files import sync, temporary_of
 from cache.info import Paths
-from cache.owners import Owner
 from cache.plan import make_plan
 from cache.reader import FeatureReader
 from cache.repair import store_repair
@@ -24,15 +23,13 @@ from cache.store import FeatureStore
 from cache.verify import check_files
 from cache.writer import claim_shard, commit_shard
 
-IDS = "ids.txt"  # in an exported store: the ids that were asked for
-
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
     """What `store_merge` did."""
 
     adopted: list[int]  # shards copied
-    present: list[int]  # shards that were there already
+    present: list[int]  # shards that the destination had already
     pending: list[int]  # shards that no store had
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,15 +37,14 @@ class Merged:
 
 
 def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
-    """Adopt the finished shards of stores made elsewhere from the same plan, and seal the store if it is then complete.
+    """Copy the finished shards of stores made elsewhere from the same plan; seal the store if it is then complete.
 
-    Every byte is checked against its commit record on the way. Interrupted, it continues when called again; what is
-    damaged of the destination is adopted again.
+    Every byte is checked against its commit record. If it is interrupted, the same call resumes; shards of the
+    destination that are damaged are copied again.
 
     Args:
-        destination: a store; if there is none, an empty one like the first source is made.
-        sources: stores with the same plan and fingerprint, as `extract --shard i/N` on several machines leaves them. If
-            all were made by one recipe, the destination keeps it, and `tinyaudio extract` can go on with it.
+        destination: a store; if it does not exist, an empty one like the first source is made.
+        sources: stores with the same plan and fingerprint, as `extract --shard i/N` on several machines leaves them.
 
     Raises:
         StoreMismatchError: a source is another extraction; the fields are named.
@@ -57,23 +53,21 @@ def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
     stores = [FeatureStore.open(source) for source in sources]
     store = _create_like(stores[0], destination, stores[0].plan())
     for source in stores:
-        if differences := compare_fields(store.header.identity(), source.header.identity()):
-            raise StoreMismatchError(store.path, differences)
+        require_same(store.path, store.header, source.header)
     store_repair(store)
-    if not _adopt_recipe(store, stores):
-        _replace(store.path / MADE_BY, _command("merge", destination, *sources))
     present, adopted = store.committed_shards(), []
     for source in stores:
         for shard in source.committed_shards():
-            if shard not in present and shard not in adopted and _adopt(store, source, shard):
+            if shard not in present and shard not in adopted and _copy_shard(store, source, shard):
                 adopted.append(shard)
-    if not store.pending_shards():
+    pending = store.pending_shards()
+    if not pending:
         store.seal()
-    return Merged(adopted=sorted(adopted), present=present, pending=store.pending_shards())
+    return Merged(adopted=sorted(adopted), present=present, pending=pending)
 
 
 def _create_like(store: FeatureStore, destination: Paths, plan: pa.Table) -> FeatureStore:
-    """Make, open or mend a store of this plan that holds the same kind of rows as another."""
+    """Create, open or repair a store of this plan that holds the same kind of rows as another."""
     return FeatureStore.create(
         destination,
         plan=plan,
@@ -85,71 +79,29 @@ def _create_like(store: FeatureStore, destination: Paths, plan: pa.Table) -> Fea
     )
 
 
-def _adopt_recipe(store: FeatureStore, sources: Sequence[FeatureStore]) -> bool:
-    """Copy what `tinyaudio extract` needs to go on with a store, if all sources agree on it.
-
-    Returns:
-        Whether the store has it now.
-    """
-    if (store.path / RECIPE).is_file():
-        return True
-    for name in (REQUEST, RECIPE):
-        found = {(source.path / name).read_bytes() if (source.path / name).is_file() else b"" for source in sources}
-        if len(found) != 1 or b"" in found:
-            return False
-        _replace(store.path / name, found.pop().decode())
-    return True
-
-
-def _command(verb: str, *paths: Paths, **options: object) -> str:
-    """Spell a command so that it can be typed in any folder; options that are None are left out."""
-    words = ["tinyaudio", "store", verb, *(str(Path(path).absolute()) for path in paths)]
-    for name, value in options.items():
-        words += [] if value is None else [name, str(value)]
-    return shlex.join(words)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small text file that may be there already."""
-    write_temporary(path, [text.encode()], Owner.me()).replace(path)
-
-
-def _adopt(store: FeatureStore, source: FeatureStore, shard: int) -> bool:
-    """Copy one shard, check the copy, and commit it under the record it has."""
+def _copy_shard(store: FeatureStore, source: FeatureStore, shard: int) -> bool:
+    """Copy one shard, check the copy, and commit it under the same record; False if another process does so."""
     claim = claim_shard(store.layout, store.header, shard)
     if claim is None:
         return False
     commit = source.commit(shard)
-    paths = [store.path / name for name in (*commit.arrays, *commit.files)]
+    names = (*commit.arrays, *commit.files)
+    copies = {name: temporary_of(store.path / name, claim.owner) for name in names}
     try:
         check_sizes(source.path, commit)
-        for path in paths:
-            _copy(source.path / path.relative_to(store.path), temporary_of(path, claim.owner))
-        _check_copy(store, source, shard, claim.owner)
-        commit_shard(store.layout, claim, shard, paths, commit)
+        for name, copy in copies.items():
+            shutil.copyfile(source.path / name, copy)
+            sync(copy)
+        if faults := check_files(source, commit, copies, deep=True):
+            raise CorruptShardError(source.path, shard, f"{faults[0].path} is not what was committed")
+        commit_shard(store.layout, claim, shard, [store.path / name for name in names], commit)
         return True
     except LostClaimError:
         return False
     finally:
-        for path in paths:
-            temporary_of(path, claim.owner).unlink(missing_ok=True)
+        for copy in copies.values():
+            copy.unlink(missing_ok=True)
         claim.release()
-
-
-def _copy(path: Path, target: Path) -> None:
-    shutil.copyfile(path, target)
-    fd = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _check_copy(store: FeatureStore, source: FeatureStore, shard: int, owner: Owner) -> None:
-    commit = source.commit(shard)
-    paths = {name: temporary_of(store.path / name, owner) for name in (*commit.arrays, *commit.files)}
-    if faults := check_files(source, commit, paths, deep=True):
-        raise CorruptShardError(source.path, shard, f"{faults[0].path} is not what was committed ({faults[0].kind})")
 
 
 def store_export(
@@ -161,26 +113,25 @@ def store_export(
     ids: Collection[str] | None = None,
     seed: int = 0,
 ) -> FeatureStore:
-    """Copy some utterances into a smaller store of their own, for quick ablations; frames are bit for bit the same.
+    """Copy some utterances into a smaller store, for quick ablations; their frames stay bit-identical.
 
-    Interrupted or damaged, it is finished or repaired by the same call.
+    If it is interrupted or the copy is damaged, the same call resumes or repairs it.
 
     Args:
-        max_hours: at most so much audio of each split, drawn at random; None for all.
+        max_hours: at most this much audio of each split, drawn at random; None for all.
         split: only this split.
         ids: only these utterances.
-        seed: of the draw.
+        seed: random seed for `max_hours`.
 
     Raises:
-        ValueError: nothing is left to export.
+        ValueError: no utterance is selected.
         StoreMismatchError: the destination is another store.
     """
     reader = FeatureReader(source)
     chosen = _choose(reader, max_hours, split, ids, seed)
     if not len(chosen):
         raise ValueError(
-            f"no utterance of {str(reader.store.path)!r} is left to export; loosen --split, --max-hours "
-            "or the list of ids."
+            f"no utterance of {str(reader.store.path)!r} is selected; loosen --split, --max-hours or the list of ids."
         )
     index = reader.index.take(chosen)
     table = pa.table(
@@ -194,13 +145,14 @@ def store_export(
     plan = make_plan(table, rows_per_shard=reader.store.rows_per_shard, margin_frames=0)
     store = _create_like(reader.store, destination, plan)
     store_repair(store)
-    options: dict[str, object] = {"--max-hours": max_hours, "--split": split, "--seed": seed or None}
-    if ids is not None:
-        _replace(store.path / IDS, "".join(f"{utterance_id}\n" for utterance_id in sorted(set(ids))))
-        options["--ids"] = (store.path / IDS).absolute()
-    _replace(store.path / MADE_BY, _command("export", source, destination, **options))
     for shard in store.pending_shards():
-        _export_shard(reader, store, shard)
+        writer = store.write_shard(shard)
+        if writer is None:
+            continue
+        positions = np.sort(np.asarray(writer.plan["source_id"].to_pylist(), dtype=np.int64))
+        with writer:
+            for position, row in zip(positions.tolist(), reader.index.take(positions).to_pylist(), strict=True):
+                writer.append_rows(reader.rows_of(position), row)
     store.seal()
     return store
 
@@ -213,7 +165,8 @@ def unknown_ids(source: Paths, ids: Collection[str]) -> list[str]:
 
 def _choose(
     reader: FeatureReader, max_hours: float | None, split: str | None, ids: Collection[str] | None, seed: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+) -> NDArray[np.int64]:
+    """Select the positions of the utterances to export."""
     splits = np.asarray(reader.index["split"].to_pylist(), dtype=object)
     keep = np.ones(len(reader), dtype=bool) if split is None else splits == split
     if ids is not None:
@@ -226,13 +179,3 @@ def _choose(
             drawn = order[(keep & (splits == name))[order]]
             keep[drawn[np.cumsum(durations[drawn]) > max_hours * 3600]] = False
     return np.flatnonzero(keep)
-
-
-def _export_shard(reader: FeatureReader, store: FeatureStore, shard: int) -> None:
-    writer = store.write_shard(shard)
-    if writer is None:
-        return
-    positions = np.sort(np.asarray(writer.plan["source_id"].to_pylist(), dtype=np.int64))
-    with writer:
-        for position, row in zip(positions.tolist(), reader.index.take(positions).to_pylist(), strict=True):
-            writer.append_rows(reader.rows_of(position), row)

@@ -1,16 +1,14 @@
-"""What a store is before its first shard: header, Zarr metadata, plan, calibration and empty folders.
+"""Creating an empty store, and repairing the parts of a store that belong to no shard: header, Zarr metadata, plan.
 
-Invariants: a skeleton appears whole or not at all; it is a function of what was asked for, so a damaged one can be made
-again beside its shards without touching them.
+Invariants: a new store appears complete or not at all. Everything written here follows from the arguments of
+`FeatureStore.create`, so damaged parts can be written again without touching a shard.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,29 +17,20 @@ import pyarrow as pa
 
 from cache.commits import committed_shards, read_commit
 from cache.errors import CorruptShardError, PlanError, StoreMismatchError, StoreNotFoundError
-from cache.files import sync_directory, temporary_of
+from cache.files import sync, temporary_of, write_temporary
 from cache.index import Quarantined, encode_quarantine
 from cache.layout import FORMAT_VERSION, Encoding, Header, Layout, divide_shard, read_header, zarr_metadata
 from cache.owners import Owner
-from cache.plan import REQUIRED_COLUMNS, plan_digest, read_plan, write_plan
+from cache.plan import REQUIRED_COLUMNS, encode_plan, plan_digest, read_plan
 from cache.quantize import Calibration
-from cache.shards import CRC_BYTES, crc32c
 
 FOLDERS = ("index", "quarantine", "commits", "claims")
-METADATA_FIELDS = (
-    "zarr_format",
-    "node_type",
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "fill_value",
-    "codecs",
-    "attributes",
-)
+# The fields of a `zarr.json` that decide how an array is read; zarr versions differ in the others.
+METADATA_FIELDS = ["zarr_format", "node_type", "attributes", "shape", "data_type", "fill_value"]
+METADATA_FIELDS += ["chunk_grid", "chunk_key_encoding", "codecs"]
 
 
-def describe(
+def make_header(
     plan: pa.Table,
     dim: int,
     fingerprint: Mapping[str, Any],
@@ -49,7 +38,7 @@ def describe(
     rows_per_shard: int,
     calibration: Calibration | None,
 ) -> Header:
-    """Write the header of the store that is asked for.
+    """Make the header of a new store.
 
     Raises:
         PlanError: the plan was not made by `make_plan` for this shard size.
@@ -61,6 +50,15 @@ def describe(
         raise ValueError(f"encoding {encoding!r} {'needs a' if encoding == 'int8' else 'takes no'} calibration.")
     if calibration is not None and calibration.mean.shape != (dim,):
         raise ValueError(f"the calibration has {calibration.mean.shape[0]} dimensions, the features {dim}.")
+    if missing := REQUIRED_COLUMNS - set(plan.column_names):
+        raise PlanError(f"the plan has no column {', '.join(sorted(missing))}; make it with make_plan.")
+    shards, rows = plan["shard"].to_numpy(), plan["row"].to_numpy()
+    ends = rows.astype(np.int64) + plan["num_frames"].to_numpy()
+    if len(plan) and int(np.where(shards >= 0, ends, 0).max()) > rows_per_shard:
+        raise PlanError(
+            f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
+            f"make_plan(..., rows_per_shard={rows_per_shard})."
+        )
     chunk_rows, block_rows = divide_shard(rows_per_shard)
     calibration_id = None if calibration is None else calibration.id
     store = {"format": FORMAT_VERSION, "encoding": encoding, "calibration_id": calibration_id, "dim": dim}
@@ -71,7 +69,7 @@ def describe(
         rows_per_shard=rows_per_shard,
         chunk_rows=chunk_rows,
         block_rows=block_rows,
-        num_shards=_num_shards(plan, rows_per_shard),
+        num_shards=int(shards.max(initial=-1)) + 1,
         num_planned=len(plan),
         plan_id=plan_digest(plan),
         calibration_id=calibration_id,
@@ -80,118 +78,125 @@ def describe(
     )
 
 
-def _num_shards(plan: pa.Table, rows_per_shard: int) -> int:
-    if missing := REQUIRED_COLUMNS - set(plan.column_names):
-        raise PlanError(f"the plan has no column {', '.join(sorted(missing))}; make it with make_plan.")
-    shards, rows = plan["shard"].to_numpy(), plan["row"].to_numpy()
-    ends = rows.astype(np.int64) + plan["num_frames"].to_numpy()
-    if len(plan) and int(np.where(shards >= 0, ends, 0).max()) > rows_per_shard:
-        raise PlanError(
-            f"the plan places frames beyond row {rows_per_shard:,} of a shard; make it again with "
-            f"make_plan(..., rows_per_shard={rows_per_shard})."
-        )
-    return int(shards.max(initial=-1)) + 1
-
-
-def require(root: Path, found: Header, asked: Header) -> None:
-    """Refuse a store that is not the one asked for.
+def require_same(root: Path, found: Header, requested: Header) -> None:
+    """Refuse a store that is not the requested one.
 
     Raises:
         StoreMismatchError: naming the fields that differ.
     """
-    names = "format", "dim", "encoding", "rows_per_shard", "num_planned", "plan_id", "calibration_id", "fingerprint"
-    ours, theirs = ({name: getattr(each, name) for name in names} for each in (found, asked))
-    if differences := compare_fields(ours, theirs):
+    if differences := compare_fields(found.identity(), requested.identity()):
         raise StoreMismatchError(root, differences)
 
 
-def compare_fields(found: Any, asked: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+def compare_fields(found: Any, requested: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """Compare two JSON values field by field.
 
     Returns:
-        Dotted field name -> (found, asked), for the fields that differ; None stands for an absent one.
+        Dotted field name -> (found, requested), for the fields that differ; None stands for an absent field.
     """
-    if isinstance(found, Mapping) and isinstance(asked, Mapping):
+    if isinstance(found, Mapping) and isinstance(requested, Mapping):
         differences: dict[str, tuple[Any, Any]] = {}
-        for key in sorted(found.keys() | asked.keys()):
-            differences |= compare_fields(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
+        for key in sorted(found.keys() | requested.keys()):
+            differences |= compare_fields(found.get(key), requested.get(key), f"{name}.{key}" if name else key)
         return differences
-    return {} if found == asked else {name: (found, asked)}
+    return {} if found == requested else {name: (found, requested)}
 
 
-# ------------------------------------------------------------------------------------------- on the disk
-
-
-def build(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> None:
-    """Make a whole empty store; if another process was faster, leave its."""
-    with _beside(root, header, plan, calibration) as skeleton:
+def create_empty(root: Path, header: Header, plan: pa.Table) -> None:
+    """Create an empty store in a temporary folder and rename it; if another process was faster, keep its store."""
+    temporary = temporary_of(root, Owner.me())
+    temporary.mkdir(parents=True)
+    try:
+        for folder in (*FOLDERS, *header.arrays):
+            (temporary / folder).mkdir()
+        for name, content in _documents(header, plan).items():
+            (temporary / name).write_bytes(content)
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
         try:
-            skeleton.rename(root)
+            temporary.rename(root)
         except OSError:
             if not (root / "zarr.json").exists():
                 raise
-        sync_directory(root.parent)
+        sync(root.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def mend(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> list[str]:
-    """Replace what is damaged of the skeleton of an existing store; its shards are not touched.
+def repair_metadata(root: Path, header: Header, plan: pa.Table) -> list[str]:
+    """Write damaged headers, Zarr metadata and plans of an existing store again; its shards are not touched.
 
     Returns:
-        The names of the files that were replaced.
+        The names of the files that were written.
 
     Raises:
-        StoreMismatchError: the store there holds something else than what is asked for.
-        StoreNotFoundError: what is there is not a store.
+        StoreMismatchError: the store holds something other than what is requested.
+        StoreNotFoundError: the folder is not a store.
+        CorruptShardError: the header is damaged, and the commit records are those of another store.
     """
-    try:
-        require(root, read_header(root), header)
-    except (StoreNotFoundError, CorruptShardError):
-        _recognise(root, header)
-    replaced = []
-    with _beside(root, header, plan, calibration) as skeleton:
-        for path in sorted(path for path in skeleton.rglob("*") if path.is_file()):
-            name = path.relative_to(skeleton).as_posix()
-            target = root / name
-            if not is_sound(target, path, header):
-                target.parent.mkdir(exist_ok=True)
-                path.replace(target)
-                sync_directory(target.parent)
-                replaced.append(name)
-        for folder in FOLDERS:
-            (root / folder).mkdir(exist_ok=True)
-    return replaced
-
-
-def _recognise(root: Path, header: Header) -> None:
-    """Make sure that a folder without a header is this store's, by its commit records."""
     layout = Layout(root)
-    if not layout.plan.exists() or not (root / "commits").is_dir():
-        raise StoreNotFoundError(
-            f"{str(root)!r} holds something else than a feature store. Name a new folder with --store."
-        )
-    for shard in committed_shards(layout)[:1]:
-        read_commit(layout, header, shard)
-
-
-def is_sound(path: Path, model: Path, header: Header) -> bool:
-    """Say whether a file of a skeleton means the same as its model."""
     try:
-        if path.name == "plan.parquet":
-            return plan_digest(read_plan(path)) == header.plan_id
-        if path.name == "zarr.json":
-            return _means(path, model.read_bytes())
-        return path.read_bytes() == model.read_bytes()
-    except (OSError, ValueError, pa.ArrowException):
+        require_same(root, read_header(root), header)
+    except (StoreNotFoundError, CorruptShardError):
+        if not layout.plan.exists() or not layout.commit(0).parent.is_dir():
+            found = f"{str(root)!r} holds something else than a feature store"
+            raise StoreNotFoundError(f"{found}. Pass a new folder with --store.") from None
+        for shard in committed_shards(layout)[:1]:
+            read_commit(layout, header, shard)
+    except StoreMismatchError:
+        if not _is_only_the_header_damaged(layout, header):
+            raise
+    for folder in FOLDERS:
+        (root / folder).mkdir(exist_ok=True)
+    damaged = metadata_faults(root, header)
+    if damaged:
+        documents = _documents(header, plan)
+        for name in [*damaged, *(["quarantine/plan.jsonl"] if "plan.parquet" in damaged else [])]:
+            path = root / name
+            path.parent.mkdir(exist_ok=True)
+            write_temporary(path, [documents[name]], Owner.me()).replace(path)
+            sync(path.parent)
+    return list(damaged)
+
+
+def _is_only_the_header_damaged(layout: Layout, header: Header) -> bool:
+    """Check whether a store whose header differs has the arrays and the first commit record of the requested store."""
+    try:
+        shards = committed_shards(layout)[:1]
+        records = [read_commit(layout, header, shard) for shard in shards]
+    except CorruptShardError:
         return False
+    return bool(records) and not metadata_faults(layout.root, header).keys() - {"zarr.json"}
 
 
-def metadata_faults(root: Path, header: Header) -> list[str]:
-    """Name the Zarr metadata files that do not say what the header says."""
-    return [name for name, expected in zarr_metadata(header).items() if not _means(root / name, expected)]
+def metadata_faults(root: Path, header: Header) -> dict[str, str]:
+    """Find damaged files of a store that belong to no shard and no seal.
+
+    Returns:
+        Name of the file inside the store -> what is wrong with it.
+    """
+    layout = Layout(root)
+    faults = {
+        name: "it does not describe this store"
+        for name, expected in zarr_metadata(header).items()
+        if not _is_equivalent(root / name, expected)
+    }
+    try:
+        plan = read_plan(layout.plan)
+        digest = plan_digest(plan)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return faults | {"plan.parquet": f"it is unreadable ({error})"}
+    if digest != header.plan_id:
+        faults["plan.parquet"] = f"it is plan {digest[:12]}, expected plan {header.plan_id[:12]}"
+    elif len(plan) != header.num_planned:
+        faults["zarr.json"] = f"num_planned is {header.num_planned:,}, the plan has {len(plan):,} rows"
+    elif not layout.rejected.exists() or layout.rejected.read_bytes() != _encode_rejected(plan):
+        faults["quarantine/plan.jsonl"] = "it does not list what the plan rejected"
+    return faults
 
 
-def _means(path: Path, expected: bytes) -> bool:
-    """Say whether a `zarr.json` agrees with another in all that matters, whichever zarr wrote them."""
+def _is_equivalent(path: Path, expected: bytes) -> bool:
+    """Check whether a `zarr.json` agrees with another in all fields that matter."""
     try:
         found, wanted = json.loads(path.read_text()), json.loads(expected)
         return all(found.get(field) == wanted.get(field) for field in METADATA_FIELDS)
@@ -199,56 +204,27 @@ def _means(path: Path, expected: bytes) -> bool:
         return False
 
 
-def encode_rejected(plan: pa.Table) -> bytes:
-    """Write the quarantine of what the plan refused."""
+def _documents(header: Header, plan: pa.Table) -> dict[str, bytes]:
+    """Encode all files of an empty store, by their names inside it."""
+    return {
+        **zarr_metadata(header),
+        "plan.parquet": encode_plan(plan),
+        "quarantine/plan.jsonl": _encode_rejected(plan),
+    }
+
+
+def _encode_rejected(plan: pa.Table) -> bytes:
+    """Encode the quarantine of the utterances that the plan rejected."""
     rows = plan.filter(pa.array(plan["shard"].to_numpy() < 0))
-    lines = rows.select(["utterance_id", "split", "reason", "num_frames"]).to_pylist()
     return encode_quarantine(
         [
             Quarantined(
-                utterance_id=line["utterance_id"],
-                split=line["split"],
+                utterance_id=row["utterance_id"],
+                split=row["split"],
                 shard=-1,
-                reason=line["reason"],
-                detail=f"planned at {line['num_frames']} frames",
+                reason=row["reason"],
+                detail=f"planned at {row['num_frames']} frames",
             )
-            for line in lines
+            for row in rows.select(["utterance_id", "split", "reason", "num_frames"]).to_pylist()
         ]
     )
-
-
-def encode_calibration(calibration: Calibration) -> bytes:
-    """Lay out the one chunk of the calibration array."""
-    content = calibration.array.tobytes()
-    return content + crc32c(content).to_bytes(CRC_BYTES, "little")
-
-
-@contextmanager
-def _beside(root: Path, header: Header, plan: pa.Table, calibration: Calibration | None) -> Iterator[Path]:
-    """Make a skeleton next to its place, flushed to the disk, and clear away what is left of it afterwards."""
-    skeleton = temporary_of(root, Owner.me())
-    skeleton.mkdir(parents=True)
-    try:
-        layout = Layout(skeleton)
-        for name, document in zarr_metadata(header).items():
-            (skeleton / name).parent.mkdir(exist_ok=True)
-            (skeleton / name).write_bytes(document)
-        if calibration is not None:
-            layout.calibration.write_bytes(encode_calibration(calibration))
-        for folder in FOLDERS:
-            (skeleton / folder).mkdir()
-        write_plan(plan, layout.plan)
-        layout.rejected.write_bytes(encode_rejected(plan))
-        for path in (*skeleton.rglob("*"), skeleton):
-            _sync(path)
-        yield skeleton
-    finally:
-        shutil.rmtree(skeleton, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

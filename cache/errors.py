@@ -1,44 +1,48 @@
-"""Everything the feature store refuses, as one tree.
+"""Exceptions raised by the feature store.
 
     CacheError
-      StoreNotFoundError      (FileNotFoundError)  no store there, or something else is
-      StoreMismatchError      (ValueError)         a store of another fingerprint, plan or shape
-      PlanError               (ValueError)         a plan that cannot be stored
-      UnplannedUtteranceError (KeyError)           an utterance that the shard's plan does not name
-      IncompleteShardError    (RuntimeError)       a shard closed with utterances neither stored nor quarantined
-      LostClaimError          (RuntimeError)       another writer finished the shard in the meantime
-      UnsealableStoreError    (RuntimeError)       sealing before the last shard is committed
-      CorruptShardError       (OSError)            bytes that are not the ones that were committed
-      DiskFullError           (OSError)            no space left in the middle of a write
+      StoreNotFoundError      (FileNotFoundError)  the path is missing or is not a feature store
+      StoreMismatchError      (ValueError)         the store has another fingerprint, plan or shape
+      PlanError               (ValueError)         the plan cannot be stored
+      UnplannedUtteranceError (KeyError)           the shard's plan does not list this utterance
+      IncompleteShardError    (RuntimeError)       a shard was closed with utterances neither stored nor quarantined
+      LostClaimError          (RuntimeError)       another writer has taken over the shard
+      UnsealableStoreError    (RuntimeError)       some shards are not committed yet
+      CorruptShardError       (OSError)            the bytes on disk differ from those that were committed
+      DiskFullError           (OSError)            the disk, the quota or the file size limit is exhausted
 
 Every message says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+RECIPE, REQUEST = "recipe.toml", "request.json"  # left in a store by `tinyaudio extract`
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 class CacheError(Exception):
-    """The base of every error that the feature store raises on purpose."""
+    """Base class of all errors that the feature store raises on purpose."""
 
     def __str__(self) -> str:  # KeyError would print its repr
         return str(self.args[0]) if self.args else ""
 
 
 class StoreNotFoundError(CacheError, FileNotFoundError):
-    """There is no feature store at this path."""
+    """The path is missing or is not a feature store."""
 
 
 class StoreMismatchError(CacheError, ValueError):
-    """The store at this path holds something else than what was asked for.
+    """The store at this path holds something other than what was requested.
 
     Attributes:
-        differences: field name -> (value in the store, value asked for).
+        differences: field name -> (value in the store, value requested).
     """
 
     def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
@@ -49,13 +53,9 @@ class StoreMismatchError(CacheError, ValueError):
             for name, (found, asked) in sorted(self.differences.items())
         ]
         super().__init__(
-            "\n".join(
-                [
-                    f"feature store {str(path)!r} does not hold what was asked for; these fields differ:",
-                    *lines,
-                    "Ask for what the store holds, or extract into a new store with --store.",
-                ]
-            )
+            f"feature store {str(path)!r} does not hold what was asked for; these fields differ:\n"
+            + "\n".join(lines)
+            + "\nAsk for what the store holds, or extract into a new store with --store."
         )
 
 
@@ -64,7 +64,7 @@ class PlanError(CacheError, ValueError):
 
 
 class UnplannedUtteranceError(CacheError, KeyError):
-    """The shard's plan does not name this utterance."""
+    """The shard's plan does not list this utterance."""
 
 
 class IncompleteShardError(CacheError, RuntimeError):
@@ -72,7 +72,7 @@ class IncompleteShardError(CacheError, RuntimeError):
 
 
 class LostClaimError(CacheError, RuntimeError):
-    """Another writer took the shard over; its work stands."""
+    """Another writer took over the shard; its files are kept."""
 
 
 class UnsealableStoreError(CacheError, RuntimeError):
@@ -80,52 +80,47 @@ class UnsealableStoreError(CacheError, RuntimeError):
 
 
 class CorruptShardError(CacheError, OSError):
-    """The bytes on disk are not the bytes that were committed.
+    """The bytes on disk differ from those that were committed.
 
     Attributes:
-        shard: the damaged shard, or None where the damage is not one shard's.
+        shard: the damaged shard, or None if the damage does not belong to one shard.
+        found: what is wrong, without the name of the store.
     """
 
     def __init__(self, store: Path, shard: int | None, found: str) -> None:
-        self.shard = shard
+        self.shard, self.found = shard, found
         what = "feature store" if shard is None else f"shard {shard} of feature store"
         super().__init__(
-            f"{what} {str(store)!r} is damaged: {found}. Type {command_that_made(store)}, which repairs exactly what "
-            f"is damaged; `tinyaudio store verify --deep {shlex.quote(str(store))}` lists every fault."
+            f"{what} {str(store)!r} is damaged: {found}. Run {command_that_made(store)} again to repair it; "
+            f"`tinyaudio store verify --deep {shlex.quote(str(store))}` lists every fault."
         )
 
 
 class DiskFullError(CacheError, OSError):
-    """There was no space left for a file; nothing of it was kept."""
+    """The disk, the quota or the file size limit is exhausted; nothing of the unfinished file is kept.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"no space left while writing {str(path)!r}; the unfinished file was removed and nothing of it was "
-            "committed. Free some space and type the same command again: it continues where it stopped."
-        )
+    Args:
+        found: what was missing and where.
+    """
+
+    def __init__(self, found: str | Path) -> None:
+        super().__init__(f"{found}. Free some space and run the same command again to resume.")
+        self.errno = errno.ENOSPC
 
 
-# ------------------------------------------------------------------------------------------- what to type
-
-RECIPE, REQUEST = "recipe.toml", "request.json"  # left in a store by `tinyaudio extract`
-MADE_BY = "made_by.txt"  # left by merge and export: the line that does it again
+def is_disk_full(error: BaseException) -> bool:
+    """Check whether a write failed because the disk, the quota or the file size limit is exhausted."""
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def command_that_made(store: Path) -> str:
-    """Spell the command that finishes or repairs a store, as far as the store tells."""
-    if (store / RECIPE).is_file():
-        words = ["tinyaudio", "extract", "--recipe", str(store / RECIPE), "--store", str(store), *_split_option(store)]
-        return f"`{shlex.join(words)}`"
+    """Return the command that finishes or repairs a store, as words for a message."""
+    if not (store / RECIPE).is_file():
+        return "the `tinyaudio extract`, `store merge` or `store export` command that made it"
+    words = ["tinyaudio", "extract", "--recipe", str(store / RECIPE), "--store", str(store)]
     try:
-        return f"`{(store / MADE_BY).read_text().strip()}`"
-    except OSError:
-        return "the `tinyaudio extract` command that made it"
-
-
-def _split_option(store: Path) -> list[str]:
-    """Name the split of a store that was asked for one alone."""
-    try:
-        (split,) = json.loads((store / REQUEST).read_text())["splits"]
+        splits = json.loads((store / REQUEST).read_text())["splits"]
+        words += ["--split", *splits] if len(splits) == 1 else []
     except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return ["--split", split]
+        pass  # the recipe's splits
+    return f"`{shlex.join(words)}`"

@@ -1,7 +1,8 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then linked in.
+"""Files that are either complete or absent: written to a temporary neighbour, flushed to disk, then linked into place.
 
-Invariants: a file under its final name is complete and on the disk, and `place` never replaces one. A temporary file
-carries its owner in its name, so that a janitor can tell the living from the dead. Knows nothing of features.
+Invariants: a file under its final name is complete and on disk, and `place` never replaces one. Temporary files are
+named after the process that writes them, so that files left by dead processes can be removed. Knows nothing of
+features.
 """
 
 from __future__ import annotations
@@ -19,62 +20,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DiskFullError
+from cache.errors import DiskFullError, is_disk_full
 from cache.owners import Owner
 
-IOV_MAX = 1024  # buffers per system call, POSIX's usual limit
-BATCH_BYTES = 1 << 20  # bytes per system call: still in the processor's cache from computing their checksum
-WRITEBACK_BYTES = 8 << 20  # written before the disk is set to work on them
+WRITEBACK_BYTES = 8 << 20  # written before the disk is told to start
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# Errors that mean the bytes are lost (a bad sector), as opposed to temporarily unreachable.
+BYTES_LOST = {
+    getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EUCLEAN", "ENODATA", "EREMOTEIO", "EILSEQ")
+}
 
 Buffers = Iterable[bytes | memoryview]
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-# What disks and file systems answer where the bytes themselves are lost, as opposed to being out of reach for now.
-_LOST = {getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EUCLEAN", "ENODATA", "EREMOTEIO", "EILSEQ")}
-_TEMPORARY = re.compile(r"^\.(?P<name>.+)~(?P<owner>[^~]+)\.tmp$")
-
-
-# ---------------------------------------------------------------------------------------------------- how it writes
 
 
 def canonical_json(value: Any) -> bytes:
-    """Give the one spelling of a JSON value: sorted keys, no spaces, ASCII, no NaN."""
+    """Encode a JSON value in its canonical form: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def write_buffers(fd: int, buffers: Buffers) -> None:
-    """Write buffers in order, about a megabyte at a time; they may be made while they are written."""
-    batch: list[memoryview] = []
-    written = begun = 0  # bytes; of those the disk has been set to work on
-    for buffer in buffers:
-        batch.append(memoryview(buffer))
-        if len(batch) == IOV_MAX or sum(map(len, batch)) >= BATCH_BYTES:
-            written += sum(map(len, batch))
-            _write_all(fd, batch)
-            batch = []
-        if written - begun >= WRITEBACK_BYTES:
-            _start_writeback(fd, begun, written - begun)
-            begun = written
-    _write_all(fd, batch)
+# ------------------------------------------------------------------------------------------- writing
 
 
-def _start_writeback(fd: int, offset: int, size: int) -> None:
-    # Sets the disk to work on the range without waiting for it, so that little is left for fsync to do: 5 ms of 107 for
-    # 256 MiB. What has reached the disk may also leave the page cache, as nobody reads a shard just written.
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # advice: a file system may not take it
-            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
-
-
-def _write_all(fd: int, views: list[memoryview]) -> None:
-    views = [view for view in views if len(view)]
-    while views:
-        written = os.writev(fd, views)
-        while written:
-            if written < len(views[0]):
-                views[0] = views[0][written:]
-                break
-            written -= len(views.pop(0))
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def temporary_of(path: Path, owner: Owner) -> Path:
@@ -82,33 +55,54 @@ def temporary_of(path: Path, owner: Owner) -> Path:
     return path.with_name(f".{path.name}~{owner}.tmp")
 
 
+def temporaries(directory: Path) -> Iterator[tuple[Path, Owner | None]]:
+    """List the temporary files of a directory with their owners; None if the name cannot be parsed."""
+    for path in sorted(directory.glob(".*~*.tmp")):
+        if found := re.fullmatch(r"\..+~([^~]+)\.tmp", path.name):
+            yield path, Owner.parse(found[1])
+
+
 def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
-    """Write a neighbour of `path` and flush it to the disk.
+    """Write the temporary neighbour of `path` and flush it to disk.
+
+    Args:
+        buffers: written in order; they may be computed during the write.
 
     Returns:
         The neighbour.
 
     Raises:
-        DiskFullError: no space, quota or file size left; the neighbour is removed.
+        DiskFullError: no space, quota or file size left. The neighbour is removed after this and any other error.
     """
     temporary = temporary_of(path, owner)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            write_buffers(fd, buffers)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with temporary.open("wb") as file:
+            waiting_bytes = 0
+            for buffer in buffers:
+                file.write(buffer)
+                waiting_bytes += len(buffer)
+                if waiting_bytes >= WRITEBACK_BYTES:
+                    _start_writeback(file.fileno())
+                    waiting_bytes = 0
+            file.flush()
+            os.fsync(file.fileno())
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise DiskFullError(path) from error
+        if is_disk_full(error):
+            raise _disk_full(path) from error
         raise
     return temporary
 
 
+def _start_writeback(fd: int) -> None:
+    """Let the disk begin to write without waiting for it, so that fsync has less to wait for: 1.2 times the speed."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # only advice
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def link_into_place(temporary: Path, path: Path) -> None:
-    """Give a finished temporary file its final name and remove the temporary one.
+    """Give a finished temporary file its final name and remove the temporary name.
 
     Raises:
         FileExistsError: the final name is taken; nothing is replaced.
@@ -117,54 +111,47 @@ def link_into_place(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise DiskFullError(path) from error
-        if error.errno not in _NO_LINKS:
+        if is_disk_full(error):
+            raise _disk_full(path) from error
+        if error.errno not in NO_HARD_LINKS:
             raise
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-        temporary.rename(path)  # a file system without hard links: the shard lock keeps others out
-        return
+        temporary.rename(path)  # the file system has no hard links: the lock around all links prevents a race
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush the names in a directory to the disk."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def place(path: Path, buffers: Buffers, owner: Owner | None = None) -> None:
-    """Write a whole new file durably under its final name.
+    """Write a complete new file under its final name, durably.
 
     Raises:
         FileExistsError: the name is taken; nothing is replaced.
         DiskFullError: nothing is left behind.
     """
     link_into_place(write_temporary(path, buffers, owner or Owner.me()), path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, durably; absent is fine."""
+    """Remove a file, durably; it may be absent."""
     path.unlink(missing_ok=True)
     if path.parent.is_dir():
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
-# ---------------------------------------------------------------------------------------------------- side by side
+def _disk_full(path: Path) -> DiskFullError:
+    return DiskFullError(f"no space left while writing {str(path)!r}; the unfinished file was removed")
+
+
+# ------------------------------------------------------------------------------------------- several writers
 
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[int]:
-    """Hold a kernel lock on a file while names are being put in place: milliseconds.
+    """Hold a kernel lock on a file, for milliseconds, while names are put in place; it ends with the process.
 
-    Dies with its process. Where the file system knows no locks, which is said once, claims and `link` still keep
-    writers apart.
+    On a file system without locks it warns once and continues: claims and exclusive links still keep writers apart.
 
     Yields:
         The descriptor of the file.
@@ -174,14 +161,14 @@ def exclusive(path: Path) -> Iterator[int]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:
-            _warn_of_missing_locks(path.parent, error.strerror)
+            _warn_about_missing_locks(path.parent, error.strerror)
         yield fd
     finally:
         os.close(fd)
 
 
 @cache
-def _warn_of_missing_locks(directory: Path, reason: str) -> None:
+def _warn_about_missing_locks(directory: Path, reason: str) -> None:
     warnings.warn(
         f"the file system of {str(directory)!r} gives no locks ({reason}); writers are kept apart by claims alone. "
         "Mount it with locks (NFS: without nolock) if several machines write.",
@@ -189,13 +176,8 @@ def _warn_of_missing_locks(directory: Path, reason: str) -> None:
     )
 
 
-def is_lost(error: OSError) -> bool:
-    """Say whether an error means that the bytes are gone (a bad sector), and not that they are out of reach for now."""
-    return error.errno in _LOST
-
-
 def silence_s(path: Path, now: float) -> float:
-    """Give the seconds since a file was last touched; 0 if it is gone."""
+    """Compute the seconds since a file was last touched; 0 if it is absent."""
     try:
         return max(0.0, now - path.stat().st_mtime)
     except FileNotFoundError:
@@ -203,20 +185,13 @@ def silence_s(path: Path, now: float) -> float:
 
 
 def clock_of(directory: Path) -> float:
-    """Read the clock of the file system itself, so that leases survive machines whose clocks disagree."""
+    """Read the clock of the file system, so that leases work on machines whose clocks disagree."""
     probe = temporary_of(directory / "clock", Owner.me())
     try:
         probe.touch()
         return probe.stat().st_mtime
-    except OSError:  # read-only or full: the local clock has to do
+    except OSError:  # read-only or full: fall back to the local clock
         return time.time()
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-
-
-def temporaries(directory: Path) -> Iterator[tuple[Path, Owner | None]]:
-    """List the temporary files of a directory with their owners."""
-    for path in sorted(directory.glob(".*~*.tmp")):
-        if found := _TEMPORARY.match(path.name):
-            yield path, Owner.parse(found["owner"])

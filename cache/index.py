@@ -1,4 +1,4 @@
-"""The index: one row per stored utterance, saying where its frames are and what was said.
+"""The index: one row per stored utterance, with the place of its frames and its transcript.
 
 Invariants: rows are sorted by `start`; `start` counts rows of the tall array, so `features[start:start + num_frames]`
 is the utterance. Knows nothing of the arrays themselves.
@@ -29,7 +29,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("transcript", pa.string(), nullable=False),
         pa.field("speaker", pa.string()),
         pa.field("source", pa.string()),
-        pa.field("extra", pa.string()),  # a JSON object, if the writer had more to say
+        pa.field("extra", pa.string()),  # a JSON object with further values of the writer
     ]
 )
 
@@ -45,40 +45,14 @@ class Quarantined(TypedDict):
 
 
 def encode_index(rows: list[dict[str, Any]]) -> bytes:
-    """Write index rows as Parquet, sorted by start."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: int(row["start"])), schema=INDEX_SCHEMA)
-    return encode_table(table)
+    """Encode index rows as Parquet, sorted by start."""
+    return encode_table(pa.Table.from_pylist(sorted(rows, key=lambda row: int(row["start"])), schema=INDEX_SCHEMA))
 
 
 def encode_table(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
-
-
-def encode_quarantine(lines: list[Quarantined]) -> bytes:
-    """Write quarantine lines, one JSON object each; none gives an empty file."""
-    return "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode()
-
-
-def decode_quarantine(content: bytes) -> list[Quarantined]:
-    return [json.loads(line) for line in content.splitlines()]
-
-
-def read_committed(root: Path, commit: Commit, folder: str) -> bytes:
-    """Read a shard's plain file in `folder` ("index" or "quarantine"), whole and checked.
-
-    Raises:
-        CorruptShardError: it is missing, unreadable or not what was committed.
-    """
-    (name,) = (name for name in commit.files if name.startswith(folder + "/"))
-    try:
-        content = (root / name).read_bytes()
-    except OSError as error:
-        raise unreadable(root, commit.shard, name, error) from error
-    if PlainFile.of(content) != commit.files[name]:
-        raise CorruptShardError(root, commit.shard, f"{name} is not the file that was committed (its digest differs)")
-    return content
 
 
 def decode_index(content: bytes) -> pa.Table:
@@ -89,3 +63,28 @@ def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read an index file, or some of its columns."""
     with pa.memory_map(str(path)) as file:
         return pq.read_table(file, schema=INDEX_SCHEMA, columns=columns)
+
+
+def encode_quarantine(lines: list[Quarantined]) -> bytes:
+    """Encode quarantine lines, one JSON object each; an empty list gives an empty file."""
+    return "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode()
+
+
+def decode_quarantine(content: bytes) -> list[Quarantined]:
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def read_committed(root: Path, commit: Commit, folder: str) -> bytes:
+    """Read a shard's file in `folder` ("index" or "quarantine"), complete and checked.
+
+    Raises:
+        CorruptShardError: it is missing, unreadable or differs from the committed file.
+    """
+    (name,) = (name for name in commit.files if name.startswith(folder + "/"))
+    try:
+        content = (root / name).read_bytes()
+    except OSError as error:
+        raise unreadable(root, commit.shard, name, error) from error
+    if PlainFile.of(content) != commit.files[name]:
+        raise CorruptShardError(root, commit.shard, f"{name} is not the file that was committed (its digest differs)")
+    return content

@@ -1,4 +1,4 @@
-"""What one does with finished stores: look inside, compare, join, cut out. Returns values; printing is the caller's."""
+"""Describing a store, and comparing two. Returns values; printing is left to the caller."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Paths = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class StoreInfo:
-    """What is in a store, by whom, how much, how complete."""
+    """What a store holds, who wrote it, and how complete it is."""
 
     path: str
     format: int
@@ -53,7 +53,7 @@ class StoreInfo:
         return asdict(self)
 
     def to_table(self) -> str:
-        """Write it for people."""
+        """Format the description as text."""
         lines = [
             f"store        {self.path}",
             f"holds        {self.num_utterances:,} utterances, {self.hours:,.2f} h, {self.num_frames:,} frames of "
@@ -86,12 +86,25 @@ def store_info(path: Paths) -> StoreInfo:
     reader = FeatureReader(path)
     store, commits = reader.store, reader.commits.values()
     splits: dict[str, dict[str, float]] = {}
+    writers: Counter[str] = Counter()
     for commit in commits:
         part = splits.setdefault(commit.split, {"utterances": 0, "hours": 0.0, "shards": 0})
         part["utterances"] += commit.num_utterances
         part["hours"] += commit.duration_s / 3600
         part["shards"] += 1
+        owner = Owner.parse(commit.writer)
+        writers[commit.writer if owner is None else owner.machine] += 1
+    try:
+        quarantined = decode_quarantine(store.layout.rejected.read_bytes())
+    except (OSError, ValueError) as error:
+        found = f"quarantine/{store.layout.rejected.name} cannot be read ({error})"
+        raise CorruptShardError(store.path, None, found) from error
+    for commit in commits:
+        if commit.num_quarantined:
+            quarantined += decode_quarantine(read_committed(store.path, commit, "quarantine"))
     finished = sorted(commit.finished_at for commit in commits)
+    counts, _ = np.histogram(np.asarray(reader.index["duration_s"]), [*DURATION_EDGES_S, np.inf])
+    classes = [*(f"{low}-{high} s" for low, high in pairwise(DURATION_EDGES_S)), f"{DURATION_EDGES_S[-1]} s or more"]
     return StoreInfo(
         path=str(store.path),
         format=store.header.format,
@@ -111,36 +124,12 @@ def store_info(path: Paths) -> StoreInfo:
         hours=sum(commit.duration_s for commit in commits) / 3600,
         size_bytes=sum(commit.size_bytes for commit in commits),
         splits=splits,
-        quarantine=dict(_quarantine(store, reader).most_common()),
-        durations=_durations(reader),
-        writers=dict(Counter(_machine(commit.writer) for commit in commits)),
+        quarantine=dict(Counter(line["reason"] for line in quarantined).most_common()),
+        durations=dict(zip(classes, counts.tolist(), strict=True)),
+        writers=dict(writers),
         first_commit=finished[0] if finished else None,
         last_commit=finished[-1] if finished else None,
     )
-
-
-def _machine(writer: str) -> str:
-    owner = Owner.parse(writer)
-    return writer if owner is None else owner.machine
-
-
-def _quarantine(store: FeatureStore, reader: FeatureReader) -> Counter[str]:
-    try:
-        lines = decode_quarantine(store.layout.rejected.read_bytes())
-    except (OSError, ValueError) as error:
-        name = store.layout.rejected.relative_to(store.path)
-        raise CorruptShardError(store.path, None, f"its {name} cannot be read ({error})") from error
-    for commit in reader.commits.values():
-        if commit.num_quarantined:
-            lines += decode_quarantine(read_committed(store.path, commit, "quarantine"))
-    return Counter(line["reason"] for line in lines)
-
-
-def _durations(reader: FeatureReader) -> dict[str, int]:
-    edges = [*DURATION_EDGES_S, np.inf]
-    counts, _ = np.histogram(np.asarray(reader.index["duration_s"]), edges)
-    names = [f"{low}-{high} s" for low, high in pairwise(DURATION_EDGES_S)]
-    return dict(zip([*names, f"{DURATION_EDGES_S[-1]} s or more"], counts.tolist(), strict=True))
 
 
 def store_diff(path: Paths, other: Paths) -> dict[str, tuple[Any, Any]]:
@@ -150,9 +139,3 @@ def store_diff(path: Paths, other: Paths) -> dict[str, tuple[Any, Any]]:
         Field -> (value in the first, value in the second), for the fields that differ; empty: the same extraction.
     """
     return compare_fields(FeatureStore.open(path).header.identity(), FeatureStore.open(other).header.identity())
-
-
-# ------------------------------------------------------------------------------------------- joining
-
-
-# ------------------------------------------------------------------------------------------- cutting out

@@ -1,6 +1,6 @@
-"""Where everything of a store lives, and the header that says what it holds. See FORMAT.md.
+"""The paths inside a store, and the header that describes what it holds. See FORMAT.md.
 
-Invariants: `zarr.json` of the root carries the header and never changes after creation. Row `r` of the tall array lives
+Invariants: `zarr.json` of the root carries the header and never changes after creation. Row `r` of the tall array lies
 in shard `r // rows_per_shard`. Knows nothing of writers and readers.
 """
 
@@ -22,6 +22,7 @@ from zarr.storage import MemoryStore
 
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 from cache.files import canonical_json
+from cache.quantize import Calibration
 
 FORMAT_VERSION = 1
 ROWS_PER_SHARD = 131_072  # 43.7 min at 50 Hz; 256 MiB at 1024 x float16
@@ -29,8 +30,15 @@ CHUNK_ROWS = 512  # 1 MiB at 1024 x float16: the unit that carries a checksum
 BLOCK_ROWS = 16_384  # 32 MiB at 1024 x float16: the unit that is read at once; no shorter utterance crosses one
 
 Encoding = Literal["float16", "int8"]
-ENCODINGS: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "int8": np.dtype("i1")}
-FILL: dict[str, float] = {"float16": float("nan"), "int8": -128}  # codes use -127..127
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """The type of one sharded array of a store."""
+
+    dtype: np.dtype[Any]
+    row_shape: tuple[int, ...]  # (dim,) for features, () for scales
+    fill_value: float  # of rows that belong to no utterance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,29 +52,39 @@ class Header:
     chunk_rows: int
     block_rows: int
     num_shards: int
-    num_planned: int  # utterances in the plan, the rejected ones included
+    num_planned: int  # utterances in the plan, including rejected ones
     plan_id: str  # sha256 of the plan's content
     calibration_id: str | None  # int8 only
     fingerprint: dict[str, Any]  # everything needed to recompute a row
-    calibration: str | None = None  # int8 only: the calibration array again, in base64, to mend the file from
+    calibration: str | None = None  # int8 only: mean and std, see `Calibration.to_base64`
 
     @cached_property
     def fingerprint_id(self) -> str:
         """The sha256 of the fingerprint's canonical JSON, in hex."""
         return hashlib.sha256(canonical_json(self.fingerprint)).hexdigest()
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return ENCODINGS[self.encoding]
+    @cached_property
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The sharded arrays of the store by name, in the order in which their files are put in place."""
+        if self.encoding == "float16":
+            return {"features": ArraySpec(np.dtype("<f2"), (self.dim,), float("nan"))}
+        return {
+            "features": ArraySpec(np.dtype("i1"), (self.dim,), -128),  # codes use -127..127
+            "scales": ArraySpec(np.dtype("<f2"), (), float("nan")),
+        }
 
     @property
-    def arrays(self) -> tuple[str, ...]:
-        """The sharded arrays of the store, in the order in which they are placed."""
-        return ("features", "scales") if self.encoding == "int8" else ("features",)
+    def dtype(self) -> np.dtype[Any]:
+        return self.arrays["features"].dtype
 
     @property
     def bytes_per_row(self) -> int:
-        return self.dim * self.dtype.itemsize + (2 if self.encoding == "int8" else 0)
+        return self.chunk_bytes("features", 1) + (self.chunk_bytes("scales", 1) if "scales" in self.arrays else 0)
+
+    def chunk_bytes(self, array: str, rows: int | None = None) -> int:
+        """Compute the bytes of one chunk of an array, or of some rows of it."""
+        spec = self.arrays[array]
+        return (rows or self.chunk_rows) * int(np.prod(spec.row_shape, dtype=np.int64)) * spec.dtype.itemsize
 
     def to_attributes(self) -> dict[str, Any]:
         attributes = asdict(self) | {"fingerprint_id": self.fingerprint_id}
@@ -80,9 +98,25 @@ class Header:
         return cls(**{field.name: header[field.name] for field in fields(cls) if field.name in header})
 
     def identity(self) -> dict[str, Any]:
-        """What the store holds, without the copy of the calibration, which its id stands for."""
-        attributes: dict[str, Any] = self.to_attributes()["feature_store"]
-        return {name: value for name, value in attributes.items() if name != "calibration"}
+        """Return what the store holds, field by field; the calibration is represented by its id."""
+        return {name: value for name, value in asdict(self).items() if name != "calibration"}
+
+    def contradiction(self) -> str:
+        """Describe how the header contradicts itself, which only damage can cause; empty if it does not."""
+        described = self.fingerprint["store"]
+        for name in ("format", "encoding", "dim", "calibration_id"):
+            if getattr(self, name) != described[name]:
+                return f"{name} {getattr(self, name)!r} in zarr.json is {described[name]!r} in its fingerprint"
+        if self.rows_per_shard % self.block_rows or self.block_rows % self.chunk_rows:
+            return "chunk_rows, block_rows and rows_per_shard in zarr.json are not multiples of each other"
+        if self.calibration_id is not None:
+            try:
+                found = Calibration.from_base64(self.calibration or "", self.dim).id
+            except ValueError as error:
+                found = f"unreadable ({error})"
+            if found != self.calibration_id:
+                return f"the calibration in zarr.json is {found}, expected {self.calibration_id}"
+        return ""
 
 
 def divide_shard(rows_per_shard: int) -> tuple[int, int]:
@@ -108,7 +142,7 @@ class Layout:
 
     @property
     def rejected(self) -> Path:
-        """The quarantine of what the plan itself refused."""
+        """The quarantine of the utterances that the plan itself rejected."""
         return self.root / "quarantine" / "plan.jsonl"
 
     @property
@@ -124,16 +158,12 @@ class Layout:
         return self.root / "commits.jsonl"
 
     @property
-    def calibration(self) -> Path:
-        return self.root / "calibration" / "c.0.0"
-
-    @property
     def lock(self) -> Path:
         return self.root / "claims" / "lock"
 
     @property
     def damaged(self) -> Path:
-        """Notes of shards that were found damaged, one empty file each."""
+        """One empty file for each shard that was found damaged."""
         return self.root / "damaged"
 
     def array(self, name: str, shard: int) -> Path:
@@ -152,83 +182,68 @@ class Layout:
         return self.root / "claims" / f"{shard:06d}"
 
     def files_of(self, shard: int, header: Header) -> dict[str, Path]:
-        """The files of a shard by their name inside the store, in the order in which they are placed."""
+        """List the files of a shard by their name inside the store, in the order in which they are put in place."""
         paths = [*(self.array(name, shard) for name in header.arrays), self.index(shard), self.quarantine(shard)]
         return {path.relative_to(self.root).as_posix(): path for path in paths}
 
 
 def read_header(root: Path) -> Header:
-    """Read what a store holds.
+    """Read the header of a store.
 
     Raises:
         StoreNotFoundError: there is no store here.
-        StoreMismatchError: there is one of a newer format.
-        CorruptShardError: the header does not agree with itself.
+        StoreMismatchError: the store has a newer format.
+        CorruptShardError: the header contradicts itself.
     """
     try:
-        document = json.loads((root / "zarr.json").read_text())
-        header = Header.from_attributes(document["attributes"])
+        attributes = json.loads((root / "zarr.json").read_text())["attributes"]
+        header = Header.from_attributes(attributes)
+        if header.format > FORMAT_VERSION:
+            raise StoreMismatchError(root, {"format": (header.format, FORMAT_VERSION)})
+        if attributes["feature_store"].get("fingerprint_id") != header.fingerprint_id:
+            raise CorruptShardError(root, None, "the fingerprint in zarr.json does not match its own id")
+        if found := header.contradiction():
+            raise CorruptShardError(root, None, found)
     except (FileNotFoundError, NotADirectoryError):
-        found = "holds no feature store" if root.exists() else "does not exist"
+        found = "is not a feature store" if root.exists() else "does not exist"
         raise StoreNotFoundError(
             f"{str(root)!r} {found}. Make one with `tinyaudio extract --store {root}`, "
-            "or name an existing one with --store."
+            "or pass an existing one with --store."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (StoreMismatchError, CorruptShardError):
+        raise
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise StoreNotFoundError(
             f"{str(root / 'zarr.json')!r} is not the header of a feature store "
-            f"({type(error).__name__}: {error}). Name another folder with --store."
+            f"({type(error).__name__}: {error}). Pass another folder with --store."
         ) from error
-    if header.format > FORMAT_VERSION:
-        raise StoreMismatchError(root, {"format": (header.format, FORMAT_VERSION)})
-    if document["attributes"]["feature_store"].get("fingerprint_id") != header.fingerprint_id:
-        raise CorruptShardError(root, None, "the fingerprint in zarr.json does not match its own id")
     return header
 
 
 def zarr_metadata(header: Header) -> dict[str, bytes]:
-    """Write the `zarr.json` documents of a store, by their names inside it."""
+    """Create the `zarr.json` documents of a store, by their names inside it."""
     group = {"zarr_format": 3, "node_type": "group", "attributes": header.to_attributes()}
-    return {
-        "zarr.json": json.dumps(group, indent=2).encode(),
-        **_array_metadata(
-            header.arrays, header.dim, header.encoding, header.rows_per_shard, header.chunk_rows, header.num_shards
-        ),
-    }
+    documents = {"zarr.json": json.dumps(group, indent=2).encode()}
+    for name, spec in header.arrays.items():
+        num_rows = header.num_shards * header.rows_per_shard
+        documents[f"{name}/zarr.json"] = _array_metadata(spec, num_rows, header.rows_per_shard, header.chunk_rows)
+    return documents
 
 
 @cache
-def _array_metadata(
-    names: tuple[str, ...], dim: int, encoding: Encoding, rows_per_shard: int, chunk_rows: int, num_shards: int
-) -> dict[str, bytes]:
-    """Let zarr itself describe the arrays, so that what results is plain Zarr."""
+def _array_metadata(spec: ArraySpec, num_rows: int, rows_per_shard: int, chunk_rows: int) -> bytes:
+    """Let zarr itself describe an array, so that the result is plain Zarr."""
     memory: dict[str, Buffer] = {}
-    group = zarr.create_group(store=MemoryStore(memory))
-    naming = {"name": "default", "separator": "."}  # no folder for every shard
-    for name in names:
-        width = (dim,) if name == "features" else ()
-        dtype = ENCODINGS[encoding] if name == "features" else np.dtype("<f2")
-        group.create_array(
-            name,
-            shape=(num_shards * rows_per_shard, *width),
-            dtype=dtype,
-            shards=(rows_per_shard, *width),
-            chunks=(chunk_rows, *width),
-            compressors=[Crc32cCodec()],
-            serializer=BytesCodec(endian="little" if dtype.itemsize > 1 else None),
-            fill_value=FILL[encoding] if name == "features" else float("nan"),
-            chunk_key_encoding=naming,
-            dimension_names=("row", "dim")[: 1 + len(width)],
-        )
-    if encoding == "int8":
-        group.create_array(
-            "calibration",
-            shape=(2, dim),
-            dtype="<f4",
-            chunks=(2, dim),
-            compressors=[Crc32cCodec()],
-            serializer=BytesCodec(endian="little"),
-            chunk_key_encoding=naming,
-            dimension_names=("mean_or_std", "dim"),
-        )
-    return {f"{name}/zarr.json": memory[f"{name}/zarr.json"].to_bytes() for name, _ in group.members()}
+    zarr.create_group(store=MemoryStore(memory)).create_array(
+        "array",
+        shape=(num_rows, *spec.row_shape),
+        dtype=spec.dtype,
+        shards=(rows_per_shard, *spec.row_shape),
+        chunks=(chunk_rows, *spec.row_shape),
+        compressors=[Crc32cCodec()],
+        serializer=BytesCodec(endian="little" if spec.dtype.itemsize > 1 else None),
+        fill_value=spec.fill_value,
+        chunk_key_encoding={"name": "default", "separator": "."},  # instead of a folder for every shard
+        dimension_names=("row", "dim")[: 1 + len(spec.row_shape)],
+    )
+    return memory["array/zarr.json"].to_bytes()

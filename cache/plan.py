@@ -1,7 +1,7 @@
-"""Which utterance belongs to which shard, and where in it, from lengths alone and before any audio is read.
+"""Plans: which utterance belongs to which shard and row, from lengths alone, before any audio is read.
 
 A plan is an Arrow table. Given: `utterance_id`, `split`, `source_id` (opaque: where the utterance comes from),
-`num_frames` (as planned from the duration) and any further columns; made: `shard`, `row` (inside it) and `reason`.
+`num_frames` (as planned from the duration) and any further columns; added: `shard`, `row` (inside it) and `reason`.
 Invariants: the same table gives the same plan; a shard never mixes splits; an utterance never crosses a shard, nor a
 block unless it is longer than one; a rejected row has shard -1 and a reason. Knows nothing of audio.
 """
@@ -9,6 +9,7 @@ block unless it is longer than one; a rejected row has shard -1 and a reason. Kn
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,17 @@ def make_plan(
     margin_frames: int = MARGIN_FRAMES,
     seed: int | None = None,
 ) -> pa.Table:
-    """Assign every utterance a shard and a row.
+    """Assign a shard and a row to every utterance.
 
     Shards follow the order of the table, so that each is read from few sources, nearly sequentially; inside a shard
-    the rows are given out by length. About half a percent of the rows stays empty.
+    the rows are assigned by length. About half a percent of the rows stays empty.
 
     Args:
         table: the columns of `PLAN_COLUMNS`, and optionally `reason` (not empty: rejected by the caller), `group` (see
             `seed`) and others, which are kept.
         rows_per_shard: frames in one shard.
         margin_frames: rows kept free after each utterance, since its real length may exceed the planned one.
-        seed: if given, runs of equal `group` are put in a pseudo-random order first: the shuffle is paid once, here.
+        seed: if given, runs of equal `group` are put in a pseudo-random order first, so that later readers need not.
 
     Returns:
         The table with `shard` int32, `row` int32 and `reason` string, sorted by shard. Rejected: "longer_than_shard",
@@ -53,10 +54,17 @@ def make_plan(
     Raises:
         PlanError: a column is missing or has nulls, or the shard size is not positive.
     """
-    table = _checked(table, rows_per_shard)
+    if rows_per_shard < 1:
+        raise PlanError(f"rows_per_shard is {rows_per_shard}; a shard needs at least one row.")
+    if missing := [name for name in PLAN_COLUMNS if name not in table.column_names]:
+        raise PlanError(f"the plan has no column {', '.join(missing)}; it needs {', '.join(PLAN_COLUMNS)}.")
+    for name, kind in PLAN_COLUMNS.items():
+        if table[name].null_count:
+            raise PlanError(f"column {name!r} of the plan has {table[name].null_count} nulls; fill them first.")
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
     if seed is not None:
         table = table.take(_permute_groups(table, seed))
-    reason = _reasons(table, rows_per_shard)
+    reason = _find_reasons(table, rows_per_shard)
     shard = np.full(len(table), -1, dtype=np.int32)
     row = np.full(len(table), -1, dtype=np.int32)
     lengths = table["num_frames"].to_numpy().astype(np.int64)
@@ -76,19 +84,6 @@ def make_plan(
     return table.take(np.argsort(shard, kind="stable")).combine_chunks()
 
 
-def _checked(table: pa.Table, rows_per_shard: int) -> pa.Table:
-    if rows_per_shard < 1:
-        raise PlanError(f"rows_per_shard is {rows_per_shard}; a shard needs at least one row.")
-    missing = [name for name in PLAN_COLUMNS if name not in table.column_names]
-    if missing:
-        raise PlanError(f"the plan has no column {', '.join(missing)}; it needs {', '.join(PLAN_COLUMNS)}.")
-    for name, kind in PLAN_COLUMNS.items():
-        if table[name].null_count:
-            raise PlanError(f"column {name!r} of the plan has {table[name].null_count} nulls; fill them first.")
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    return table
-
-
 def _permute_groups(table: pa.Table, seed: int) -> NDArray[np.int64]:
     if "group" not in table.column_names:
         raise PlanError("a plan with a seed needs the column 'group': runs of equal groups are what it permutes.")
@@ -96,19 +91,19 @@ def _permute_groups(table: pa.Table, seed: int) -> NDArray[np.int64]:
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     ends = np.append(starts[1:], len(codes))
     order = np.random.default_rng(seed).permutation(len(starts))
-    runs = [np.arange(starts[run], ends[run]) for run in order]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *runs])
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(starts[run], ends[run]) for run in order)])
 
 
-def _reasons(table: pa.Table, rows_per_shard: int) -> NDArray[np.object_]:
+def _find_reasons(table: pa.Table, rows_per_shard: int) -> NDArray[np.object_]:
+    """Name why each utterance is rejected; empty if it is accepted."""
     lengths = table["num_frames"].to_numpy()
     reason = np.full(len(table), "", dtype=object)
     reason[lengths < 1] = "no_frames"
     reason[lengths > rows_per_shard] = "longer_than_shard"
     codes = table["utterance_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    again = np.ones(len(table), dtype=bool)
-    again[np.unique(codes, return_index=True)[1]] = False
-    reason[again] = "duplicate_id"
+    is_repeated = np.ones(len(table), dtype=bool)
+    is_repeated[np.unique(codes, return_index=True)[1]] = False
+    reason[is_repeated] = "duplicate_id"
     if "reason" in table.column_names:
         given = np.array(pc.fill_null(table["reason"], "").to_pylist(), dtype=object)
         reason = np.where(given != "", given, reason)
@@ -116,9 +111,10 @@ def _reasons(table: pa.Table, rows_per_shard: int) -> NDArray[np.object_]:
 
 
 def _pack(needed: NDArray[np.int64], rows_per_shard: int) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Fill one shard after another, and in each place the longest first into the first block with room.
+    """Fill one shard after another; within a shard, the longest utterance goes first, into the first block it fits.
 
-    So a block holds utterances of about one length, which lets `cache.order` pad little with few blocks in memory.
+    Thus a block holds utterances of similar length, with which `cache.order` needs little padding and few blocks in
+    memory.
 
     Returns:
         shard and row of each length, and the number of shards.
@@ -149,7 +145,7 @@ def _pack(needed: NDArray[np.int64], rows_per_shard: int) -> tuple[NDArray[np.in
 
 
 def _fit(free: list[int], length: int, block_rows: int) -> int | None:
-    """Take `length` rows of the first block (or run of empty blocks) that has them."""
+    """Take `length` rows of the first block (or run of empty blocks) that has them free; None if there is none."""
     if length <= block_rows:
         for block, rows in enumerate(free):
             if length <= rows:
@@ -165,7 +161,7 @@ def _fit(free: list[int], length: int, block_rows: int) -> int | None:
 
 
 def plan_digest(table: pa.Table) -> str:
-    """Compute the id of a plan: the sha256 of its content, whatever wrote the file.
+    """Compute the id of a plan: the sha256 of its content, independent of the Parquet writer.
 
     Columns in order of name; of each its name, then strings as little-endian uint32 lengths and UTF-8 bytes, numbers as
     little-endian values with nulls as zero.
@@ -191,9 +187,11 @@ def _content(column: pa.ChunkedArray) -> list[bytes | memoryview]:
     return [values.astype(values.dtype.newbyteorder("<")).tobytes()]
 
 
-def write_plan(table: pa.Table, path: Path) -> None:
-    """Write a plan with row groups small enough that one shard's rows are found fast."""
-    pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+def encode_plan(table: pa.Table) -> bytes:
+    """Encode a plan as Parquet, with row groups small enough that one shard's rows are found quickly."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=65_536)
+    return sink.getvalue()
 
 
 def read_plan(path: Path, shard: int | None = None) -> pa.Table:

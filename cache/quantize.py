@@ -52,22 +52,17 @@ class Calibration:
         return cls(mean=array[0].astype(np.float32), std=array[1].astype(np.float32))
 
     def to_base64(self) -> str:
-        """Spell the stored bytes as text."""
+        """Encode the stored bytes as text, for the header of a store."""
         return base64.b64encode(self.array.tobytes()).decode()
 
     @classmethod
-    def from_bytes(cls, content: bytes, dim: int) -> Self:
-        """Read back the stored bytes.
+    def from_base64(cls, text: str, dim: int) -> Self:
+        """Read back `to_base64`.
 
         Raises:
-            ValueError: they are no calibration of so many dimensions.
+            ValueError: it is not a calibration of so many dimensions.
         """
-        return cls.from_array(np.frombuffer(content, "<f4").reshape(2, dim))
-
-    @classmethod
-    def from_base64(cls, text: str, dim: int) -> Self:
-        """Read back `to_base64`; errors as `from_bytes`."""
-        return cls.from_bytes(base64.b64decode(text, validate=True), dim)
+        return cls.from_array(np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(2, dim))
 
 
 class Moments:
@@ -87,19 +82,12 @@ class Moments:
             return
         block = features.astype(np.float64)
         mean = block.mean(axis=0)
-        self._merge(len(block), 1, mean, np.square(block - mean).sum(axis=0))
-
-    def merge(self, other: Moments) -> None:
-        """Count in what another accumulator has seen."""
-        if other.num_frames:
-            self._merge(other.num_frames, other.num_utterances, other.mean, other._squares)
-
-    def _merge(self, frames: int, utterances: int, mean: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-        total = self.num_frames + frames
+        total = self.num_frames + len(block)
         delta = mean - self.mean
-        self.mean = self.mean + delta * (frames / total)
-        self._squares = self._squares + squares + np.square(delta) * (self.num_frames * frames / total)
-        self.num_frames, self.num_utterances = total, self.num_utterances + utterances
+        self.mean = self.mean + delta * (len(block) / total)
+        self._squares = self._squares + np.square(block - mean).sum(axis=0)
+        self._squares += np.square(delta) * (self.num_frames * len(block) / total)
+        self.num_frames, self.num_utterances = total, self.num_utterances + 1
 
     @property
     def std(self) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
-"""Read features by utterance, fast enough to train from, and never wrong.
+"""Reading features by utterance, fast enough to train from, every byte checked.
 
 Invariants: a shard without a commit record does not exist; every byte handed out was checked against that record.
-Frames come as views of the blocks they were read with, read-only, without a copy. Opens files lazily, in whichever
-process it finds itself; no fork is needed. Knows nothing of batches or models.
+Frames are read-only views of the blocks they were read with, not copies. Files are opened lazily, in the process that
+reads; no fork is needed. Knows nothing of batches or models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cache.index import INDEX_SCHEMA, decode_index, read_committed, read_index
 from cache.quantize import Calibration, Quantized
 from cache.store import FeatureStore
 
-CACHE_BYTES = 6 << 30  # the windows of `cache.order` and half as much; over all ranks of a machine together
+CACHE_BYTES = 6 << 30  # 1.5 times the windows of `cache.order`; for all ranks of a machine together
 
 
 class FeatureReader:
@@ -48,16 +48,17 @@ class FeatureReader:
             store: the store or its path.
             split: only its utterances; None for all.
             num_threads: threads that read blocks.
-            cache_bytes: bound on the blocks kept in memory; views still in use keep theirs alive beyond it. One of
-                several ranks needs its share of `CACHE_BYTES` only.
+            cache_bytes: limit on the blocks kept in memory; views still in use keep theirs alive beyond it. One of
+                several ranks needs only its share of `CACHE_BYTES`.
 
         Raises:
             StoreNotFoundError: there is no store.
             CorruptShardError: a committed file is missing or has another size.
-            ValueError: the store has no such split.
+            ValueError: the store does not contain this split.
         """
         self.store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
         self.split, self.num_threads, self.cache_bytes = split, num_threads, cache_bytes
+        self._columns: dict[str, pa.ChunkedArray] = {}
         for commit in self.commits.values():
             check_sizes(self.store.path, commit)
         splits = {commit.split for commit in self.commits.values()}
@@ -70,20 +71,24 @@ class FeatureReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.store.path), self.split, self.num_threads, self.cache_bytes)
 
+    # ------------------------------------------------------------------------------------------- records and index
+
     @cached_property
     def commits(self) -> dict[int, Commit]:
         """The commit records by shard."""
         layout, header = self.store.layout, self.store.header
         if not self.store.is_sealed:
             return {shard: self.store.commit(shard) for shard in self.store.committed_shards()}
-        content = self._sealed(layout.sealed_commits)
-        is_whole = hashlib.sha256(content).hexdigest() == self._seal("root")  # else each record is looked at by itself
+        content = self._read_sealed(layout.sealed_commits)
+        is_verified = hashlib.sha256(content).hexdigest() == self._seal(
+            "root"
+        )  # else each record checks its own digest
         lines = content.splitlines(keepends=True)
         if len(lines) != header.num_shards:
-            found = f"commits.jsonl has {len(lines)} of {header.num_shards} records"
+            found = f"commits.jsonl has {len(lines)} records, expected {header.num_shards}"
             raise CorruptShardError(self.store.path, None, found)
         return {
-            shard: check_commit(layout, header, shard, line, is_vouched_for=is_whole)
+            shard: check_commit(layout, header, shard, line, is_verified=is_verified)
             for shard, line in enumerate(lines)
         }
 
@@ -92,16 +97,16 @@ class FeatureReader:
         """One row per utterance, in order of rows; see `cache.index.INDEX_SCHEMA`.
 
         Raises:
-            CorruptShardError: an index file is not the one that was committed.
+            CorruptShardError: an index file differs from the committed one.
         """
         if self.store.is_sealed:
-            return self._of_split(read_index(self._sealed_index))
-        wanted = [commit for commit in self.commits.values() if self.split in (None, commit.split)]
-        parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in wanted]
+            return self._select_split(read_index(self._sealed_index))
+        commits = [commit for commit in self.commits.values() if self.split in (None, commit.split)]
+        parts = [decode_index(read_committed(self.store.path, commit, "index")) for commit in commits]
         return pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Give a column of `index`, read alone where the store is sealed: training wants no six million transcripts.
+        """Return a column of `index`; of a sealed store it is read alone, since training needs no transcripts.
 
         Raises:
             CorruptShardError: as `index`.
@@ -109,15 +114,11 @@ class FeatureReader:
         if "index" in self.__dict__ or not self.store.is_sealed:
             return self.index[name]
         if name not in self._columns:
-            self._columns[name] = self._of_split(read_index(self._sealed_index, [name]))[name]
+            self._columns[name] = self._select_split(read_index(self._sealed_index, [name]))[name]
         return self._columns[name]
 
-    @cached_property
-    def _columns(self) -> dict[str, pa.ChunkedArray]:
-        return {}
-
-    def _of_split(self, table: pa.Table) -> pa.Table:
-        """Keep the rows of the split without copying them: they lie together, as a shard has one split."""
+    def _select_split(self, table: pa.Table) -> pa.Table:
+        """Keep the rows of the split without a copy: they are contiguous, since a shard has one split."""
         if self.split is None:
             return table
         parts, start = [table.slice(0, 0)], 0
@@ -130,7 +131,7 @@ class FeatureReader:
 
     @cached_property
     def _sealed_index(self) -> Path:
-        """The index under the seal, once its digest was compared."""
+        """The index of a sealed store, after its digest was compared with the seal."""
         path = self.store.layout.sealed_index
         try:
             with path.open("rb") as file:
@@ -144,11 +145,11 @@ class FeatureReader:
     def _seal(self, field: str) -> str:
         """Read a digest from the seal."""
         try:
-            return str(json.loads(self._sealed(self.store.layout.sealed))[field])
+            return str(json.loads(self._read_sealed(self.store.layout.sealed))[field])
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptShardError(self.store.path, None, f"SEALED.json is unreadable ({error})") from error
 
-    def _sealed(self, path: Path) -> bytes:
+    def _read_sealed(self, path: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
@@ -173,80 +174,83 @@ class FeatureReader:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Mean and std of an int8 store; None for float16."""
+        """Mean and standard deviation of an int8 store; None for float16."""
         return self.store.calibration
+
+    # ------------------------------------------------------------------------------------------- frames
 
     @cached_property
     def _blocks(self) -> BlockCache:
         return BlockCache(self.store.layout, self.store.header, self.commits, self.num_threads, self.cache_bytes)
 
     def clear(self) -> None:
-        """Forget the blocks in memory, but keep the memory; the next read goes to the file system."""
+        """Drop the blocks in memory; the next read goes to the file system."""
         self._blocks.clear()
 
     @property
     def bytes_read(self) -> int:
-        """Feature bytes read by the block so far, for the read amplification."""
+        """Feature bytes read in blocks so far, for the read amplification."""
         return self._blocks.bytes_read
 
-    # ------------------------------------------------------------------------------------------- reading
-
     def read_rows(self, positions: Sequence[int] | NDArray[np.integer]) -> list[Rows]:
-        """Read utterances as stored, through whole blocks.
+        """Read utterances as stored, in complete blocks.
 
         Args:
             positions: rows of `index`. Neighbours in the store share blocks, so read in an order that keeps them close
-                (see `cache.order`); for one utterance alone, `get` reads less.
+                (see `cache.order`); for a single utterance, `get` reads less.
 
         Raises:
-            CorruptShardError: the bytes are not those that were committed.
+            CorruptShardError: the bytes differ from those that were committed.
         """
-        spans = [self._span(int(position)) for position in positions]
-        futures = self._blocks.fetch(dict.fromkeys(block for _, _, blocks in spans for block in blocks))
         block_rows = self.store.header.block_rows
+        spans = []
+        for position in positions:
+            start = int(self.starts[position])
+            stop = start + int(self.num_frames[position])
+            spans.append((start, stop, range(start // block_rows, -(-stop // block_rows))))
+        futures = self._blocks.fetch(dict.fromkeys(block for _, _, blocks in spans for block in blocks))
         utterances = []
         for start, stop, blocks in spans:
             parts = []
             for block in blocks:
                 offset = block * block_rows
-                rows = futures[block].result()
-                parts.append(rows.slice(max(start - offset, 0), min(stop - offset, block_rows)))
+                parts.append(futures[block].result().slice(max(start - offset, 0), min(stop - offset, block_rows)))
             utterances.append(Rows.join(parts))
         return utterances
 
     def read(self, positions: Sequence[int] | NDArray[np.integer]) -> list[NDArray[Any] | Quantized]:
         """Read utterances: (T, dim) float16 each, or `Quantized` from an int8 store. See `read_rows`."""
-        return [self._present(rows) for rows in self.read_rows(positions)]
+        return [self._decode(rows) for rows in self.read_rows(positions)]
 
     def get(self, utterance_id: str) -> NDArray[Any] | Quantized:
-        """Read one utterance, and no more than the chunks it lies in.
+        """Read one utterance, and only the chunks that contain it.
 
         Raises:
             KeyError: it is not stored here.
-            CorruptShardError: the bytes are not those that were committed.
+            CorruptShardError: the bytes differ from those that were committed.
         """
         position = pc.index(self.column("utterance_id"), utterance_id).as_py()
         if position < 0:
             raise KeyError(
                 f"utterance {utterance_id!r} is not stored in {str(self.store.path)!r}; "
-                "its quarantine may say why (`tinyaudio store info`)."
+                "its quarantine may contain the reason (`tinyaudio store info`)."
             )
-        return self._present(self.rows_of(position))
+        return self._decode(self.rows_of(position))
 
     def rows_of(self, position: int) -> Rows:
-        """Read one utterance as stored, and no more than the chunks it lies in; nothing is kept.
+        """Read one utterance as stored, and only the chunks that contain it; nothing is cached.
 
         Raises:
-            CorruptShardError: the bytes are not those that were committed.
+            CorruptShardError: the bytes differ from those that were committed.
         """
         shard, start = divmod(int(self.starts[position]), self.store.rows_per_shard)
         stop = start + int(self.num_frames[position])
         return read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop)
 
     def prefetch(self, positions: Sequence[int] | NDArray[np.integer]) -> None:
-        """Begin to read the blocks of utterances that are wanted next, in that order, as far as the cache holds them.
+        """Begin to read the blocks of the utterances that are needed next, in that order, up to the cache's capacity.
 
-        Some 160 utterances ahead keep two threads at work.
+        About 160 utterances ahead keep two threads busy.
         """
         chosen = np.asarray(positions, dtype=np.int64)
         block_rows = self.store.header.block_rows
@@ -254,13 +258,7 @@ class FeatureReader:
         blocks = np.stack([first // block_rows, last // block_rows], axis=1).reshape(-1).tolist()
         self._blocks.fetch(islice(dict.fromkeys(blocks), self._blocks.capacity))
 
-    def _span(self, position: int) -> tuple[int, int, range]:
-        start = int(self.starts[position])
-        stop = start + int(self.num_frames[position])
-        block_rows = self.store.header.block_rows
-        return start, stop, range(start // block_rows, -(-stop // block_rows))
-
-    def _present(self, rows: Rows) -> NDArray[Any] | Quantized:
+    def _decode(self, rows: Rows) -> NDArray[Any] | Quantized:
         if rows.scales is None:
             return rows.features
         assert self.store.calibration is not None
@@ -268,8 +266,9 @@ class FeatureReader:
 
 
 def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:
-    """Unpickle a reader: the same arguments, nothing read until it is used."""
+    """Unpickle a reader, without the checks that were made when it was opened."""
     reader = FeatureReader.__new__(FeatureReader)
     reader.store = FeatureStore.open(path)
     reader.split, reader.num_threads, reader.cache_bytes = split, num_threads, cache_bytes
+    reader._columns = {}
     return reader

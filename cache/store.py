@@ -1,11 +1,11 @@
-"""The feature store: ragged frames under string ids, in one tall Zarr array, shard by shard.
+"""The feature store: ragged frames under string ids, in one tall Zarr array, written shard by shard.
 
     store = FeatureStore.create(path, plan=make_plan(table), dim=1024, encoding="float16", fingerprint={...})
     for shard in store.pending_shards():
         with store.write_shard(shard) as writer: ...
     store.seal()
 
-Invariants: a store holds one extraction; what it is never changes after creation; typing the same again continues.
+Invariants: a store holds one extraction, and what it holds never changes after creation; the same calls resume it.
 Knows nothing of speech, models or torch.
 """
 
@@ -19,35 +19,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cache.claims import sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
-from cache.create import build, compare_fields, describe, mend, require
-from cache.errors import (
-    CorruptShardError,
-    StoreMismatchError,
-    StoreNotFoundError,
-    UnsealableStoreError,
-    command_that_made,
-)
+from cache.create import create_empty, make_header, repair_metadata, require_same
+from cache.errors import CorruptShardError, StoreNotFoundError, UnsealableStoreError, command_that_made
 from cache.files import canonical_json, exclusive, place
 from cache.index import INDEX_SCHEMA, decode_index, encode_table, read_committed
 from cache.layout import ROWS_PER_SHARD, Encoding, Header, Layout, read_header
 from cache.plan import read_plan
 from cache.quantize import Calibration
-from cache.shards import CRC_BYTES
 from cache.writer import ShardWriter, claim_shard
 
 
 class FeatureStore:
-    """One extraction on disk, finished or on its way."""
+    """One extraction on disk, finished or not."""
 
     def __init__(self, layout: Layout, header: Header) -> None:
         self.layout, self.header = layout, header
-        self._spare: list[NDArray[Any]] = []  # memory for shards, used again
-
-    # ------------------------------------------------------------------------------------------- making and opening
 
     @classmethod
     def create(
@@ -61,33 +50,33 @@ class FeatureStore:
         rows_per_shard: int = ROWS_PER_SHARD,
         calibration: Calibration | None = None,
     ) -> Self:
-        """Make a store, or open the identical one that is there.
+        """Create a store, or open the identical one that exists.
 
-        Several processes may do this at once: one makes it, the others open it. What dead writers left is swept
-        away, and a damaged header, plan or calibration is written again; for damaged shards see `store_repair`.
+        Several processes may do this at once: one creates the store, the others open it. Files left by dead writers
+        are removed, and a damaged header or plan is written again; for damaged shards see `store_repair`.
 
         Args:
-            plan: what `make_plan` gave, with the same `rows_per_shard`.
+            plan: from `make_plan`, with the same `rows_per_shard`.
             dim: features per frame.
             fingerprint: JSON values, everything needed to recompute a row; format, encoding and calibration are added
                 under the key "store".
-            calibration: for int8, and only then.
+            calibration: required for int8, and only then.
 
         Raises:
-            StoreMismatchError: the store there differs; the fields are named.
-            StoreNotFoundError: something else than a store is there.
+            StoreMismatchError: the existing store differs; the fields are named.
+            StoreNotFoundError: the path exists and is not a store.
             PlanError: the plan was not made for this shard size.
         """
         root = Path(path)
         if root.exists() and not root.is_dir():
-            raise StoreNotFoundError(f"{str(root)!r} is a file, not a feature store. Name a folder with --store.")
-        header = describe(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
+            raise StoreNotFoundError(f"{str(root)!r} is a file, not a feature store. Pass a folder with --store.")
+        header = make_header(plan, dim, fingerprint, encoding, rows_per_shard, calibration)
         if not root.exists() or not any(root.iterdir()):
-            build(root, header, plan, calibration)
+            create_empty(root, header, plan)
         else:
-            mend(root, header, plan, calibration)
+            repair_metadata(root, header, plan)
         store = cls.open(root)
-        require(root, store.header, header)
+        require_same(root, store.header, header)
         sweep(store.layout, store.header)
         return store
 
@@ -96,25 +85,11 @@ class FeatureStore:
         """Open a store that exists.
 
         Raises:
-            StoreNotFoundError: there is none.
+            StoreNotFoundError: the path is missing or is not a store.
             CorruptShardError: its header is damaged.
         """
         root = Path(path)
         return cls(Layout(root), read_header(root))
-
-    def require_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
-        """Refuse a store of another extraction.
-
-        Args:
-            fingerprint: a whole fingerprint, as `store.fingerprint` gives it.
-
-        Raises:
-            StoreMismatchError: naming the fields that differ.
-        """
-        if differences := compare_fields(self.fingerprint, fingerprint):
-            raise StoreMismatchError(self.path, differences)
-
-    # ------------------------------------------------------------------------------------------- what it is
 
     @property
     def path(self) -> Path:
@@ -146,38 +121,9 @@ class FeatureStore:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Mean and std of an int8 store, out of its file or the copy in the header; None for float16.
-
-        Raises:
-            CorruptShardError: neither is the calibration that the header names.
-        """
-        if self.header.calibration_id is None:
-            return None
-        found = self.calibration_file() or self.calibration_copy()
-        if found is None:
-            raise CorruptShardError(
-                self.path,
-                None,
-                "neither its calibration file nor the copy in its header is the one that the header names",
-            )
-        return found
-
-    def calibration_file(self) -> Calibration | None:
-        """Read the calibration's file; None if it is not the one that the header names."""
-        try:
-            return self._named(Calibration.from_bytes(self.layout.calibration.read_bytes()[:-CRC_BYTES], self.dim))
-        except (OSError, ValueError):
-            return None
-
-    def calibration_copy(self) -> Calibration | None:
-        """Read the calibration's copy in the header; None if it is not the one that the header names, or none."""
-        try:
-            return self._named(Calibration.from_base64(self.header.calibration or "", self.dim))
-        except ValueError:
-            return None
-
-    def _named(self, calibration: Calibration) -> Calibration | None:
-        return calibration if calibration.id == self.header.calibration_id else None
+        """Mean and standard deviation of an int8 store; None for float16."""
+        text = self.header.calibration
+        return None if text is None else Calibration.from_base64(text, self.dim)
 
     def plan(self, shard: int | None = None) -> pa.Table:
         """Read the plan: one shard's rows in the order of their sources, or all.
@@ -190,8 +136,6 @@ class FeatureStore:
         except (OSError, pa.ArrowException) as error:
             raise CorruptShardError(self.path, None, f"its plan cannot be read ({error})") from error
 
-    # ------------------------------------------------------------------------------------------- how far it is
-
     @property
     def is_sealed(self) -> bool:
         return self.layout.sealed.exists()
@@ -201,7 +145,7 @@ class FeatureStore:
         return committed_shards(self.layout)
 
     def pending_shards(self, part: tuple[int, int] = (0, 1)) -> list[int]:
-        """List the shards still to be written.
+        """List the shards that are not written yet.
 
         Args:
             part: (i, N): only the shards that are i modulo N, for the i-th of N machines.
@@ -213,34 +157,27 @@ class FeatureStore:
         return [shard for shard in range(index, self.num_shards, parts) if shard not in done]
 
     def commit(self, shard: int) -> Commit:
-        """Read a shard's commit record.
-
-        Raises:
-            FileNotFoundError: the shard is not committed.
-            CorruptShardError: the record is damaged, or another store's.
-        """
+        """Read a shard's commit record; errors as `commits.read_commit`."""
         return read_commit(self.layout, self.header, shard)
 
-    # ------------------------------------------------------------------------------------------- writing
-
     def write_shard(self, shard: int) -> ShardWriter | None:
-        """Begin a shard.
+        """Begin to write a shard.
 
         Returns:
-            A context manager that commits when left without an exception; None if the shard is committed or a living
-            writer is at it.
+            A context manager that commits when it is left without an exception; None if the shard is committed or
+            claimed by a living writer.
         """
         claim = claim_shard(self.layout, self.header, shard)
         if claim is None:
             return None
         try:
-            return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim, self._spare)
+            return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim)
         except BaseException:
             claim.release()
             raise
 
     def seal(self) -> str:
-        """Close a finished store: one index, one file of commit records, and a digest over everything.
+        """Finalize a store: one index, one file of commit records, and a digest over everything.
 
         Returns:
             The root digest. Sealing again changes nothing.
@@ -268,13 +205,14 @@ class FeatureStore:
             "num_frames": sum(commit.num_frames for commit in commits),
             "index_sha256": hashlib.sha256(index).hexdigest(),
         }
+        contents = {
+            self.layout.sealed_index: index,
+            self.layout.sealed_commits: b"".join(commit.encode() for commit in commits),
+            self.layout.sealed: canonical_json(seal) + b"\n",  # last: its presence means sealed
+        }
         with exclusive(self.layout.lock):
             if not self.is_sealed:
-                for path, content in (
-                    (self.layout.sealed_index, index),
-                    (self.layout.sealed_commits, b"".join(commit.encode() for commit in commits)),
-                    (self.layout.sealed, canonical_json(seal) + b"\n"),
-                ):
+                for path, content in contents.items():
                     path.unlink(missing_ok=True)
                     place(path, [content])
         return root

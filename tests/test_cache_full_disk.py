@@ -1,4 +1,4 @@
-"""A disk that fills up commits nothing, and the same command goes on when there is room.
+"""A full disk commits nothing, and the same command resumes once space is freed.
 
 Run: pytest tests/test_cache_full_disk.py
 """
@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from cache_stores import create, fill, make_features
 
 from cache import FeatureReader, store_verify
-from cache.errors import DiskFullError
+from cache.errors import DiskFullError, is_disk_full
 
 FEATURES = make_features([30] * 8)
 
@@ -27,17 +28,15 @@ def test_a_disk_that_fills_in_the_middle_of_a_shard_commits_nothing(
     store = create(tmp_path / "store", FEATURES)
     fill(store, FEATURES, [0])
     before = {path for path in store.path.rglob("*") if path.name != "lock"}
-    writev = os.writev
 
-    def full(fd: int, buffers: list[memoryview]) -> int:
-        if len(buffers) > 1:  # the shard file; its first bytes still fit
-            writev(fd, buffers[:1])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return writev(fd, buffers)
+    def first_bytes_fit(*args: object) -> Iterator[bytes]:
+        yield b"first bytes"
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.writev", full)
-    with pytest.raises(DiskFullError, match="Free some space and type the same command again"):
+    monkeypatch.setattr("cache.writer.encode_shard", first_bytes_fit)
+    with pytest.raises(DiskFullError, match="Free some space and run the same command again") as error:
         fill(store, FEATURES, [1])
+    assert is_disk_full(error.value)
     monkeypatch.undo()
     assert {path for path in store.path.rglob("*") if path.name != "lock"} == before
     fill(store, FEATURES)
@@ -61,7 +60,7 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of four megabytes."""
     path = tmp_path / "disk"
     path.mkdir()

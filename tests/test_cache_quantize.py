@@ -62,14 +62,11 @@ def test_a_frame_at_the_mean_is_exact_and_an_empty_utterance_is_empty() -> None:
 
 def test_moments_do_not_depend_on_how_the_frames_come() -> None:
     frames = np.random.default_rng(0).normal(1e4, 1, (5000, 3))
-    whole, parts, halves = Moments(3), Moments(3), [Moments(3), Moments(3)]
+    whole, parts = Moments(3), Moments(3)
     whole.update(frames)
     for part in np.array_split(frames, 50):
         parts.update(part)
-    for half, part in zip(halves, np.array_split(frames, 2), strict=True):
-        half.update(part)
-    halves[0].merge(halves[1])
-    for moments in (whole, parts, halves[0]):
+    for moments in (whole, parts):
         assert moments.num_frames == 5000
         np.testing.assert_allclose(moments.mean, frames.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(moments.std, frames.std(axis=0), rtol=1e-9)

@@ -1,10 +1,9 @@
-"""Looking into stores, comparing, joining and cutting them. Run: pytest tests/test_cache_tools.py"""
+"""Describing, comparing, merging and exporting stores. Run: pytest tests/test_cache_tools.py"""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 import socket
 import weakref
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_info_counts_what_is_stored_and_what_is_not(tmp_path: Path) -> None:
         assert words in info.to_table()
 
 
-def test_info_of_an_unfinished_store_says_how_far_it_is(tmp_path: Path) -> None:
+def test_info_of_an_unfinished_store_counts_its_shards(tmp_path: Path) -> None:
     store = create(tmp_path / "store", FEATURES)
     fill(store, FEATURES, [0])
     info = store_info(store.path)
@@ -80,11 +79,9 @@ def test_parts_made_on_three_machines_merge_into_the_store_of_one(tmp_path: Path
             assert (merged.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def run(line: str) -> str:
-    """Type a command; returns what it says."""
-    words = shlex.split(line)
-    result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
-    return result.output
+def run(*words: object) -> str:
+    """Run a command; returns its output."""
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False).output
 
 
 def damage(store: FeatureStore, shard: int) -> None:
@@ -94,47 +91,35 @@ def damage(store: FeatureStore, shard: int) -> None:
     path.write_bytes(content)
 
 
-def command_named_in(message: str) -> str:
-    """Find the command that a message tells to type."""
-    return next(part for part in message.split("`") if part.startswith("tinyaudio"))
-
-
-@pytest.mark.parametrize("how", ["merge", "export"])
-def test_the_message_of_a_damaged_merged_or_exported_store_names_a_command_that_repairs_it(
-    tmp_path: Path, how: str
-) -> None:
+@pytest.mark.parametrize("how", ["merge", "export", "export of some"])
+def test_the_same_command_repairs_a_damaged_merged_or_exported_store(tmp_path: Path, how: str) -> None:
     source = sealed(tmp_path / "a source", FEATURES)
-    if how == "merge":
-        store_merge(tmp_path / "made", [source.path])
-    else:
-        store_export(source.path, tmp_path / "made", seed=1)
+    (tmp_path / "ids").write_text("u0\nu4\nu5\n")
+    command = {
+        "merge": ["merge", tmp_path / "made", source.path],
+        "export": ["export", source.path, tmp_path / "made"],
+        "export of some": ["export", source.path, tmp_path / "made", "--ids", tmp_path / "ids", "--seed", 1],
+    }[how]
+    run("store", *command)
     made = FeatureStore.open(tmp_path / "made")
     before = {path.name: path.read_bytes() for path in (made.path / "features").iterdir()}
     damage(made, 0)
-    with pytest.raises(CorruptShardError) as error:
+    with pytest.raises(CorruptShardError, match="the `tinyaudio extract`, `store merge` or `store export` command"):
         FeatureReader(made).read([0])
-    run(command_named_in(str(error.value)))
+    run("store", *command)
     assert store_verify(made, deep=True) == []
     assert {path.name: path.read_bytes() for path in (made.path / "features").iterdir()} == before
 
 
-@pytest.mark.parametrize("agree", [True, False])
-def test_a_merged_store_keeps_the_recipe_that_all_parts_agree_on(tmp_path: Path, agree: bool) -> None:
-    parts = [create(tmp_path / f"part{i}", FEATURES) for i in range(2)]
-    for i, part in enumerate(parts):
-        fill(part, FEATURES, part.pending_shards(part=(i, 2)))
-        (part.path / "request.json").write_text(json.dumps({"splits": ["dev"]}))
-        (part.path / "recipe.toml").write_text(f"seed = {0 if agree else i}\n")
-    store_merge(tmp_path / "merged", [part.path for part in parts])
-    merged = FeatureStore.open(tmp_path / "merged")
-    merged.layout.array("features", 0).unlink()
-    with pytest.raises(CorruptShardError) as error:
-        FeatureReader(merged)
-    recipe = merged.path / "recipe.toml"
-    extract = f"tinyaudio extract --recipe {recipe} --store {merged.path} --split dev"
-    merge = f"tinyaudio store merge {merged.path} {parts[0].path} {parts[1].path}"
-    assert command_named_in(str(error.value)) == (extract if agree else merge)
-    assert recipe.exists() == agree
+def test_the_message_of_a_damaged_extracted_store_names_the_command(tmp_path: Path) -> None:
+    store = sealed(tmp_path / "store", FEATURES)
+    (store.path / "recipe.toml").write_text("")
+    store.layout.array("features", 0).unlink()
+    command = f"tinyaudio extract --recipe {store.path}/recipe.toml --store {store.path}"
+    for request, options in ("{}", ""), ('{"splits": ["train", "dev"]}', ""), ('{"splits": ["dev"]}', " --split dev"):
+        (store.path / "request.json").write_text(request)
+        with pytest.raises(CorruptShardError, match=re.escape(f"Run `{command}{options}` again")):
+            FeatureReader(store)
 
 
 def test_an_export_reads_one_utterance_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +140,16 @@ def test_an_export_reads_one_utterance_at_a_time(tmp_path: Path, monkeypatch: py
     assert most <= 2
 
 
-def test_info_names_machines_as_people_do(tmp_path: Path) -> None:
+def test_ids_that_are_not_stored_are_counted_and_named(tmp_path: Path) -> None:
+    source = sealed(tmp_path / "store", FEATURES)
+    (tmp_path / "ids").write_text("u0\nnobody\nu1\nno one\n")
+    output = run("store", "export", source.path, tmp_path / "small", "--ids", tmp_path / "ids")
+    assert "2 of the 4 ids" in output
+    assert "nobody, no one" in output
+    assert len(FeatureReader(tmp_path / "small")) == 2
+
+
+def test_info_names_machines_without_their_namespace(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", FEATURES)
     assert list(store_info(store.path).writers) == [re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())]
 

@@ -25,7 +25,7 @@ from zarr.codecs import Crc32cCodec
 
 from cache import EpochOrder, FeatureReader, FeatureStore, epoch_order, make_plan
 from cache.commits import root_digest
-from cache.files import canonical_json, sync_directory
+from cache.files import canonical_json, sync
 from cache.index import encode_table
 from cache.layout import ROWS_PER_SHARD, zarr_metadata
 from pipelines.bench.race import median_ratio, race
@@ -299,7 +299,7 @@ def _race_writers(corpus: BenchCorpus, folder: Path, rounds: int) -> dict[str, l
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
-            sync_directory(folder)
+            sync(folder)
             return corpus.rows.nbytes
 
         speed = _speed(write)
@@ -316,7 +316,7 @@ def _race_writers(corpus: BenchCorpus, folder: Path, rounds: int) -> dict[str, l
             for file in path.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            sync_directory(path)
+            sync(path)
             return corpus.rows.nbytes
 
         speed = _speed(write)

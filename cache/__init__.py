@@ -16,7 +16,7 @@
 Knows nothing of speech, models or torch.
 """
 
-from cache.copies import store_export, store_merge, unknown_ids
+from cache.copies import store_export, store_merge
 from cache.create import compare_fields
 from cache.errors import CacheError
 from cache.info import store_diff, store_info
@@ -49,5 +49,4 @@ __all__ = [
     "store_merge",
     "store_repair",
     "store_verify",
-    "unknown_ids",
 ]

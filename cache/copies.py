@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cache.commits import check_sizes
 from cache.create import require_same
@@ -110,7 +109,6 @@ def store_export(
     *,
     max_hours: float | None = None,
     split: str | None = None,
-    ids: Collection[str] | None = None,
     seed: int = 0,
 ) -> FeatureStore:
     """Copy some utterances into a smaller store, for quick ablations; their frames stay bit-identical.
@@ -120,7 +118,6 @@ def store_export(
     Args:
         max_hours: at most this much audio of each split, drawn at random; None for all.
         split: only this split.
-        ids: only these utterances.
         seed: random seed for `max_hours`.
 
     Raises:
@@ -128,11 +125,17 @@ def store_export(
         StoreMismatchError: the destination is another store.
     """
     reader = FeatureReader(source)
-    chosen = _choose(reader, max_hours, split, ids, seed)
+    splits = np.asarray(reader.index["split"].to_pylist(), dtype=object)
+    keep = np.ones(len(reader), dtype=bool) if split is None else splits == split
+    if max_hours is not None:
+        order = np.random.default_rng(seed).permutation(len(reader))
+        durations = np.asarray(reader.index["duration_s"])
+        for name in set(splits[keep]):
+            drawn = order[(keep & (splits == name))[order]]
+            keep[drawn[np.cumsum(durations[drawn]) > max_hours * 3600]] = False
+    chosen = np.flatnonzero(keep)
     if not len(chosen):
-        raise ValueError(
-            f"no utterance of {str(reader.store.path)!r} is selected; loosen --split, --max-hours or the list of ids."
-        )
+        raise ValueError(f"no utterance of {str(reader.store.path)!r} is selected; change --split or --max-hours.")
     index = reader.index.take(chosen)
     table = pa.table(
         {
@@ -155,27 +158,3 @@ def store_export(
                 writer.append_rows(reader.rows_of(position), row)
     store.seal()
     return store
-
-
-def unknown_ids(source: Paths, ids: Collection[str]) -> list[str]:
-    """List the ids that a store does not hold, in their order."""
-    stored = set(FeatureReader(source).index["utterance_id"].to_pylist())
-    return [utterance_id for utterance_id in dict.fromkeys(ids) if utterance_id not in stored]
-
-
-def _choose(
-    reader: FeatureReader, max_hours: float | None, split: str | None, ids: Collection[str] | None, seed: int
-) -> NDArray[np.int64]:
-    """Select the positions of the utterances to export."""
-    splits = np.asarray(reader.index["split"].to_pylist(), dtype=object)
-    keep = np.ones(len(reader), dtype=bool) if split is None else splits == split
-    if ids is not None:
-        wanted = set(ids)
-        keep &= np.fromiter((name in wanted for name in reader.index["utterance_id"].to_pylist()), bool, len(reader))
-    if max_hours is not None:
-        order = np.random.default_rng(seed).permutation(len(reader))
-        durations = np.asarray(reader.index["duration_s"])
-        for name in set(splits[keep]):
-            drawn = order[(keep & (splits == name))[order]]
-            keep[drawn[np.cumsum(durations[drawn]) > max_hours * 3600]] = False
-    return np.flatnonzero(keep)

@@ -103,7 +103,7 @@ class DiskFullError(CacheError, OSError):
         found: what was missing and where.
     """
 
-    def __init__(self, found: str | Path) -> None:
+    def __init__(self, found: str) -> None:
         super().__init__(f"{found}. Free some space and run the same command again to resume.")
         self.errno = errno.ENOSPC
 

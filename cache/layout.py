@@ -130,41 +130,18 @@ def divide_shard(rows_per_shard: int) -> tuple[int, int]:
     return chunk, chunk * max(n for n in range(1, max(1, BLOCK_ROWS // chunk) + 1) if chunks % n == 0)
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of one store."""
 
-    root: Path
-
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.parquet"
-
-    @property
-    def rejected(self) -> Path:
-        """The quarantine of the utterances that the plan itself rejected."""
-        return self.root / "quarantine" / "plan.jsonl"
-
-    @property
-    def sealed(self) -> Path:
-        return self.root / "SEALED.json"
-
-    @property
-    def sealed_index(self) -> Path:
-        return self.root / "index.parquet"
-
-    @property
-    def sealed_commits(self) -> Path:
-        return self.root / "commits.jsonl"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "claims" / "lock"
-
-    @property
-    def damaged(self) -> Path:
-        """One empty file for each shard that was found damaged."""
-        return self.root / "damaged"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plan = root / "plan.parquet"
+        self.rejected = root / "quarantine" / "plan.jsonl"  # the utterances that the plan itself rejected
+        self.sealed = root / "SEALED.json"
+        self.sealed_index = root / "index.parquet"
+        self.sealed_commits = root / "commits.jsonl"
+        self.lock = root / "claims" / "lock"
+        self.damaged = root / "damaged"  # one empty file for each shard that was found damaged
 
     def array(self, name: str, shard: int) -> Path:
         return self.root / name / (f"c.{shard}.0" if name == "features" else f"c.{shard}")

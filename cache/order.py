@@ -32,7 +32,6 @@ Knows nothing of features.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,12 +78,6 @@ class EpochOrder:
         ordered = np.asarray(costs)[self.positions]
         padded = np.maximum.reduceat(ordered, self.bounds[:-1]) * np.diff(self.bounds)
         return 1.0 - float(ordered.sum() / padded.sum())
-
-    def digest(self) -> str:
-        """Compute the sha256 over all batches; equal digests mean equal epochs."""
-        digest = hashlib.sha256(self.bounds.astype("<i8").tobytes())
-        digest.update(self.positions.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def epoch_order(

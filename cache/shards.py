@@ -27,11 +27,6 @@ def crc32c(buffer: NDArray[np.generic] | bytes) -> int:
     return checksum
 
 
-def num_chunks_used(num_rows: int, chunk_rows: int) -> int:
-    """Count the chunks that hold `num_rows` rows."""
-    return -(-num_rows // chunk_rows)
-
-
 def shard_size(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> int:
     """Compute the bytes of a shard file whose first `num_chunks` chunks are present."""
     return num_chunks * (chunk_bytes + CRC_BYTES) + chunks_per_shard * 16 + CRC_BYTES

@@ -37,6 +37,9 @@ class FeatureStore:
 
     def __init__(self, layout: Layout, header: Header) -> None:
         self.layout, self.header = layout, header
+        self.path, self.fingerprint, self.fingerprint_id = layout.root, header.fingerprint, header.fingerprint_id
+        self.dim, self.encoding, self.rows_per_shard = header.dim, header.encoding, header.rows_per_shard
+        self.num_shards = header.num_shards
 
     @classmethod
     def create(
@@ -90,34 +93,6 @@ class FeatureStore:
         """
         root = Path(path)
         return cls(Layout(root), read_header(root))
-
-    @property
-    def path(self) -> Path:
-        return self.layout.root
-
-    @property
-    def dim(self) -> int:
-        return self.header.dim
-
-    @property
-    def encoding(self) -> Encoding:
-        return self.header.encoding
-
-    @property
-    def rows_per_shard(self) -> int:
-        return self.header.rows_per_shard
-
-    @property
-    def num_shards(self) -> int:
-        return self.header.num_shards
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        return self.header.fingerprint
-
-    @property
-    def fingerprint_id(self) -> str:
-        return self.header.fingerprint_id
 
     @cached_property
     def calibration(self) -> Calibration | None:

@@ -27,7 +27,7 @@ from cache.files import Buffers, exclusive, link_into_place, place, sync, tempor
 from cache.index import Quarantined, encode_index, encode_quarantine
 from cache.layout import Header, Layout
 from cache.quantize import Calibration, quantize
-from cache.shards import encode_shard, num_chunks_used, shard_size
+from cache.shards import encode_shard, shard_size
 
 FLOAT16_MAX = 65_504.0
 
@@ -61,10 +61,6 @@ class ShardWriter:
         self._stored: dict[str, dict[str, Any]] = {}
         self._quarantined: list[Quarantined] = []
         self._num_clamped = 0
-
-    @property
-    def num_quarantined(self) -> int:
-        return len(self._quarantined)
 
     def append(
         self,
@@ -227,7 +223,7 @@ class ShardWriter:
                 "quarantine every one; nothing was committed."
             )
         spans = sorted((row["start"] % header.rows_per_shard, row["num_frames"]) for row in stored)
-        num_chunks = num_chunks_used(max((start + length for start, length in spans), default=0), header.chunk_rows)
+        num_chunks = -(-max((start + length for start, length in spans), default=0) // header.chunk_rows)
         num_rows, chunks_per_shard = num_chunks * header.chunk_rows, header.rows_per_shard // header.chunk_rows
         contents: dict[Path, Buffers] = {}
         checksums: dict[str, NDArray[np.uint32]] = {}
@@ -304,26 +300,24 @@ def commit_shard(layout: Layout, claim: Claim, shard: int, paths: Iterable[Path]
         DiskFullError: a directory cannot grow.
     """
     paths = list(paths)
+    lost = LostClaimError(
+        f"another writer took over shard {shard} of {str(layout.root)!r}, since this one did not respond; its files "
+        "are kept and this copy was dropped. Continue with the next shard."
+    )
     with exclusive(layout.lock):
         try:
-            _check_uncontested(layout, claim, shard)
+            if not _is_uncontested(layout, claim, shard):
+                raise lost
             for path in paths:
                 link_into_place(temporary_of(path, claim.owner), path)
             with ThreadPoolExecutor(len(paths)) as pool:
                 list(pool.map(sync, {path.parent for path in paths}))
-            _check_uncontested(layout, claim, shard)  # again: without kernel locks another may have removed these files
+            if not _is_uncontested(layout, claim, shard):  # without kernel locks another may have removed these files
+                raise lost
             place(layout.commit(shard), [record.encode()], claim.owner)
         except (FileExistsError, FileNotFoundError) as error:  # only without kernel locks
-            raise _lost_claim(layout, shard) from error
+            raise lost from error
 
 
-def _check_uncontested(layout: Layout, claim: Claim, shard: int) -> None:
-    if not claim.is_mine() or layout.commit(shard).exists():
-        raise _lost_claim(layout, shard)
-
-
-def _lost_claim(layout: Layout, shard: int) -> LostClaimError:
-    return LostClaimError(
-        f"another writer took over shard {shard} of {str(layout.root)!r}, since this one did not respond; its files "
-        "are kept and this copy was dropped. Continue with the next shard."
-    )
+def _is_uncontested(layout: Layout, claim: Claim, shard: int) -> bool:
+    return claim.is_mine() and not layout.commit(shard).exists()

@@ -28,10 +28,6 @@ class FetchError(PipelineError, OSError):
     """The network failed for as long as the recipe waits. The data are not at fault."""
 
 
-class DiskError(PipelineError, OSError):
-    """Too little disk space for the next shard."""
-
-
 class RunError(PipelineError, ValueError):
     """A run that cannot start, resume or be found."""
 

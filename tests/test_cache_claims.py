@@ -246,7 +246,7 @@ def test_a_late_writer_replaces_nothing_on_a_file_system_without_locks(
         append(late, utterance_id)
     store.layout.claim(0).unlink()
     write(FeatureStore.open(store.path), 0)
-    monkeypatch.setattr("cache.writer._check_uncontested", lambda *_: None)  # it had looked just before
+    monkeypatch.setattr("cache.writer._is_uncontested", lambda *_: True)  # it was checked just before
     before = store.layout.array("features", 0).stat().st_ino
     with pytest.raises(LostClaimError, match="its files are kept"):
         late.__exit__(None, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -41,6 +43,12 @@ def large() -> tuple[np.ndarray, np.ndarray]:
     return corpus(60_000)
 
 
+def digest(order: EpochOrder) -> str:
+    content = hashlib.sha256(order.bounds.astype("<i8").tobytes())
+    content.update(order.positions.astype("<i8").tobytes())
+    return content.hexdigest()
+
+
 def make(large: tuple[np.ndarray, np.ndarray], **options: int) -> EpochOrder:
     starts, costs = large
     return epoch_order(starts, costs, **({"budget": 12_000, "seed": 0, "epoch": 0} | options))
@@ -77,8 +85,8 @@ def test_every_utterance_occurs_once_within_the_budget(
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch(large: tuple[np.ndarray, np.ndarray]) -> None:
-    assert make(large).digest() == make(large).digest()
-    assert len({make(large, **options).digest() for options in ({}, {"epoch": 1}, {"seed": 1})}) == 3
+    assert digest(make(large)) == digest(make(large))
+    assert len({digest(make(large, **options)) for options in ({}, {"epoch": 1}, {"seed": 1})}) == 3
 
 
 @pytest.mark.parametrize("start", [0, 1, 777])
@@ -171,4 +179,4 @@ def test_the_example_of_the_docstring_is_what_comes_out() -> None:
 
 def test_the_order_stays_the_same_from_version_to_version(large: tuple[np.ndarray, np.ndarray]) -> None:
     # Otherwise a resumed run would repeat some utterances and skip others.
-    assert make(large, seed=3, epoch=5).digest().startswith("b52eccc3646af072")
+    assert digest(make(large, seed=3, epoch=5)).startswith("b52eccc3646af072")

@@ -14,7 +14,7 @@ from extractions import same_content, stage_one
 
 from cache import FeatureStore, ShardWriter
 from cache.errors import DiskFullError
-from pipelines.errors import CorpusError, DiskError
+from pipelines.errors import CorpusError
 from pipelines.extract import shard_pipeline
 from pipelines.extract.encode import CpuBatchEncoder
 from pipelines.extract.stage import preparing
@@ -32,7 +32,7 @@ def test_a_disk_nearly_full_stops_before_the_next_shard_and_resumes_with_free_sp
     usage, left = shutil.disk_usage(tmp_path), iter([True] * 2)
     nearly = type(usage)(usage.total, usage.used, 10)
     monkeypatch.setattr(shard_pipeline.shutil, "disk_usage", lambda _: usage if next(left, None) else nearly)
-    with pytest.raises(DiskError, match="Free some space and run the same command"):
+    with pytest.raises(DiskFullError, match="Free some space and run the same command"):
         stage_one(recipe_file, tmp_path / "full")
     assert FeatureStore.open(tmp_path / "full").committed_shards() == [0, 1]
     monkeypatch.undo()
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_is_waited_for_too(recipe_
 
     def failing(self):
         if not next(writes, True):
-            raise DiskFullError(self._layout.root)
+            raise DiskFullError("no space left")
         whole(self)
 
     monkeypatch.setattr(ShardWriter, "_commit", failing)

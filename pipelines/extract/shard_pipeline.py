@@ -8,7 +8,6 @@ the memory, not the size of the corpus (`memory_bound`). A batch never crosses s
 first, so that all lanes are busy until a shard ends.
 """
 
-import errno
 import json
 import logging
 import math
@@ -30,11 +29,10 @@ from huggingface_hub import constants
 from cache import FeatureStore, ShardWriter
 from cache.blocks import Rows
 from cache.claims import is_free
-from cache.errors import DiskFullError, LostClaimError
+from cache.errors import DiskFullError, LostClaimError, is_disk_full
 from pipelines.corpora.corpus import Corpus
 from pipelines.corpora.no_speech import is_no_speech
 from pipelines.encoders import LoadedEncoder
-from pipelines.errors import DiskError
 from pipelines.extract.batching import cut_batches
 from pipelines.extract.decode import Decoder, Piece, default_workers
 from pipelines.extract.encode import Encoded, EncodedBatch, Inputs, open_batch_encoder
@@ -52,7 +50,6 @@ POLL_S = 60.0  # between checks of a full disk
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 Row = dict[str, Any]
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _log = logging.getLogger("tinyaudio")
 
 
@@ -115,7 +112,7 @@ class ShardPipeline:
         While the disk is full, wait for as long as `extract.disk_patience_s` says and try again.
 
         Raises:
-            DiskError, DiskFullError: the disk was full for as long as the recipe waits.
+            DiskFullError: the disk was full for as long as the recipe waits.
             FetchError, PipelineError: as `Decoder.collect`.
         """
         plan = pq.read_table(self.store.layout.plan, columns=["shard", "num_frames"])
@@ -213,13 +210,13 @@ class ShardPipeline:
         """Check for disk space for another shard; if nothing else is left to do, wait for the open ones.
 
         Raises:
-            DiskError: there is no space, and every shard that was begun is committed.
+            DiskFullError: there is no space, and every shard that was begun is committed.
         """
         while lack := lack_of_space(self.recipe, self.store, self._open.keys()):
             if not is_idle:
                 return False
             if not self._open:
-                raise DiskError(f"{lack}. Free some space and run the same command again to resume.")
+                raise DiskFullError(lack)
             if pause(0.1):  # the open shards may need less than was reserved for them
                 return False
         return True
@@ -367,8 +364,3 @@ def lack_of_space(recipe: Recipe, store: FeatureStore, mine: Collection[int]) ->
                 f"extract.disk_margin_gb keeps {margin / 1e9:g} GB free"
             )
     return ""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed for lack of disk space, quota or file size."""
-    return isinstance(error, (DiskError, DiskFullError)) or (isinstance(error, OSError) and error.errno in _FULL)

@@ -55,7 +55,7 @@ def extract(
         CorpusError, MissingModelError: something that the recipe names does not exist.
         StoreMismatchError: the store has another recipe.
         TooManyBadError: more utterances than tolerated could not be stored, counted over all processes.
-        DiskError, DiskFullError: the disk was full for as long as the recipe waits. FetchError: the network failed.
+        DiskFullError: the disk was full for as long as the recipe waits. FetchError: the network failed.
     """
     started = time.monotonic()
 

@@ -14,10 +14,9 @@ from tinyaudio.model.errors import AudioError
 
 # The decoder always writes the same sound text, so an empty text means that it did not run.
 SCRIPT = """
-import resource, sys
+import os, resource, sys
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as `main` does before imports
 from tinyaudio.cli import main
-from tinyaudio.cli.app import _quieten_libraries
-_quieten_libraries()
 import av, soundfile, torch, tinyaudio.transcribe
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration as Model
 ids = torch.tensor([[int(i) for i in sys.argv.pop(1).split(",")]])

@@ -96,27 +96,6 @@ def read_rows(
     return Rows(arrays[0], arrays[1] if len(arrays) > 1 else None).slice(start - offset, stop - offset)
 
 
-class _Buffers:
-    """Memory for blocks, reused once the last view of a block is gone.
-
-    Fresh memory has to be found and zeroed by the kernel, which takes longer than reading a block from the page cache:
-    without this, reading is three times slower.
-    """
-
-    def __init__(self, size_bytes: int, max_spare: int) -> None:
-        self._size_bytes = size_bytes
-        self._spare: deque[NDArray[np.uint8]] = deque(maxlen=max_spare)
-
-    def take(self) -> NDArray[np.uint8]:
-        try:
-            memory = self._spare.pop()
-        except IndexError:
-            memory = np.empty(self._size_bytes, np.uint8)
-        view = np.frombuffer(memory.data, np.uint8)
-        weakref.finalize(view, self._spare.append, memory).atexit = False
-        return view
-
-
 class BlockCache:
     """The blocks of a store, each read once while it is in use; safe to share between threads.
 
@@ -139,7 +118,7 @@ class BlockCache:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="blocks")
         self._kept: OrderedDict[int, Future[Rows]] = OrderedDict()
-        self._buffers = _Buffers(self._header.chunk_bytes("features", self._header.block_rows), self.capacity)
+        self._spare_buffers: deque[NDArray[np.uint8]] = deque(maxlen=self.capacity)
 
     def fetch(self, blocks: Iterable[int]) -> dict[int, Future[Rows]]:
         """Return blocks that are kept and begin to read the others.
@@ -170,13 +149,27 @@ class BlockCache:
         """Blocks that may be kept."""
         return max(1, self.cache_bytes // (self._header.block_rows * self._header.bytes_per_row))
 
+    def _take_buffer(self) -> NDArray[np.uint8]:
+        """Return memory for a block, which is reused once the last view of it is gone.
+
+        Fresh memory has to be found and zeroed by the kernel, which takes longer than reading a block from the page
+        cache: without this, reading is two to three times slower.
+        """
+        try:
+            memory = self._spare_buffers.pop()
+        except IndexError:
+            memory = np.empty(self._header.chunk_bytes("features", self._header.block_rows), np.uint8)
+        view = np.frombuffer(memory.data, np.uint8)
+        weakref.finalize(view, self._spare_buffers.append, memory).atexit = False
+        return view
+
     def _read(self, block: int) -> Rows:
         header = self._header
         shard, start = divmod(block * header.block_rows, header.rows_per_shard)
         commit = self._commits[shard]
         (features, *_) = commit.arrays.values()
         stop = min(start + header.block_rows, len(features.checksums) * header.chunk_rows)
-        rows = read_rows(self._layout, header, commit, start, stop, self._buffers.take())
+        rows = read_rows(self._layout, header, commit, start, stop, self._take_buffer())
         with self._lock:
             self.bytes_read += rows.size_bytes
         return rows

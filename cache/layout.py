@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -86,37 +85,9 @@ class Header:
         spec = self.arrays[array]
         return (rows or self.chunk_rows) * int(np.prod(spec.row_shape, dtype=np.int64)) * spec.dtype.itemsize
 
-    def to_attributes(self) -> dict[str, Any]:
-        attributes = asdict(self) | {"fingerprint_id": self.fingerprint_id}
-        if self.calibration is None:
-            del attributes["calibration"]
-        return {"feature_store": attributes}
-
-    @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
-        header = attributes["feature_store"]
-        return cls(**{field.name: header[field.name] for field in fields(cls) if field.name in header})
-
     def identity(self) -> dict[str, Any]:
         """Return what the store holds, field by field; the calibration is represented by its id."""
         return {name: value for name, value in asdict(self).items() if name != "calibration"}
-
-    def contradiction(self) -> str:
-        """Describe how the header contradicts itself, which only damage can cause; empty if it does not."""
-        described = self.fingerprint["store"]
-        for name in ("format", "encoding", "dim", "calibration_id"):
-            if getattr(self, name) != described[name]:
-                return f"{name} {getattr(self, name)!r} in zarr.json is {described[name]!r} in its fingerprint"
-        if self.rows_per_shard % self.block_rows or self.block_rows % self.chunk_rows:
-            return "chunk_rows, block_rows and rows_per_shard in zarr.json are not multiples of each other"
-        if self.calibration_id is not None:
-            try:
-                found = Calibration.from_base64(self.calibration or "", self.dim).id
-            except ValueError as error:
-                found = f"unreadable ({error})"
-            if found != self.calibration_id:
-                return f"the calibration in zarr.json is {found}, expected {self.calibration_id}"
-        return ""
 
 
 def divide_shard(rows_per_shard: int) -> tuple[int, int]:
@@ -173,14 +144,21 @@ def read_header(root: Path) -> Header:
         CorruptShardError: the header contradicts itself.
     """
     try:
-        attributes = json.loads((root / "zarr.json").read_text())["attributes"]
-        header = Header.from_attributes(attributes)
+        attributes = json.loads((root / "zarr.json").read_text())["attributes"]["feature_store"]
+        header = Header(**{field.name: attributes[field.name] for field in fields(Header) if field.name in attributes})
         if header.format > FORMAT_VERSION:
             raise StoreMismatchError(root, {"format": (header.format, FORMAT_VERSION)})
-        if attributes["feature_store"].get("fingerprint_id") != header.fingerprint_id:
+        if attributes["fingerprint_id"] != header.fingerprint_id:
             raise CorruptShardError(root, None, "the fingerprint in zarr.json does not match its own id")
-        if found := header.contradiction():
+        for name in ("format", "encoding", "dim", "calibration_id"):
+            if getattr(header, name) != (expected := header.fingerprint["store"][name]):
+                found = f"{name} in zarr.json is {getattr(header, name)!r}, expected {expected!r} as in its fingerprint"
+                raise CorruptShardError(root, None, found)
+        if header.rows_per_shard % header.block_rows or header.block_rows % header.chunk_rows:
+            found = "rows_per_shard, block_rows and chunk_rows in zarr.json are not multiples of each other"
             raise CorruptShardError(root, None, found)
+        if header.calibration_id is not None and _calibration_id(header) != header.calibration_id:
+            raise CorruptShardError(root, None, "the calibration in zarr.json does not match its own id")
     except (FileNotFoundError, NotADirectoryError):
         found = "is not a feature store" if root.exists() else "does not exist"
         raise StoreNotFoundError(
@@ -197,9 +175,19 @@ def read_header(root: Path) -> Header:
     return header
 
 
+def _calibration_id(header: Header) -> str | None:
+    try:
+        return Calibration.from_base64(header.calibration or "", header.dim).id
+    except ValueError:
+        return None
+
+
 def zarr_metadata(header: Header) -> dict[str, bytes]:
     """Create the `zarr.json` documents of a store, by their names inside it."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": header.to_attributes()}
+    attributes = asdict(header) | {"fingerprint_id": header.fingerprint_id}
+    if header.calibration is None:
+        del attributes["calibration"]
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"feature_store": attributes}}
     documents = {"zarr.json": json.dumps(group, indent=2).encode()}
     for name, spec in header.arrays.items():
         num_rows = header.num_shards * header.rows_per_shard

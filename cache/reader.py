@@ -79,18 +79,8 @@ class FeatureReader:
         layout, header = self.store.layout, self.store.header
         if not self.store.is_sealed:
             return {shard: self.store.commit(shard) for shard in self.store.committed_shards()}
-        content = self._read_sealed(layout.sealed_commits)
-        is_verified = hashlib.sha256(content).hexdigest() == self._seal(
-            "root"
-        )  # else each record checks its own digest
-        lines = content.splitlines(keepends=True)
-        if len(lines) != header.num_shards:
-            found = f"commits.jsonl has {len(lines)} records, expected {header.num_shards}"
-            raise CorruptShardError(self.store.path, None, found)
-        return {
-            shard: check_commit(layout, header, shard, line, is_verified=is_verified)
-            for shard, line in enumerate(lines)
-        }
+        lines = self._sealed(layout.sealed_commits, "root").read_bytes().splitlines(keepends=True)
+        return {shard: check_commit(layout, header, shard, line, is_verified=True) for shard, line in enumerate(lines)}
 
     @cached_property
     def index(self) -> pa.Table:
@@ -131,33 +121,21 @@ class FeatureReader:
 
     @cached_property
     def _sealed_index(self) -> Path:
-        """The index of a sealed store, after its digest was compared with the seal."""
-        path = self.store.layout.sealed_index
+        return self._sealed(self.store.layout.sealed_index, "index_sha256")
+
+    def _sealed(self, path: Path, field: str) -> Path:
+        """Return the path of a file of a sealed store, after its digest was compared with a field of the seal."""
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise self._unreadable(path, error) from error
-        if digest != self._seal("index_sha256"):
-            raise CorruptShardError(self.store.path, None, "index.parquet is not the one that was sealed")
+            expected = json.loads(self.store.layout.sealed.read_bytes())[field]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = f"it is sealed, but its seal or {path.name} cannot be read ({error})"
+            raise CorruptShardError(self.store.path, None, found) from error
+        if digest != expected:
+            found = f"{path.name} is not the file that was sealed (its digest differs)"
+            raise CorruptShardError(self.store.path, None, found)
         return path
-
-    def _seal(self, field: str) -> str:
-        """Read a digest from the seal."""
-        try:
-            return str(json.loads(self._read_sealed(self.store.layout.sealed))[field])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptShardError(self.store.path, None, f"SEALED.json is unreadable ({error})") from error
-
-    def _read_sealed(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise self._unreadable(path, error) from error
-
-    def _unreadable(self, path: Path, error: OSError) -> CorruptShardError:
-        found = f"it is sealed and {path.name} cannot be read ({error.strerror})"
-        return CorruptShardError(self.store.path, None, found)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -93,7 +93,7 @@ def flip(path: Path, byte: int) -> None:
 
 
 def make_again(store: FeatureStore, features: Features) -> list[int]:
-    """Do what `tinyaudio extract` does when it is typed again; returns the shards that it made."""
+    """Do what `tinyaudio extract` does when it is run again; returns the shards that it made."""
     options = {"encoding": store.encoding}
     again = create(store.path, features, **options)
     store_repair(again)

@@ -1,10 +1,10 @@
-"""Kill writers of one feature store again and again, and look for a shard that lies.
+"""Kill writers of one feature store again and again, and check that no committed shard is wrong.
 
     python tests/kill_store_writers.py --kills 500
 
 Two writers work side by side on one store, each filling one shard while it commits another, as `tinyaudio extract`
-does. One after the other is killed with SIGKILL at a random moment and started again; when the store is finished, a new
-one is begun. After every kill each committed shard is read to the last byte. Prints one JSON object with what was seen.
+does. They are killed in turn with SIGKILL at a random moment and started again; when the store is finished, a new one
+is begun. After every kill, every byte of each committed shard is checked. Prints one JSON object with the counts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LENGTHS = [200, 300, 500] * 120
 
 @cache
 def features() -> Features:
-    """Make frames that tell every row of every utterance from every other."""
+    """Make frames in which every row of every utterance is different."""
     rows = np.arange(ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM) % 2039
     return {f"u{i}": rows[:length] + i for i, length in enumerate(LENGTHS)}
 
@@ -51,7 +51,7 @@ def open_store(path: Path) -> FeatureStore:
 
 
 def write(path: Path, at_work: Connection, held: int) -> None:
-    """Work on the store until it is finished, as one writer of several; `held` shards at a time, 1 or 2."""
+    """Write shards until the store is finished, as one of several writers; `held` shards at a time, 1 or 2."""
     expected = features()
     store = open_store(path)
     with contextlib.suppress(BrokenPipeError):
@@ -78,7 +78,7 @@ def write(path: Path, at_work: Connection, held: int) -> None:
 
 
 def start(path: Path, held: int, patience_s: float = 60) -> ForkServerProcess:
-    """Start a writer, and wait for it to be at work, but for no longer than this."""
+    """Start a writer, and wait until it works, or until the time is over."""
     context = multiprocessing.get_context("forkserver")
     parent, child = context.Pipe(duplex=False)
     process = context.Process(target=write, args=(path, child, held))
@@ -94,7 +94,7 @@ def is_unfinished(path: Path) -> bool:
 
 
 def committed_bad(store: FeatureStore) -> list[int]:
-    """List committed shards that are not what they should be."""
+    """List committed shards with a fault."""
     return [shard for shard in store.committed_shards() if check_shard(store, shard, deep=True)]
 
 
@@ -109,7 +109,7 @@ def unfinished_of(store: FeatureStore, pid: int) -> list[str]:
 
 
 def finish(store: FeatureStore) -> dict[str, int]:
-    """Finish and check a whole store: every utterance there and right, nothing lying about."""
+    """Finish a store and check that every utterance is stored and right, and that no temporary file is left."""
     expected = features()
     store = open_store(store.path)
     fill(store, expected)

@@ -1,4 +1,4 @@
-"""Writers die at any moment; the store never lies. Run: pytest tests/test_cache_kill.py [-m slow]"""
+"""Writers killed at any moment leave no wrong shard. Run: pytest tests/test_cache_kill.py [-m slow]"""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check(kills: int, folder: Path) -> None:
     assert not any(seen.values()), seen
 
 
-def test_twenty_killed_writers_leave_no_shard_that_lies(tmp_path: Path) -> None:
+def test_twenty_killed_writers_leave_no_wrong_shard(tmp_path: Path) -> None:
     check(20, tmp_path)
 
 
 @pytest.mark.slow
-def test_five_hundred_killed_writers_leave_no_shard_that_lies(tmp_path: Path) -> None:
+def test_five_hundred_killed_writers_leave_no_wrong_shard(tmp_path: Path) -> None:
     check(500, tmp_path)

@@ -235,7 +235,7 @@ def test_prefetched_blocks_are_read_once(tmp_path: Path) -> None:
     assert reader.bytes_read == used * store.header.chunk_rows * 8 * 2
 
 
-def test_a_block_that_leaves_the_cache_still_reaches_whoever_waits_for_it(
+def test_a_block_that_leaves_the_cache_still_reaches_its_callers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = sealed(tmp_path / "store", make_features([60] * 3))
@@ -253,7 +253,7 @@ def test_a_block_that_leaves_the_cache_still_reaches_whoever_waits_for_it(
     assert [len(future.result(10).features) for future in waiting] == [64] * 3
 
 
-def test_the_block_that_was_wanted_longest_ago_leaves_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_block_leaves_first(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", make_features([60] * 3))
     block_bytes = store.header.block_rows * store.header.bytes_per_row
     reader = FeatureReader(store, cache_bytes=2 * block_bytes)

@@ -175,21 +175,16 @@ class ShardPipeline:
         stored, commits = deque[Future[None]](), deque[Future[None]]()
         num_ahead = AHEAD_SHARDS_GPU if self._is_gpu else AHEAD_SHARDS
         while True:
-            # 1. Claim shards and start to decode them, as far as the disk has space.
-            while waiting and len(decoding) <= num_ahead and self._has_space(is_idle=not decoding):
-                writer = self.store.write_shard(waiting.popleft())
-                if writer is not None:
-                    self._open[writer.shard] = writer
-                    rows = {row["source_id"]: row for row in writer.plan.to_pylist()}
-                    decoding.append(Shard(writer, rows, self._decoder.submit(list(rows))))
+            # 1. Wait for the recordings of one shard, and start to decode the next ones.
+            self._claim(waiting, decoding, 1, is_idle=True)
             if not decoding:
                 break
-            # 2. Wait for the recordings of the first one.
             shard = decoding.popleft()
             samples = self._collect(shard)
+            self._claim(waiting, decoding, num_ahead, is_idle=False)
             lengths = {source_id: len(recording) for source_id, recording in samples.items()}
             batches = cut_batches(lengths, self.encoder.batch_s(self.recipe.extract.batch_s))[::-1]
-            # 3. Prepare, encode and store its batches.
+            # 2. Prepare, encode and store its batches.
             recordings = ([samples.pop(source_id) for source_id in batch] for batch in batches)
             prepared = run_ahead(preparing, self.encoder.prepare, recordings, AHEAD_BATCHES)
             for batch, inputs in zip(batches, prepared, strict=True):
@@ -199,12 +194,21 @@ class ShardPipeline:
                 stored.append(storing.submit(self._store, shard.writer, rows_here, sizes, inputs, encoded))
                 while len(stored) > AHEAD_BATCHES + self.encoder.num_lanes - 1:
                     stored.popleft().result()
-            # 4. Commit it when its last batch is stored.
+            # 3. Commit it when its last batch is stored.
             while len(commits) > 1:
                 commits.popleft().result()
             commits.append(committing.submit(self._commit, shard.writer, stored[-1] if stored else None))
         for future in (*stored, *commits):
             future.result()
+
+    def _claim(self, waiting: deque[int], decoding: deque[Shard], count: int, *, is_idle: bool) -> None:
+        """Claim shards and start to decode them until `count` are being decoded, as far as the disk has space."""
+        while waiting and len(decoding) < count and self._has_space(is_idle=is_idle and not decoding):
+            writer = self.store.write_shard(waiting.popleft())
+            if writer is not None:
+                self._open[writer.shard] = writer
+                rows = {row["source_id"]: row for row in writer.plan.to_pylist()}
+                decoding.append(Shard(writer, rows, self._decoder.submit(list(rows))))
 
     def _has_space(self, *, is_idle: bool) -> bool:
         """Check for disk space for another shard; if nothing else is left to do, wait for the open ones.

@@ -57,7 +57,7 @@ def test_extracting_again_repairs_exactly_the_damaged_shards(recipe_file, store,
     assert report.is_complete
     lost = 2 if damage == "swap" else 1
     assert (report.shards_written, report.shards_repaired) == (lost, lost)
-    assert (f"{lost} found damaged" in str(report)) == (lost > 0)
+    assert f"{lost} found damaged" in str(report)
     assert (store / "features" / "c.2.0").stat().st_mtime_ns == untouched
     assert same_content(store, undamaged)
     assert stage_one(recipe_file, store).shards_written == 0

@@ -1,4 +1,4 @@
-"""Training that is killed, told to stop, or asked for something else: it goes on bit-identical, or says why not."""
+"""Training that is killed, stopped by a signal, or given other settings: it resumes bit-identical, or is refused."""
 
 import json
 import os

@@ -19,6 +19,7 @@ NOT_IN_THE_WHEEL = {Path("pipelines/space"), Path("pipelines/demo/make")}  # dat
 STAGES = {"pipelines.extract", "pipelines.train", "pipelines.evaluate"}
 GROUND = {"cache", "pipelines.errors", "pipelines.files", "pipelines.processes", "pipelines.scoring"}
 PYTHONS_WAY_IN = {"tinyaudio", "tinyaudio.transcribe", "tinyaudio.subtitles", "tinyaudio.page", "tinyaudio.doctor"}
+PYTHONS_WAY_IN |= {"tinyaudio.request_queue", "tinyaudio.server"}
 SHARED = {"pipelines.recipes", "pipelines.retry", "pipelines.encoders", "pipelines.corpora"}
 BELOW_THE_CLI = {"tinyaudio.model", "tinyaudio.version"} | GROUND | PYTHONS_WAY_IN | SHARED | STAGES
 BELOW_THE_CLI |= {"pipelines.ablate", "pipelines.publish"}
@@ -79,7 +80,9 @@ FLOORS = {
     "pipelines.demo": {"tinyaudio.model"},
     "pipelines.space": PYTHONS_WAY_IN,
     "tinyaudio": {"tinyaudio.model", "tinyaudio.transcribe", "tinyaudio.version"},
-    "tinyaudio.page": {"tinyaudio.model", "tinyaudio.transcribe"},
+    "tinyaudio.server": {"tinyaudio.model", "tinyaudio.request_queue", "tinyaudio.subtitles", "tinyaudio.version"},
+    "tinyaudio.page": {"tinyaudio.model", "tinyaudio.request_queue", "tinyaudio.subtitles"},
+    "tinyaudio.request_queue": {"tinyaudio.model", "tinyaudio.transcribe"},
     "tinyaudio.doctor": {"tinyaudio.model", "tinyaudio.transcribe"},
     "tinyaudio.transcribe": {"tinyaudio.model", "tinyaudio.version"},
     "tinyaudio.subtitles": {"tinyaudio.model"},

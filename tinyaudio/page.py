@@ -1,23 +1,31 @@
-"""A web page to try a model: microphone and upload, transcript, segments to click, explained warnings.
+"""A web page to try a model: microphone and upload, transcript, segments to click, explained warnings, downloads.
 
-Requires the optional extra `serve` (gradio), which is imported when a page is built. `pipelines/space` shows the same
-page as a Hugging Face Space.
+Requires the optional extra `serve` (gradio), which is imported when a page is built. Recordings go through the same
+request queue as those of the API. `pipelines/space` shows the same page as a Hugging Face Space.
 """
 
+import contextlib
+import os
 import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyaudio.model.errors import TinyAudioError
 from tinyaudio.model.guard import CODES, RETRIED
+from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.request_queue import NotReadyError, QueueFullError, RequestQueue, Update
+from tinyaudio.subtitles import WRITERS, Layout
 
 if TYPE_CHECKING:
-    from tinyaudio.transcribe import Transcriber
+    from fastapi import FastAPI
 
 TITLE = "tinyaudio"
 COLUMNS = ["start (s)", "end (s)", "text"]
+DOWNLOADS = ("srt", "vtt", "txt", "json")
+KEPT_S = 3600  # how long gradio keeps an uploaded recording, seconds
+WAIT_S = 1.0  # between two looks whether the reader of the page still waits
 # Moves the player to the start of a clicked segment, which is in the row's first cell. gr.Audio cannot seek from
 # Python, and it plays an <audio> inside a shadow root, next to an empty one in the page.
 SEEK = """(start) => {
@@ -26,13 +34,42 @@ SEEK = """(start) => {
   const [player] = players(document.querySelector('#recording'));
   if (player && start !== null) { player.currentTime = start; player.play(); }
 }"""
+# Saves a text of the page as a file, by the browser alone: the server writes none.
+SAVE = """(files) => {
+  if (!files || !files.%(kind)s) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([files.%(kind)s], {type: 'text/plain;charset=utf-8'}));
+  link.download = (files.name || 'transcript') + '.%(kind)s';
+  document.body.appendChild(link); link.click(); link.remove();
+}"""
+STYLE = """
+.gradio-container { max-width: 860px !important; margin: 0 auto !important; }
+#title h1 { margin: 0.2em 0 0; }
+#files { flex-wrap: wrap; gap: 8px; }
+#files button { min-width: 72px; }
+#segments table { table-layout: auto; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 6px !important; }
+  #segments td, #segments th { padding: 4px 6px !important; font-size: 0.9em; }
+}
+"""
 
 
-Answer = tuple[str, list[list[Any]], str]  # the text, one row (start, end, text) per segment, notes in Markdown
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the page shows.
 
+    Args:
+        text: the transcript.
+        rows: (start, end, text) of each segment.
+        notes: Markdown: how far it is, then the warnings in words.
+        files: the texts to download by format, and the `name` of the recording.
+    """
 
-class _StoppedError(Exception):
-    """The caller does not wait for the answer any more."""
+    text: str = ""
+    rows: list[list[Any]] = field(default_factory=list)
+    notes: str = ""
+    files: dict[str, str] | None = None
 
 
 def import_gradio() -> None:
@@ -41,6 +78,7 @@ def import_gradio() -> None:
     Raises:
         TinyAudioError: it is not installed.
     """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -49,30 +87,16 @@ def import_gradio() -> None:
         ) from error
 
 
-def open_page(page: Any, host: str, port: int) -> str:
-    """Serve a page in background threads and return its address; port 0 is any free port.
-
-    Raises:
-        TinyAudioError: the port is taken.
-    """
-    try:
-        page.launch(server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
-        raise TinyAudioError(
-            f"port {port} of {host} is in use, or the host is not this machine. Choose another --port, 0 for any"
-        ) from error
-    return str(page.local_url)
-
-
-def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -> Any:
+def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = None) -> Any:
     """Build the page.
 
     Args:
-        transcriber: transcribes the recordings.
+        requests: transcribes the recordings.
+        name: of the model, to show.
         examples: recordings to offer.
 
     Returns:
-        A gradio Blocks, ready for `launch`.
+        A gradio Blocks, ready for `launch` or `mount_page`.
 
     Raises:
         TinyAudioError: gradio is not installed.
@@ -80,15 +104,19 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
     import_gradio()
     import gradio as gr
 
-    def answer(path: str | None) -> Iterator[Answer]:
-        yield from follow_recording(transcriber, path)
+    def answer(path: str | None) -> Iterator[tuple[Any, ...]]:
+        for latest in follow_recording(requests, path):
+            yield latest.text, latest.rows, latest.notes, latest.files
 
     def pick(event: gr.SelectData) -> float:
         return float(event.row_value[0])
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {TITLE}\nEnglish speech to text. Model: `{transcriber.name}`")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_S // 4, KEPT_S)) as page:
+        gr.Markdown(f"# {TITLE}\nEnglish speech to text. Model: `{name}`", elem_id="title")
         recording = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Recording", elem_id="recording")
+        recording.async_move_resource_to_block_cache = _uploads_only(
+            recording.async_move_resource_to_block_cache, Path(recording.GRADIO_CACHE), examples or []
+        )
         with gr.Row():
             go = gr.Button("Transcribe", variant="primary", elem_id="go")
             stop = gr.Button("Stop", elem_id="stop")
@@ -96,14 +124,25 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
         notes = gr.Markdown(elem_id="notes")
         rows = gr.Dataframe(
             headers=COLUMNS,
-            column_widths=["12%", "12%", "76%"],
+            column_widths=["76px", "76px", "auto"],
             interactive=False,
             wrap=True,
             label="Segments (click to listen)",
             elem_id="segments",
         )
+        files = gr.JSON(visible=False)
+        with gr.Row(elem_id="files"):
+            for kind in DOWNLOADS:
+                save = gr.Button(f"Save .{kind}", size="sm", elem_id=f"save-{kind}")
+                save.click(None, files, None, js=SAVE % {"kind": kind})
         start = gr.Number(visible=False)
-        running = go.click(answer, recording, [text, rows, notes], api_name="transcribe")
+        running = go.click(
+            answer,
+            recording,
+            [text, rows, notes, files],
+            api_name="transcribe",
+            concurrency_limit=requests.max_requests,
+        )
         stop.click(None, cancels=[running])
         rows.select(pick, None, start, show_progress="hidden").then(None, start, None, js=SEEK)
         if examples:
@@ -111,49 +150,102 @@ def build_page(transcriber: "Transcriber", examples: list[Path] | None = None) -
     return page
 
 
-def follow_recording(transcriber: "Transcriber", path: str | None) -> Iterator[Answer]:
+def mount_page(app: "FastAPI", requests: RequestQueue, name: str, examples: list[Path] | None = None) -> None:
+    """Mount the page at `/` of a server.
+
+    Raises:
+        TinyAudioError: gradio is not installed.
+    """
+    page = build_page(requests, name, examples)
+    import gradio as gr
+
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        css=STYLE,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        run_history=False,
+        pwa=False,
+        footer_links=[],
+    )
+
+
+def _uploads_only(move: Any, folder: Path, examples: list[Path]) -> Any:
+    """Wrap how gradio takes the file that a request names, so that it is one that was uploaded, or an example.
+
+    By itself gradio 6.31 downloads URLs, and opens any file of the server if the page is mounted (`_check_allowed`
+    returns early while `has_launched` is false).
+    """
+
+    async def move_uploads_only(path: Any) -> Any:
+        place = Path(str(path)).resolve()
+        if not place.is_relative_to(folder.resolve()) and place not in {example.resolve() for example in examples}:
+            raise ValueError("expected an uploaded recording, found a link or another file")
+        return await move(path)
+
+    return move_uploads_only
+
+
+def follow_recording(requests: RequestQueue, path: str | None) -> Iterator[Answer]:
     """Yield the progress of a transcription, then its result. If closed early, it stops after the current batch."""
-    updates: queue.Queue[Answer | BaseException] = queue.Queue()
-    stopped = threading.Event()
-
-    def on_progress(progress: Any) -> None:
-        if stopped.is_set():
-            raise _StoppedError
-        updates.put(("", [], f"{progress.done_s:.0f} s of audio done"))
-
-    def work() -> None:
-        try:
-            updates.put(describe_recording(transcriber, path, on_progress))
-            updates.put(_StoppedError())
-        except BaseException as error:  # raised in the caller's thread
-            updates.put(error)
-
-    threading.Thread(target=work, name="tinyaudio-page", daemon=True).start()
-    try:
-        while not isinstance(update := updates.get(), BaseException):
-            yield update
-        if not isinstance(update, _StoppedError):
-            raise update
-    finally:
-        stopped.set()
-
-
-def describe_recording(
-    transcriber: "Transcriber", path: str | None, on_progress: Callable[[Any], None] | None = None
-) -> Answer:
-    """Transcribe one recording for the page."""
     if not path:
-        return "", [], "Record something, or drop a file on the box above."
-    (transcript,) = transcriber.stream([path], on_progress=on_progress)
-    rows = [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments]
+        yield Answer(notes="Record something, or drop a file on the box above.")
+        return
+    try:
+        ticket = requests.enter()
+    except (QueueFullError, NotReadyError) as error:
+        yield Answer(notes=f"**Not now.** {error}.")
+        return
+    updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+    segments: list[Segment] = []
+    latest = Answer(notes="waiting")
+    try:
+        ticket.submit(path, updates.put)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                update = updates.get(timeout=WAIT_S)
+                if update.failure is not None:
+                    raise update.failure
+                segments += update.segments
+                latest = describe(update.transcript, path) if update.transcript else _so_far(segments, update.done_s)
+                if update.transcript is not None:
+                    yield latest
+                    return
+            yield latest  # also without news: where the page's reader has gone, this is where it ends
+    finally:
+        ticket.leave()
+
+
+def _so_far(segments: list[Segment], done_s: float) -> Answer:
+    text = " ".join(segment.text for segment in segments if segment.text)
+    return Answer(text=text, rows=_rows(segments), notes=f"{done_s:.0f} s of audio done")
+
+
+def _rows(segments: list[Segment]) -> list[list[Any]]:
+    return [[round(segment.start, 2), round(segment.end, 2), segment.text] for segment in segments]
+
+
+def describe(transcript: Transcript, path: str) -> Answer:
+    """Describe a finished transcription for the page."""
+    rows = _rows(list(transcript.segments))
+    name = Path(path).name  # as the user knows it, without the server's folders
     if transcript.error is not None:
-        name = Path(path).name  # as the user knows it, without the server's folders
         reason = transcript.error.replace(repr(path), repr(name)).replace(path, name)
-        return transcript.text, rows, f"**This recording could not be read.** {reason}"
-    notes = [f"{transcript.duration_s:.1f} s of audio"]
+        notes = f"**This recording could not be read.** {reason}"
+        return Answer(text=transcript.text, rows=rows, notes=notes)
+    lines = [f"{transcript.duration_s:.1f} s of audio"]
     for code in dict.fromkeys(transcript.warnings):
         fault = CODES[code.removesuffix(RETRIED)]
         is_retried = code.endswith(RETRIED)
         explanation = f"{fault.split(';')[0]}; a second decoding was clean and is shown" if is_retried else fault
-        notes.append(f"- **{code}**: {explanation}")
-    return transcript.text, rows, "\n".join(notes)
+        lines.append(f"- **{code}**: {explanation}")
+    files = {kind: WRITERS[kind](_named(transcript, name), Layout()) for kind in DOWNLOADS}
+    files["name"] = Path(name).stem
+    return Answer(text=transcript.text, rows=rows, notes="\n".join(lines), files=files)
+
+
+def _named(transcript: Transcript, name: str) -> Transcript:
+    return replace(transcript, source=name, model=transcript.model and Path(transcript.model).name)

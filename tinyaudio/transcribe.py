@@ -118,7 +118,11 @@ class Transcriber:
         that cannot be read gives a transcript with `error` set instead of an exception.
         """
         for transcript in self.recognizer.stream(sources, Options(**options), on_progress):
-            yield replace(transcript, model=self.name, revision=self.revision, version=__version__)
+            yield self.signed(transcript)
+
+    def signed(self, transcript: Transcript) -> Transcript:
+        """Record the model and the version in a transcript."""
+        return replace(transcript, model=self.name, revision=self.revision, version=__version__)
 
 
 def default_model() -> str:

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from tinyaudio.page import build_page
-from tinyaudio.transcribe import Transcriber
+from tinyaudio.page import STYLE, build_page
+from tinyaudio.request_queue import RequestQueue
+from tinyaudio.transcribe import Transcriber, default_model
 
 EXAMPLES = sorted(Path(__file__).with_name("examples").glob("*.*"))
 
-page = build_page(Transcriber.load(), EXAMPLES)
+requests = RequestQueue(Transcriber.load)
+requests.wait_until_ready()
+page = build_page(requests, default_model(), EXAMPLES)
 
 if __name__ == "__main__":
-    page.launch()
+    page.launch(css=STYLE)

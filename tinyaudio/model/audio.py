@@ -275,15 +275,15 @@ def _reason(error: Exception) -> str:
     return one_line(error).rpartition(">: ")[2].removeprefix("Error opening ").rstrip(".")
 
 
-def _open(source: AudioSource) -> BinaryIO:
-    """Open an input for reading from its start."""
+def _open(source: AudioSource) -> contextlib.AbstractContextManager[BinaryIO]:
+    """Open an input for reading from its start. A file object of the caller's stays open."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     name = describe(source)
     if not isinstance(source, (str, os.PathLike)):
         if not hasattr(source, "read"):
             raise AudioError(f"expected a path, bytes, a binary file object or a numpy array, found {name}")
-        return _spool(source)
+        return contextlib.nullcontext(source) if _can_rewind(source) else _spool(source)
     try:
         # Not blocking: opening a named pipe without a writer would wait for ever.
         handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -302,6 +302,14 @@ def _open(source: AudioSource) -> BinaryIO:
         return stream
     with stream:
         return _spool(stream)
+
+
+def _can_rewind(stream: Any) -> bool:
+    """Check whether a file object is a file, at its start, in binary mode, so that it needs no copy."""
+    try:
+        return bool(stream.seekable() and stream.tell() == 0 and stream.read(0) == b"")
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _spool(stream: Any) -> BinaryIO:

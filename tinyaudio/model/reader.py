@@ -8,14 +8,14 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .audio import SAMPLING_RATE, AudioSource, Samples, describe, iter_audio
 from .errors import AudioError
-from .segments import Piece, cut
+from .segments import Piece, cut_steps
 
 Input = AudioSource | np.ndarray | tuple[np.ndarray, int]  # a tuple is samples and their sampling rate in Hz
 
@@ -94,12 +94,15 @@ class PieceReader:
     def _run(self) -> None:
         try:
             for number, source in enumerate(self._sources):
-                for event in self._read(number, source):
-                    if not self._put(event):
+                for event in read_events(number, source, self._window_s, self._count):
+                    if event is not None and not self._put(event):
                         return
             self._put(None)
         except BaseException as error:  # `groups` raises it in the caller's thread
             self._put(error)
+
+    def _count(self, num_samples: int) -> None:
+        self.read_s += num_samples / SAMPLING_RATE
 
     def _put(self, event: Event | BaseException | None) -> bool:
         while not self._stop.is_set():
@@ -108,26 +111,35 @@ class PieceReader:
                 return True
         return False
 
-    def _read(self, number: int, source: Input) -> Iterator[Event]:
-        audio, rate = source if isinstance(source, tuple) else (source, None)
-        name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else describe(audio)
-        num_samples, error = 0, None
-        warnings: list[str] = []
 
-        def counted(blocks: Iterable[Samples]) -> Iterator[Samples]:
-            nonlocal num_samples
-            for block in blocks:
-                num_samples += len(block)
-                self.read_s += len(block) / SAMPLING_RATE
-                yield block
+def read_events(number: int, source: Input, window_s: float, on_read: Callable[[int], None]) -> Generator[Event | None]:
+    """Read one input: its pieces, then its end; None after each block of samples, where a reader of several may switch.
 
-        try:
-            blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
-            for index, piece in enumerate(cut(counted(blocks), self._window_s)):
-                yield replace(piece, input=number, index=index, name=name)
-            if not num_samples:
-                error = f"{describe(audio)} contains no samples; expected at least one"
-        except AudioError as problem:
-            error = str(problem)
-        duration_s = num_samples / SAMPLING_RATE
-        yield End(input=number, name=name, duration_s=duration_s, error=error, warnings=tuple(warnings))
+    Args:
+        number: of the input.
+        window_s: the longest piece, seconds.
+        on_read: called with the number of samples of each block; an AudioError that it raises ends the input.
+    """
+    audio, rate = source if isinstance(source, tuple) else (source, None)
+    name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else describe(audio)
+    num_samples, num_pieces, error = 0, 0, None
+    warnings: list[str] = []
+
+    def counted(blocks: Iterable[Samples]) -> Iterator[Samples]:
+        nonlocal num_samples
+        for block in blocks:
+            num_samples += len(block)
+            on_read(len(block))
+            yield block
+
+    try:
+        blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
+        for piece in cut_steps(counted(blocks), window_s):
+            yield piece and replace(piece, input=number, index=num_pieces, name=name)
+            num_pieces += piece is not None
+        if not num_samples:
+            error = f"{describe(audio)} contains no samples; expected at least one"
+    except AudioError as problem:
+        error = str(problem)
+    duration_s = num_samples / SAMPLING_RATE
+    yield End(input=number, name=name, duration_s=duration_s, error=error, warnings=tuple(warnings))

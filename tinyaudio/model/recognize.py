@@ -112,7 +112,7 @@ class Recognizer:
             ModelError: a batch does not fit into the GPU's memory.
         """
         window_s = options.window_s or self.model.config.window_s
-        inputs: dict[int, _OpenInput] = {}
+        inputs: dict[int, OpenInput] = {}
         done_s, num_done = 0.0, 0
         with PieceReader(sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size) as reader:
 
@@ -122,21 +122,11 @@ class Recognizer:
 
             for events in reader.groups():
                 for event in events:
-                    inputs.setdefault(event.input, _OpenInput(event.name)).add(event)
+                    inputs.setdefault(event.input, OpenInput(event.name)).add(event)
                 pieces = [event for event in events if isinstance(event, Piece)]
                 for batch in batches_by_length(pieces, options.batch_size):
-                    try:
-                        outputs = self.decode(batch, options)
-                    except torch.OutOfMemoryError as error:
-                        longest_s = max(len(piece.samples) for piece in batch) / SAMPLING_RATE
-                        raise ModelError(
-                            f"{len(batch)} segments of up to {longest_s:.1f} s do not fit into the memory of "
-                            f"{self.model.device}. Lower --batch-size (batch_size, now {options.batch_size}), or free "
-                            "memory there"
-                        ) from error
-                    for piece, output in zip(batch, outputs, strict=True):
-                        inputs[piece.input].outputs[piece.index] = output
-                        inputs[piece.input].done_s += piece.advance_s
+                    for piece, output in zip(batch, self.decode(batch, options), strict=True):
+                        inputs[piece.input].finish(piece, output)
                         done_s += piece.advance_s
                     report()
                 finished = []
@@ -150,7 +140,21 @@ class Recognizer:
                 yield from finished
 
     def decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
-        """Decode one batch of pieces that fit the window."""
+        """Decode one batch of pieces that fit the window.
+
+        Raises:
+            ModelError: it does not fit into the GPU's memory.
+        """
+        try:
+            return self._decode(pieces, options)
+        except torch.OutOfMemoryError as error:
+            longest_s = max(len(piece.samples) for piece in pieces) / SAMPLING_RATE
+            raise ModelError(
+                f"{len(pieces)} segments of up to {longest_s:.1f} s do not fit into the memory of {self.model.device}. "
+                f"Lower --batch-size (batch_size, now {options.batch_size}), or free memory there"
+            ) from error
+
+    def _decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
         config = copy.deepcopy(self.model.generation_config)
         for name in ("num_beams", "max_new_tokens", "length_penalty"):
             if getattr(options, name) is not None:
@@ -230,8 +234,16 @@ def _choose(first: str, fault: str, second: str, new_fault: str | None) -> Outpu
 
 
 @dataclass
-class _OpenInput:
-    """An input that is not finished: its events so far, and the outputs of its pieces by their index."""
+class OpenInput:
+    """An input that is not finished: its events so far, and the outputs of its pieces by their index.
+
+    Args:
+        name: of the input.
+        pieces: so far, without their samples.
+        outputs: of the pieces that are decoded, in any order.
+        end: the last event, once it is read.
+        done_s: seconds of the input that are decoded.
+    """
 
     name: str
     pieces: list[Piece] = field(default_factory=list)
@@ -245,10 +257,18 @@ class _OpenInput:
         else:
             self.pieces.append(replace(event, samples=np.zeros(0, np.float32)))
 
-    def transcript(self, end: End) -> Transcript:
+    def finish(self, piece: Piece, output: Output) -> None:
+        """Take the output of one of its pieces."""
+        self.outputs[piece.index] = output
+        self.done_s += piece.advance_s
+
+    def segments(self) -> list[Segment]:
+        """Return the segments whose text will not change any more; after the end, and the last output, all of them."""
         segments: list[Segment] = []
         previous, num_skipped = "", 0  # the previous output, and how many words its seam took from its beginning
         for piece in self.pieces:
+            if piece.index not in self.outputs:
+                return segments[:-1] if piece.overlap_s else segments
             output, codes = self.outputs[piece.index]
             text = output
             if piece.overlap_s and segments:
@@ -258,6 +278,10 @@ class _OpenInput:
             previous, num_skipped = output, len(output.split()) - len(text.split())
             codes = (*piece.warnings, *codes)
             segments.append(Segment(id=piece.index, start=piece.start_s, end=piece.end_s, text=text, warnings=codes))
+        return segments if self.end is not None else segments[:-1]
+
+    def transcript(self, end: End) -> Transcript:
+        segments = self.segments()
         return Transcript(
             source=self.name,
             text=" ".join(segment.text for segment in segments if segment.text),

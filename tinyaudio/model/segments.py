@@ -72,12 +72,18 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
     Yields:
         Pieces in order of time, as soon as they are complete; none where there is no speech.
     """
+    return (piece for piece in cut_steps(blocks, window_s, voice) if piece is not None)
+
+
+def cut_steps(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece | None]:
+    """Cut as `cut`, and yield None for each block, where a reader of several recordings may switch."""
     voice = voice or VoiceActivity()
     held = _HeldSamples()
     speech = _Speech(window=max(int(window_s / FRAME_S), 8), overlap=int(min(MAX_OVERLAP_S, window_s / 4) / FRAME_S))
     pause_s, edge_s = LONG_PAUSE_S, LONG_PAUSE_EDGE_S
     done = 0  # samples before belong to an earlier piece or to a pause
     for block in chain(blocks, [None]):
+        yield None
         if block is None:
             speech.add(voice.finish())
             speech.end_span()

@@ -1,0 +1,206 @@
+"""The request queue: the command line's texts, fair turns, bounded memory, places given back."""
+
+import queue as queues
+import threading
+import time
+
+import numpy as np
+import pytest
+from scripted_decoder import scripted
+
+from tinyaudio.model.recognize import Options
+from tinyaudio.request_queue import NotReadyError, QueueFullError, RequestQueue
+from tinyaudio.transcribe import Transcriber
+
+FEW = {"max_new_tokens": 3, "num_beams": 1}
+
+
+@pytest.fixture
+def transcriber(model, processor):
+    model.config.window_s = 4.0
+    return Transcriber(model, processor, name="tiny")
+
+
+@pytest.fixture
+def started():
+    """Make queues, and stop them after the test."""
+    made = []
+
+    def start(transcriber, options=None, **settings):
+        made.append(RequestQueue(lambda: transcriber, options or Options(**FEW), **settings))
+        made[-1].wait_until_ready()
+        return made[-1]
+
+    yield start
+    for queue in made:
+        queue.stop()
+    assert not [t for t in threading.enumerate() if t.name.startswith("tinyaudio-")]
+
+
+def submit(queue, source):
+    ticket, updates = queue.enter(), queues.SimpleQueue()
+    ticket.submit(source, updates.put)
+    return ticket, updates
+
+
+def finish(ticket, updates):
+    """Wait for the transcript; the segments of all updates are its segments."""
+    segments = []
+    while True:
+        update = updates.get(timeout=60)
+        assert update.failure is None
+        segments += update.segments
+        if update.transcript is not None:
+            assert tuple(segments) == update.transcript.segments
+            ticket.leave()
+            return update.transcript
+
+
+@pytest.fixture
+def recordings(spoken):
+    """Short ones, long ones with pauses, long ones without, silence."""
+    pause = np.zeros(12_000, np.float32)
+    talk = np.concatenate([part for samples, _ in spoken[:6] for part in (samples, pause)])
+    no_pause = np.concatenate([samples for samples, _ in spoken[6:12]])
+    return [*(samples for samples, _ in spoken[:8]), talk, no_pause, np.zeros(48_000, np.float32)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_transcripts_are_those_of_the_command_line(transcriber, started, recordings, batch_size):
+    expected = transcriber.transcribe(recordings, **FEW)
+    queue = started(transcriber, Options(batch_size=batch_size, **FEW))
+    got = [finish(*each) for each in [submit(queue, samples) for samples in recordings]]
+    assert [t.to_dict() for t in got] == [t.to_dict() for t in expected]
+    assert queue.num_requests == 0
+
+
+def test_an_unreadable_file_is_a_transcript_with_its_error(transcriber, started, tmp_path):
+    queue = started(transcriber)
+    (tmp_path / "text.wav").write_text("no sound\n" * 100)
+    assert "not readable as audio" in finish(*submit(queue, tmp_path / "text.wav")).error
+    assert "does not exist" in finish(*submit(queue, tmp_path / "nowhere.wav")).error
+
+
+def slow_queue(model, processor, started, batches, **settings):
+    """A queue whose batches take 20 ms, and note the numbers of their requests."""
+    _, recognizer = scripted(model, processor, lambda *_: ("the cat", True))
+    model.config.window_s = 4.0
+    transcriber = Transcriber(model, processor)
+    transcriber.recognizer = recognizer
+    decode = recognizer.decode
+
+    def slow(pieces, options):
+        batches.append([piece.input for piece in pieces])
+        time.sleep(0.02)
+        return decode(pieces, options)
+
+    recognizer.decode = slow
+    return started(transcriber, Options(batch_size=2), **settings)
+
+
+def test_a_sentence_does_not_wait_for_an_hour(model, processor, started, spoken):
+    batches = []
+    queue = slow_queue(model, processor, started, batches)
+    talk = np.concatenate([part for samples, _ in spoken[:5] for part in (samples, np.zeros(12_000, np.float32))])
+    long = submit(queue, np.tile(talk, 40))
+    while len(batches) < 5:
+        time.sleep(0.01)
+    begun = len(batches)
+    finish(*submit(queue, spoken[0][0]))
+    (served,) = [number for number, batch in enumerate(batches) if 1 in batch]
+    assert served - begun < 12, "a batch or two, and those decoded while the sentence was read; the hour has 100"
+    assert len(finish(*long).segments) == 200
+
+
+def test_requests_are_served_first_come_first_served(model, processor, started, spoken):
+    batches = []
+    queue = slow_queue(model, processor, started, batches)
+    requests = [submit(queue, spoken[0][0]) for _ in range(12)]
+    for each in requests:
+        finish(*each)
+    served = [number for batch in batches for number in batch]
+    assert all(abs(place - number) <= 2 for place, number in enumerate(served)), "two readers, and two in a batch"
+
+
+def test_pieces_are_read_ahead_but_not_without_end(model, processor, started, spoken):
+    batches = []
+    queue = slow_queue(model, processor, started, batches)
+    talk = np.concatenate([part for samples, _ in spoken[:5] for part in (samples, np.zeros(12_000, np.float32))])
+    requests = [submit(queue, np.tile(talk, 10)) for _ in range(4)]
+    most = 0
+    while len(batches) < 20:
+        most = max(most, sum(len(ticket.pending) for ticket, _ in requests))
+        time.sleep(0.002)
+    for ticket, _ in requests:
+        ticket.leave()
+    assert 0 < most <= queue._max_pieces + 4
+
+
+def test_one_that_goes_away_frees_its_place_at_once_and_its_pieces_are_not_decoded(model, processor, started, spoken):
+    batches = []
+    queue = slow_queue(model, processor, started, batches, max_requests=1)
+    ticket, updates = submit(queue, np.tile(np.concatenate([spoken[0][0], np.zeros(12_000, np.float32)]), 60))
+    updates.get(timeout=60)
+    with pytest.raises(QueueFullError, match="all 1 places"):
+        queue.enter()
+    ticket.leave()
+    ticket.leave()
+    assert queue.num_requests == 0
+    time.sleep(0.1)
+    begun = len(batches)
+    time.sleep(0.3)
+    assert len(batches) == begun
+    finish(*submit(queue, spoken[1][0]))
+
+
+def test_too_long_a_recording_is_read_only_as_far_as_is_allowed(model, processor, started, spoken):
+    batches = []
+    queue = slow_queue(model, processor, started, batches, max_duration_s=12)
+    ticket, updates = submit(queue, np.tile(np.concatenate([spoken[0][0], np.zeros(12_000, np.float32)]), 400))
+    while (update := updates.get(timeout=60)).transcript is None:
+        pass
+    assert ticket.is_too_long
+    assert "at most 12 s" in update.transcript.error
+    assert ticket.num_samples <= 22 * 16_000
+
+
+def test_a_batch_that_fails_ends_its_requests_only(transcriber, started, spoken, caplog):
+    queue = started(transcriber)
+    decode = transcriber.recognizer.decode
+    transcriber.recognizer.decode = lambda *_: 1 / 0
+    ticket, updates = submit(queue, spoken[0][0])
+    assert isinstance(updates.get(timeout=60).failure, ZeroDivisionError)
+    assert "a batch failed" in caplog.text
+    ticket.leave()
+    transcriber.recognizer.decode = decode
+    assert finish(*submit(queue, spoken[0][0])).error is None
+
+
+def test_a_closed_queue_finishes_what_has_a_place(transcriber, started, spoken):
+    queue = started(transcriber)
+    ticket = queue.enter()
+    queue.close()
+    with pytest.raises(NotReadyError, match="shutting down"):
+        queue.enter()
+    updates = queues.SimpleQueue()
+    ticket.submit(spoken[0][0], updates.put)
+    assert finish(ticket, updates).text
+
+
+def test_a_model_that_cannot_be_loaded_is_reported():
+    def fail():
+        raise ValueError("no such model")
+
+    queue = RequestQueue(fail)
+    with pytest.raises(ValueError, match="no such model"):
+        queue.wait_until_ready()
+    with pytest.raises(NotReadyError, match="being loaded"):
+        queue.enter()
+    queue.stop()
+
+
+def test_a_file_object_is_read_in_place_and_closed(transcriber, started, talk):
+    queue = started(transcriber)
+    with talk.open("rb") as file:
+        finish(*submit(queue, file))
+        assert file.closed

@@ -178,8 +178,8 @@ def test_a_listed_file_that_is_missing_is_a_row_without_duration_and_without_aud
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.csv", "path,text\na.wav,x\n", "expected file_name and text in every row"),
-        ("metadata.jsonl", '{"file_name": "a.wav"}\n{"file_na\n', "line 2 is not JSON"),
+        ("metadata.csv", "path,text\na.wav,x\n", "line 1: expected the columns file_name and text"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "text": "x"}\n{"file_na\n', "line 2: expected a JSON object"),
     ],
 )
 def test_metadata_that_says_nothing_is_named(tmp_path, name, content, message):

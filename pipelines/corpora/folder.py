@@ -1,17 +1,17 @@
 """A corpus in the `audiofolder` convention: `<split>/metadata.csv` or `.jsonl` with `file_name` and `text`.
 
-Optional columns: `id`, `speaker`, `sex`, `source`, `duration` (seconds). A source_id is a path relative to the root.
+Optional columns: `id`, `speaker`, `sex`, `source`, `duration` (seconds). A source_id is a path relative to the root, or
+an absolute path outside it.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.corpora.corpus import SCAN_SCHEMA, chunked, digest_files, duration_of
+from pipelines.corpora.metadata import read_metadata
 from pipelines.errors import CorpusError
 
 PIECE_FILES = 64  # recordings that one decoding worker reads together
@@ -39,25 +39,23 @@ class FolderCorpus:
 
     def scan(self, split: str) -> pa.Table:
         metadata, utterances = self._metadata(split), []
-        for row in _read_metadata(metadata):
-            if not row.get("file_name"):
-                raise CorpusError(f"{str(metadata)!r}: expected file_name and text in every row, found {dict(row)!r}")
-            path = metadata.parent / str(row["file_name"])
-            source_id, text = str(path.relative_to(self.root)), row.get("text", row.get("transcription"))
+        for row in read_metadata(metadata):
+            path = metadata.parent / row.file_name
+            source_id = str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
             utterances.append(
                 {
-                    "utterance_id": str(row.get("id") or source_id),
+                    "utterance_id": row.others.get("id") or source_id,
                     "source_id": source_id,
-                    "duration_s": float(row["duration"]) if row.get("duration") else duration_of(path),
-                    "transcript": None if text is None else str(text),
-                    **{name: row.get(name) for name in ("speaker", "sex", "source")},
+                    "duration_s": row.duration_s or duration_of(path),
+                    "transcript": row.text,
+                    **{name: row.others.get(name) for name in ("speaker", "sex", "source")},
                 }
             )
         return pa.Table.from_pylist(utterances, schema=SCAN_SCHEMA)
 
     def audio_bytes(self, split: str) -> int | None:
         metadata = self._metadata(split)
-        paths = [metadata.parent / str(row["file_name"]) for row in _read_metadata(metadata)]
+        paths = [metadata.parent / row.file_name for row in read_metadata(metadata)]
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def pieces(self, source_ids: Iterable[str]) -> list[list[str]]:
@@ -67,21 +65,3 @@ class FolderCorpus:
         for source_id in sorted(source_ids):
             path = self.root / source_id
             yield source_id, path.read_bytes() if path.is_file() else b""
-
-
-def _read_metadata(path: Path) -> list[Mapping[str, Any]]:
-    """Read metadata.csv or metadata.jsonl.
-
-    Raises:
-        CorpusError: a line is not JSON.
-    """
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            return list(csv.DictReader(lines))
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{str(path)!r} line {number} is not JSON: {error}") from error
-    return rows

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pipelines.corpora.audio_cells import EXPECTED as AUDIO_CELLS
+from pipelines.corpora.audio_cells import encoded_audio, is_audio
 from pipelines.corpora.corpus import SCAN_SCHEMA, digest_files, duration_of
 from pipelines.corpora.hub import HubFile, fetch_whole, is_commit, resolve_dataset
 from pipelines.errors import CorpusError, FetchError, SourceError, one_line
@@ -49,6 +51,10 @@ class ParquetCorpus:
     def open(self, file: str, *, whole: bool = False) -> BinaryIO:
         """Open a file; with `whole`, its audio will be read and not only its metadata."""
         raise NotImplementedError
+
+    def audio_folders(self, file: str) -> list[Path]:
+        """List where the relative paths of a file's audio cells may begin; nowhere on the hub."""
+        return []
 
     def provenance(self, split: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -90,13 +96,19 @@ class ParquetCorpus:
                     f"{file!r}: expected columns {', '.join(missing)} too, found {', '.join(found)}. "
                     "Name them in the recipe's corpus.columns"
                 )
+            kind = parquet.schema_arrow.field(self.columns.audio).type
+            if not is_audio(kind):
+                raise CorpusError(
+                    f"{file!r}: expected {AUDIO_CELLS} in column {self.columns.audio!r}, found {kind}. Name "
+                    "another column in the recipe's corpus.columns.audio"
+                )
             self._audio_sizes[file] = self._audio_size(parquet.metadata)
             if self.columns.duration in found:
-                return self._scan_groups(parquet, place)
+                return self._scan_groups(parquet, place, file)
         with self._opened(file, whole=True) as parquet:  # the recordings' headers give the durations
-            return self._scan_groups(parquet, place)
+            return self._scan_groups(parquet, place, file)
 
-    def _scan_groups(self, parquet: pq.ParquetFile, place: str) -> pa.Table:
+    def _scan_groups(self, parquet: pq.ParquetFile, place: str, file: str) -> pa.Table:
         names = self.columns
         roles = {"utterance_id": names.id, "transcript": names.text, "duration_s": names.duration}
         roles |= {"speaker": names.speaker, "sex": names.sex, "source": names.source}
@@ -107,19 +119,19 @@ class ParquetCorpus:
             arrays = {role: _by_name(rows[name].combine_chunks(), name, rows.schema) for role, name in columns.items()}
             arrays["source_id"] = pa.array([f"{place}:{group}:{row}" for row in range(rows.num_rows)], pa.string())
             if "duration_s" not in arrays:
-                durations = [duration_of(audio) for audio in self._iter_group(parquet, group)]
+                durations = [duration_of(audio) for audio in self._iter_group(parquet, group, file)]
                 arrays["duration_s"] = pa.array(durations, pa.float64())
-            parts.append(
-                pa.table(
-                    [
-                        arrays[field.name].cast(field.type)
-                        if field.name in arrays
-                        else pa.nulls(rows.num_rows, field.type)
-                        for field in SCAN_SCHEMA
-                    ],
-                    schema=SCAN_SCHEMA,
-                )
-            )
+            try:
+                fields = [
+                    arrays[field.name].cast(field.type) if field.name in arrays else pa.nulls(rows.num_rows, field.type)
+                    for field in SCAN_SCHEMA
+                ]
+            except pa.ArrowException as error:
+                raise CorpusError(
+                    f"{file!r} row group {group}: expected columns of text, and durations in seconds, "
+                    f"found {one_line(error)}. Correct the file, or set corpus.columns"
+                ) from error
+            parts.append(pa.table(fields, schema=SCAN_SCHEMA))
         return pa.concat_tables(parts)
 
     def audio_bytes(self, split: str) -> int | None:
@@ -139,18 +151,19 @@ class ParquetCorpus:
             for group in range(footer.num_row_groups)
             for column in range(footer.num_columns)
         ]
-        return sum(c.total_compressed_size for c in columns if c.path_in_schema == f"{self.columns.audio}.bytes")
+        names = self.columns.audio, f"{self.columns.audio}.bytes"
+        return sum(c.total_compressed_size for c in columns if c.path_in_schema in names)
 
     # ------------------------------------------------------------------------------------------- audio
 
-    def _iter_group(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes]:
+    def _iter_group(self, parquet: pq.ParquetFile, group: int, file: str) -> Iterator[bytes]:
         """Yield the audio of a row group, row by row."""
+        folders = self.audio_folders(file)
         for batch in parquet.iter_batches(
             READ_ROWS, row_groups=[group], columns=[self.columns.audio], use_threads=False
         ):
             for cell in batch.column(0):
-                row = cell.as_py() if cell.is_valid else {}
-                yield row.get("bytes") or b""
+                yield encoded_audio(cell, folders)
 
     def pieces(self, source_ids: Iterable[str]) -> list[list[str]]:
         by_group: dict[tuple[str, int, int], list[str]] = {}
@@ -163,8 +176,9 @@ class ParquetCorpus:
             split, number, group, _ = _place(piece[0])
             wanted = {_place(source_id)[3]: source_id for source_id in piece}
             last = max(wanted)
-            with self._opened(self.files(split)[number], whole=True) as parquet:
-                for row, audio in enumerate(self._iter_group(parquet, group)):
+            file = self.files(split)[number]
+            with self._opened(file, whole=True) as parquet:
+                for row, audio in enumerate(self._iter_group(parquet, group, file)):
                     if row in wanted:
                         yield wanted[row], audio
                     if row == last:
@@ -222,6 +236,9 @@ class LocalParquetCorpus(ParquetCorpus):
 
     def open(self, file: str, *, whole: bool = False) -> BinaryIO:
         return Path(file).open("rb")
+
+    def audio_folders(self, file: str) -> list[Path]:
+        return [Path(file).parent, self.root]
 
     def provenance(self, split: str) -> dict[str, Any]:
         return {"kind": "parquet", "split": split, "files_digest": digest_files(map(Path, self.files(split)))}

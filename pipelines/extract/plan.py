@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache import make_plan
@@ -78,7 +79,8 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Pa
     Raises:
         CorpusError: a split does not exist, or contains nothing to store.
     """
-    section, rows_per_shard, tables = recipe.corpus, recipe.store.rows_per_shard, []
+    section, rows_per_shard = recipe.corpus, recipe.store.rows_per_shard
+    tables: list[pa.Table] = []
     for split in splits:
         scanned = corpus.scan(split) if store is None else scan_once(corpus, section.columns, split, store)
         starts = range(0, max(1, len(scanned)), SCAN_ROWS)
@@ -94,12 +96,28 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Pa
             items = _judge(section, no_speech_rows(durations), split)
             order = np.argsort(np.concatenate([np.arange(len(table)), after + 0.5]), kind="stable")
             table = pa.concat_tables([table, items]).take(order)
-        tables.append(table)
+        tables.append(_tell_apart(table, split, tables))
     table = make_plan(pa.concat_tables(tables), rows_per_shard=rows_per_shard)
     plan = Plan(table=table, splits=tuple(splits), rows_per_shard=rows_per_shard)
     if not plan.num_shards:
         raise CorpusError(f"nothing to store ({plan.rejected()}). Check the recipe's filters and store.rows_per_shard")
     return plan
+
+
+def _tell_apart(table: pa.Table, split: str, earlier: Sequence[pa.Table]) -> pa.Table:
+    """Put the split's name before ids that are plain numbers and that an earlier split has too.
+
+    Row numbers begin at 0 in every split. Any other repeated id is one recording in two splits, and stays a duplicate.
+    """
+    if not earlier:
+        return table
+    ids = table["utterance_id"]
+    others = pa.concat_arrays([chunk for other in earlier for chunk in other["utterance_id"].chunks])
+    is_repeated = pc.and_(pc.utf8_is_digit(ids), pc.is_in(ids, value_set=others))
+    named = pc.binary_join_element_wise(pa.scalar(split), ids, "/")
+    return table.set_column(
+        table.column_names.index("utterance_id"), "utterance_id", pc.if_else(is_repeated, named, ids)
+    )
 
 
 def _judge(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:

@@ -77,13 +77,13 @@ def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
     temporary = temporary_of(path, owner)
     try:
         with temporary.open("wb") as file:
-            waiting_bytes = 0
+            written = started = 0  # bytes
             for buffer in buffers:
                 file.write(buffer)
-                waiting_bytes += len(buffer)
-                if waiting_bytes >= WRITEBACK_BYTES:
-                    _start_writeback(file.fileno())
-                    waiting_bytes = 0
+                written += len(buffer)
+                if written - started >= WRITEBACK_BYTES:
+                    _start_writeback(file.fileno(), started, written - started)
+                    started = written
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
@@ -94,11 +94,11 @@ def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
     return temporary
 
 
-def _start_writeback(fd: int) -> None:
+def _start_writeback(fd: int, offset: int, size: int) -> None:
     """Let the disk begin to write without waiting for it, so that fsync has less to wait for: 1.2 times the speed."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # only advice
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def link_into_place(temporary: Path, path: Path) -> None:

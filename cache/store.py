@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cache.claims import sweep
 from cache.commits import Commit, committed_shards, read_commit, root_digest
@@ -40,6 +41,7 @@ class FeatureStore:
         self.path, self.fingerprint, self.fingerprint_id = layout.root, header.fingerprint, header.fingerprint_id
         self.dim, self.encoding, self.rows_per_shard = header.dim, header.encoding, header.rows_per_shard
         self.num_shards = header.num_shards
+        self._spare_arrays: list[dict[str, NDArray[Any]]] = []
 
     @classmethod
     def create(
@@ -146,7 +148,8 @@ class FeatureStore:
         if claim is None:
             return None
         try:
-            return ShardWriter(self.layout, self.header, shard, self.plan(shard), self.calibration, claim)
+            plan, calibration = self.plan(shard), self.calibration
+            return ShardWriter(self.layout, self.header, shard, plan, calibration, claim, self._spare_arrays)
         except BaseException:
             claim.release()
             raise

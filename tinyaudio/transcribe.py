@@ -20,6 +20,7 @@ from tinyaudio.model.audio import AudioSource
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError, one_line
 from tinyaudio.model.frozen import resolved_revision
+from tinyaudio.model.inputs import each
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.reader import Input
@@ -94,7 +95,8 @@ class Transcriber:
         """Transcribe recordings; one that cannot be read raises an error.
 
         Args:
-            sources: paths, encoded bytes, binary file objects, or arrays of samples at 16 kHz.
+            sources: recordings in any form of `inputs.as_input`: paths, URLs, encoded bytes, binary file objects,
+                arrays of samples at 16 kHz, rows of data sets.
             on_progress: called after every batch.
             options: fields of `recognize.Options`: batch_size, num_beams, max_new_tokens, length_penalty, window_s.
 
@@ -117,7 +119,7 @@ class Transcriber:
         Arguments as `transcribe`. `sources` may be a generator; a tuple is (samples, sampling rate in Hz). An input
         that cannot be read gives a transcript with `error` set instead of an exception.
         """
-        for transcript in self.recognizer.stream(sources, Options(**options), on_progress):
+        for transcript in self.recognizer.stream(each(sources), Options(**options), on_progress):
             yield self.signed(transcript)
 
     def signed(self, transcript: Transcript) -> Transcript:

@@ -85,6 +85,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config_class = TinyAudioConfig
+    pipeline_class = TinyAudioPipeline  # the pipeline of a loaded model, see there
     base_model_prefix = ""
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
@@ -148,6 +149,20 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.encoder.eval()
         if self.decoder is not None:
             self.decoder.train(mode and self._checkpoints_activations)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move all parts, but change the precision of the decoder alone: `model.half()` is `dtype="float16"`.
+
+        The encoder chooses its own precision (`encode`), and the projector is float32.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        for name, part in self.named_children():
+            part._apply(fn if name == "decoder" else move, recurse)
         return self
 
     def checkpoint_activations(self) -> None:

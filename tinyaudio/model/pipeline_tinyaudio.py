@@ -5,22 +5,21 @@ other sampling rates, and simply concatenates the texts of overlapping chunks. T
 """
 
 import warnings as python_warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
-from .errors import AudioError
-from .reader import Input
+from .errors import AudioError, ModelError
+from .inputs import each, is_single
 from .recognize import Options, Recognizer
 
+_ENGLISH = {"language": ("en", "english"), "task": ("transcribe",)}
 _OWN = ("num_beams", "max_new_tokens", "length_penalty")
 
 
 class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
-    """Transcribes a path, bytes, file object, array, or dict with `raw` (or `array`) and `sampling_rate`; or many.
+    """Transcribes one recording, in any form that `inputs.as_input` knows, or many.
 
     Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
     seconds; and "warnings" if there are any. A list gives a list; a generator or dataset an iterator. Options, for a
@@ -54,6 +53,12 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
                 stacklevel=3,
             )
         options |= generate_kwargs or {}
+        for name, expected in _ENGLISH.items():  # a snippet for Whisper or for our command line gives them
+            value = options.pop(name, None)
+            if value is not None and str(value).strip("<|>").lower() not in expected:
+                raise ValueError(
+                    f"{name}={value!r} is not supported; expected {expected[0]!r}: this model transcribes English only"
+                )
         if options.get("num_return_sequences") not in (None, 1):
             raise ValueError(f"num_return_sequences={options['num_return_sequences']} is not supported; expected 1")
         return {}, options, {}
@@ -64,13 +69,9 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         Raises:
             AudioError: an input that cannot be read.
         """
-        if (
-            isinstance(inputs, (str, bytes, np.ndarray, torch.Tensor, Mapping))
-            or hasattr(inputs, "read")
-            or hasattr(inputs, "__fspath__")
-        ):
+        if is_single(inputs):
             return next(self._stream([inputs], kwargs))
-        outputs = self._stream(inputs, kwargs)
+        outputs = self._stream(each(inputs), kwargs)
         return list(outputs) if isinstance(inputs, (list, tuple)) else outputs
 
     def _stream(self, inputs: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -88,7 +89,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
             batch_size=batch_size, window_s=settings.pop("chunk_length_s", None) or None, generate=settings, **own
         )
         recognizer = Recognizer(self.model, self.feature_extractor, self.tokenizer)
-        for transcript in recognizer.stream(map(_as_input, inputs), options):
+        for transcript in recognizer.stream(inputs, options):
             if transcript.error is not None:
                 raise AudioError(transcript.error)
             output: dict[str, Any] = {"text": transcript.text}
@@ -100,24 +101,22 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
             yield output
 
 
-def _as_input(given: Any) -> Input:
-    """Convert a tensor, or a dict as pipelines accept it, to an input; return any other input unchanged.
+def _pipeline_of_model(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Make the class of pipeline that the model names, where transformers would make its stock class.
+
+    `pipeline(task, model=a_loaded_model, tokenizer=...)` reads no configuration, so it does not find ours. The stock
+    class would decode a whole recording as one piece, and stop after the first words without an error.
 
     Raises:
-        AudioError: a dict without raw, array, bytes or path, or with an array but no sampling_rate.
+        ModelError: another subclass of the stock pipeline.
     """
-    if isinstance(given, torch.Tensor):
-        samples = given.detach().cpu()
-        return (samples.float() if samples.is_floating_point() else samples).numpy()
-    if not isinstance(given, Mapping):
-        return given
-    samples = given.get("raw", given.get("array"))
-    if given.get("bytes") is not None:
-        return given["bytes"]
-    if samples is None and given.get("path") is not None:  # an undecoded row of a dataset
-        return given["path"]
-    if samples is None or given.get("sampling_rate") is None:
-        raise AudioError(
-            f"expected 'raw' (or 'array') and 'sampling_rate', or 'bytes' or 'path'; found a dict with {sorted(given)}"
-        )
-    return np.asarray(_as_input(samples)), int(given["sampling_rate"])
+    model = kwargs.get("model", args[0] if args else None)
+    own = getattr(model, "pipeline_class", None)
+    if own is None or any(base.__name__ == own.__name__ for base in cls.__mro__):
+        return object.__new__(cls)
+    if cls is not AutomaticSpeechRecognitionPipeline:
+        raise ModelError(f"expected a subclass of {own.__name__} for this model, found {cls.__name__}")
+    return object.__new__(own)
+
+
+AutomaticSpeechRecognitionPipeline.__new__ = _pipeline_of_model

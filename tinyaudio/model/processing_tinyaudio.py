@@ -1,15 +1,14 @@
 """The processor: from audio in any form to encoder inputs, and from token ids to text."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
-from .audio import AudioSource, load_audio
+from .audio import Samples, load_audio
 from .encoder import encoder_inputs
+from .inputs import as_input, each, is_single
 
 
 class TinyAudioProcessor(ProcessorMixin):
@@ -20,14 +19,14 @@ class TinyAudioProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        audio: AudioSource | np.ndarray | Sequence[AudioSource | np.ndarray],
+        audio: Any,
         sampling_rate: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Load, resample, normalise and pad recordings.
 
         Args:
-            audio: one or several of: path, encoded bytes, binary file object, array of samples.
+            audio: one recording in any form of `inputs.as_input`, or several.
             sampling_rate: of arrays, in Hz; None is 16,000.
 
         Returns:
@@ -36,8 +35,8 @@ class TinyAudioProcessor(ProcessorMixin):
         Raises:
             AudioError: see `audio.load_audio`.
         """
-        many: list[Any] = list(audio) if isinstance(audio, (list, tuple)) else [audio]
-        values, mask = encoder_inputs(self.feature_extractor, [load_audio(one, sampling_rate) for one in many])
+        many = [audio] if is_single(audio) else list(each(audio))
+        values, mask = encoder_inputs(self.feature_extractor, [_load(one, sampling_rate) for one in many])
         return BatchFeature({"input_values": values, "attention_mask": mask})
 
     def decode_transcripts(self, sequences: Any) -> list[str]:
@@ -52,3 +51,8 @@ class TinyAudioProcessor(ProcessorMixin):
         settings["auto_map"] = {"AutoProcessor": "modeling_tinyaudio.TinyAudioProcessor"}
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return saved
+
+
+def _load(one: Any, sampling_rate: int | None) -> Samples:
+    given = as_input(one)
+    return load_audio(*given) if isinstance(given, tuple) else load_audio(given, sampling_rate)

@@ -15,6 +15,7 @@ import numpy as np
 
 from .audio import SAMPLING_RATE, AudioSource, Samples, describe, iter_audio
 from .errors import AudioError
+from .inputs import as_input
 from .segments import Piece, cut_steps
 
 Input = AudioSource | np.ndarray | tuple[np.ndarray, int]  # a tuple is samples and their sampling rate in Hz
@@ -120,8 +121,8 @@ def read_events(number: int, source: Input, window_s: float, on_read: Callable[[
         window_s: the longest piece, seconds.
         on_read: called with the number of samples of each block; an AudioError that it raises ends the input.
     """
-    audio, rate = source if isinstance(source, tuple) else (source, None)
-    name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else describe(audio)
+    shown = source[0] if isinstance(source, tuple) and source else source
+    name = os.fspath(shown) if isinstance(shown, (str, os.PathLike)) else describe(shown)
     num_samples, num_pieces, error = 0, 0, None
     warnings: list[str] = []
 
@@ -133,12 +134,14 @@ def read_events(number: int, source: Input, window_s: float, on_read: Callable[[
             yield block
 
     try:
+        given = as_input(source)
+        audio, rate = given if isinstance(given, tuple) else (given, None)
         blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
         for piece in cut_steps(counted(blocks), window_s):
             yield piece and replace(piece, input=number, index=num_pieces, name=name)
             num_pieces += piece is not None
         if not num_samples:
-            error = f"{describe(audio)} contains no samples; expected at least one"
+            error = f"{describe(shown)} contains no samples; expected at least one"
     except AudioError as problem:
         error = str(problem)
     duration_s = num_samples / SAMPLING_RATE

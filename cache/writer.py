@@ -113,12 +113,13 @@ class ShardWriter:
         }
         return self._add_to_index(row, len(features), entry)
 
-    def append_rows(self, rows: Rows, entry: Mapping[str, Any]) -> bool:
-        """Store one utterance bit for bit as another store with the same encoding and calibration holds it.
+    def append_rows(self, rows: Rows, entry: Mapping[str, Any], *, num_clamped: int = 0) -> bool:
+        """Store one utterance whose rows are encoded already: copied from another store, or encoded on a GPU.
 
         Args:
-            rows: from a reader's `read_rows`.
-            entry: its row of that reader's index.
+            rows: finite, in this store's encoding and calibration; copied bit for bit.
+            entry: its row of an index; columns beyond those of `append` are ignored.
+            num_clamped: values that were beyond float16.
         """
         row = self._find_rows(entry["utterance_id"], len(rows.features))
         if row is None:
@@ -127,6 +128,7 @@ class ShardWriter:
         self._arrays["features"][place] = rows.features
         if rows.scales is not None:
             self._arrays["scales"][place] = rows.scales
+        self._num_clamped += num_clamped
         return self._add_to_index(row, len(rows.features), entry)
 
     def quarantine(self, utterance_id: str, reason: str, detail: str = "") -> bool:

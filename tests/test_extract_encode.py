@@ -1,14 +1,17 @@
 """The batch encoder to the bit: batches side by side, quantising on the device, padding."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from transformers import Wav2Vec2FeatureExtractor
 
-from cache import Calibration
+from cache import Calibration, FeatureStore, make_plan
+from cache.blocks import Rows
 from cache.quantize import quantize
 from pipelines.encoders import open_encoder
 from pipelines.extract.batching import cut_batches
-from pipelines.extract.encode import open_batch_encoder, quantize_tensor
+from pipelines.extract.encode import EncodedBatch, encode_tensor, open_batch_encoder, quantize_tensor
 from pipelines.recipes.recipe import EncoderSection
 from tinyaudio.model.encoder import encode, encoder_inputs
 
@@ -43,6 +46,68 @@ def test_a_batch_encoder_gives_the_bits_of_a_plain_call(encoder_folder, noise):
     plain, counts = encode(encoder.model, *encoder_inputs(encoder.feature_extractor, recordings))
     assert [len(one) for one in features] == counts.tolist()
     assert all(np.array_equal(one, row[: len(one)].numpy()) for one, row in zip(features, plain, strict=True))
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_prepared_inputs_have_the_bits_of_the_feature_extractor(normalizes, feature_extractor, noise):
+    """Also in a batch of very different lengths, loud and quiet ones; the padding is zero."""
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalizes, return_attention_mask=True)
+    recordings = [noise(3.3), 1e-4 * noise(0.7), 30_000 * noise(1.1) + 5, np.zeros(500, np.float32), noise(29.9)]
+    recordings += [noise(0.001)[:10], noise(1.0)[::2]]  # shorter than a window; not contiguous
+    values, mask = encoder_inputs(extractor, recordings)
+    padded = [np.pad(samples, (0, max(0, 400 - len(samples)))) for samples in recordings]
+    theirs = extractor(padded, sampling_rate=16_000, padding=True, return_tensors="np")
+    assert np.array_equal(mask.numpy(), theirs["attention_mask"].astype(bool))
+    assert np.array_equal(values.numpy(), np.where(mask, theirs["input_values"], 0))
+    assert (values.dtype, mask.dtype) == (torch.float32, torch.bool)
+
+
+def test_a_recording_is_normalised_by_itself_also_for_encoders_without_an_attention_mask(noise):
+    """Their feature extractor normalises over the padding of a batch."""
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
+    short = noise(0.7)
+    alone = extractor([short], sampling_rate=16_000, return_tensors="np")["input_values"][0]
+    values, _ = encoder_inputs(extractor, [noise(3.0), short])
+    assert np.array_equal(values[1, : len(alone)].numpy(), alone)
+
+
+def test_float16_on_the_device_is_what_a_store_makes_of_float32(tmp_path):
+    """Bits, clamped values and what is not finite are those of `ShardWriter.append`."""
+    random = np.random.default_rng(0)
+    features = (random.standard_normal((4, 50, 24)) * 10 ** random.uniform(-9, 3, (4, 50, 24))).astype(np.float32)
+    features[0, 3, :3] = 65_519, 65_520, -1e9  # 65,520 is the first that rounds to infinity
+    features[2, 7, 1], features[3, 0, 0] = np.nan, -np.inf
+    host = {name: tensor.numpy() for name, tensor in encode_tensor(torch.from_numpy(features), "float16", None).items()}
+    batch = EncodedBatch.cut(host, [16_400] * 4, 0.0)
+    assert [recording.is_finite for recording in batch.recordings] == [True, True, False, False]
+    assert [recording.num_clamped for recording in batch.recordings][:2] == [2, 0]
+    names = ["a", "b"]
+    plan = pa.table(
+        {"utterance_id": names, "source_id": names, "split": ["train"] * 2, "num_frames": pa.array([50] * 2)}
+    )
+    stores = []
+    for way in ("append", "append_rows"):
+        store = FeatureStore.create(tmp_path / way, plan=make_plan(plan), dim=24, fingerprint={})
+        with store.write_shard(0) as writer:
+            for i, name in enumerate(names):
+                about = {"num_samples": 16_400, "duration_s": 1.0, "transcript": ""}
+                if way == "append":
+                    assert writer.append(name, features[i], **about)
+                else:
+                    found = batch.recordings[i]
+                    entry = {"utterance_id": name, **about, "speaker": None, "source": None, "extra": None}
+                    assert writer.append_rows(Rows(found.features, None), entry, num_clamped=found.num_clamped)
+        stores.append(((tmp_path / way / "features" / "c.0.0").read_bytes(), store.commit(0).num_clamped))
+    assert stores[0] == stores[1]
+    assert stores[0][1] == 2
+
+
+def test_a_batch_on_its_way_to_a_float16_store_is_narrow_on_the_device_already(encoder_folder, noise):
+    encoder = open_encoder(EncoderSection(id=str(encoder_folder)), torch.device("cpu"))
+    for encoding, dtype in (("float32", np.float32), ("float16", np.float16)):
+        narrow = open_batch_encoder(encoder, encoding)
+        (recording,) = narrow.encode(narrow.prepare([noise(1.0)]))().recordings
+        assert recording.features.dtype == dtype
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e7])

@@ -84,7 +84,7 @@ class ShardPipeline:
     ) -> None:
         """Set up; `check` is called after every committed shard and may raise."""
         self.recipe, self.corpus, self.store, self.report = recipe, corpus, store, report
-        self.encoder = open_batch_encoder(encoder, store.calibration)
+        self.encoder = open_batch_encoder(encoder, store.header.encoding, store.calibration)
         self.on_progress, self.check = on_progress, check
         self._is_gpu = self.encoder.device.type == "cuda"
         self._open: dict[int, ShardWriter] = {}  # claimed and not committed
@@ -312,20 +312,18 @@ def run_ahead(
 
 def append(writer: ShardWriter, row: Row, num_samples: int, encoded: Encoded) -> bool:
     """Append one utterance to its shard; return whether it was stored, and not quarantined."""
-    about = {
+    if not encoded.is_finite:
+        return writer.quarantine(row["utterance_id"], "non_finite", "the features contain NaN or infinity")
+    entry = {
+        "utterance_id": row["utterance_id"],
         "num_samples": num_samples,
         "duration_s": num_samples / SAMPLING_RATE,
         "transcript": row["transcript"],
         "speaker": row["speaker"],
         "source": row["source"],
+        "extra": json.dumps({"sex": row["sex"]}) if row["sex"] else None,
     }
-    extra = {"sex": row["sex"]} if row["sex"] else None
-    if not encoded.is_finite:
-        return writer.quarantine(row["utterance_id"], "non_finite", "the features contain NaN or infinity")
-    if encoded.scales is None:
-        return writer.append(row["utterance_id"], encoded.features, **about, extra=extra)
-    entry = {"utterance_id": row["utterance_id"], **about, "extra": extra and json.dumps(extra, sort_keys=True)}
-    return writer.append_rows(Rows(encoded.features, encoded.scales), entry)
+    return writer.append_rows(Rows(encoded.features, encoded.scales), entry, num_clamped=encoded.num_clamped)
 
 
 def memory_bound(rows_per_shard: int, bytes_per_row: int, is_gpu: bool) -> int:

@@ -37,7 +37,7 @@ class TinyAudioProcessor(ProcessorMixin):
         """
         many = [audio] if is_single(audio) else list(each(audio))
         values, mask = encoder_inputs(self.feature_extractor, [_load(one, sampling_rate) for one in many])
-        return BatchFeature({"input_values": values, "attention_mask": mask})
+        return BatchFeature({"input_values": values, "attention_mask": mask.long()})
 
     def decode_transcripts(self, sequences: Any) -> list[str]:
         """Decode generated ids (B, L) into transcripts without special tokens or surrounding space."""

@@ -12,7 +12,7 @@ from pipelines.processes import local_rank
 from pipelines.recipes.recipe import EncoderSection, encoder_name
 from pipelines.retry import retry_hub
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
-from tinyaudio.model.frozen import resolved_revision, weights_digest
+from tinyaudio.model.frozen import place, resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
 
 OPENING_TIMEOUT_S = 30.0  # seconds to keep trying, for interactive commands
@@ -59,7 +59,7 @@ def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float
     if section.compile:
         model.compile(dynamic=True)
     return LoadedEncoder(
-        model=model.to(device), feature_extractor=extractor, precision=precision, fingerprint=fingerprint
+        model=place(model, device), feature_extractor=extractor, precision=precision, fingerprint=fingerprint
     )
 
 

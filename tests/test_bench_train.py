@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import flop_registry
 
 from pipelines.bench import train as bench_train
 from pipelines.bench.memory import CountFlops, measuring_peak
@@ -66,6 +67,32 @@ def test_flops_are_those_of_the_products():
     with CountFlops() as counter:
         (a @ b).sum().backward()
     assert counter.flops == 2 * 2 * 3 * 5 * 7  # forward, and backward to a alone
+
+
+@pytest.mark.parametrize("num_key_heads", [16, 4])
+def test_flops_of_attention_with_fewer_heads_of_keys_are_those_of_all_heads(monkeypatch, num_key_heads):
+    """As SmolLM3 reaches the kernels of CUDA, on which torch 2.11's formulas assert equal heads."""
+    forward, backward = (
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}") for name in ("", "_backward")
+    )
+
+    def strict(formula):
+        def count(*args, out_val=None, **kwargs):
+            shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor) and arg.ndim == 4]
+            assert len({shape[1] for shape in shapes}) == 1
+            return formula(*args, out_val=out_val, **kwargs)
+
+        return count
+
+    for packet in (forward, backward):
+        monkeypatch.setitem(flop_registry, packet, strict(flop_registry[packet]))
+    query = torch.empty(2, 16, 32, 64, dtype=torch.bfloat16, device="meta")
+    key, value = (torch.empty(2, num_key_heads, 32, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with CountFlops() as counter:
+        output, logsumexp, *rest = forward(query, key, value, 0.0, True)
+        assert counter.flops == 2 * 2 * (2 * 16) * 32 * 32 * 64
+        backward(output, query, key, value, output, logsumexp, *rest[:4], 0.0, True, *rest[4:6])
+    assert counter.flops == 7 * 2 * (2 * 16) * 32 * 32 * 64
 
 
 def test_loss_part_takes_at_most_a_quarter_of_the_memory_of_full_logits():

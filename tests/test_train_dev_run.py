@@ -1,9 +1,11 @@
 """Before a long run: one step of everything, an overfit check, what the command says."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from trainings import extracted, stage_two, tiny_recipe
 
 from pipelines.errors import RunError
@@ -13,8 +15,10 @@ from pipelines.train import stage as train_module
 from pipelines.train.batches import TrainingBatches
 from pipelines.train.dev_run import dev_run
 from pipelines.train.dev_set import DevSet
+from pipelines.train.meter import release_memory
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
+from tinyaudio.model import frozen
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,35 @@ def test_dev_run_does_one_step_of_everything_and_asks_nothing(recipe_file, store
     assert any("stopped at step 1 of 2" in line for line in lines)
     assert "trained, evaluated, saved, loaded and resumed" in str(done)
     assert (done.to_dict()["steps"], done.peak_memory_bytes > 0) == (2, True)
+
+
+def test_dev_run_holds_one_decoder_at_a_time_and_measures_the_peak_of_each_part(recipe_file, store, monkeypatch):
+    """At full size a second one is 6.2 GB, which the report would count too."""
+    made, alive, load = weakref.WeakSet(), [], frozen.load_decoder
+
+    def load_decoder(*arguments):
+        alive.append(len(made))
+        decoder = load(*arguments)
+        made.add(decoder)
+        return decoder
+
+    for module in ("pipelines.train.model", "tinyaudio.model.modeling_tinyaudio"):
+        monkeypatch.setattr(f"{module}.load_decoder", load_decoder)
+    peaks = iter([7, 5])
+    monkeypatch.setattr(train_module, "peak_memory_bytes", lambda device: next(peaks))
+    report = dev_run(load_recipe(str(recipe_file)), store, device="cpu", say=lambda _: None)
+    assert alive == [0, 0, 0], "trained, resumed, loaded as a user would"
+    assert report.peak_memory_bytes == 7
+
+
+def test_released_memory_of_a_gpu_begins_a_new_peak(monkeypatch):
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+    release_memory(torch.device("cpu"))
+    assert calls == []
+    release_memory(torch.device("cuda"))
+    assert calls == ["empty_cache", "reset_peak_memory_stats"]
 
 
 def test_dev_run_trains_and_evaluates_on_what_takes_most_memory(recipe_file, store, monkeypatch):

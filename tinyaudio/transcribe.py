@@ -3,7 +3,7 @@
     transcriber = Transcriber.load("runs/latest")
     print(transcriber.transcribe(["speech.wav"])[0].text)
 
-Finds the default model and puts a model on a device. `recognize` transcribes, for this module and for `pipeline()`.
+Finds the default model and resolves the name of a device. `recognize` transcribes, for this module and for `pipeline()`.
 """
 
 import os
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 from tinyaudio.model.audio import AudioSource
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError, one_line
-from tinyaudio.model.frozen import resolved_revision
+from tinyaudio.model.frozen import place, resolved_revision
 from tinyaudio.model.inputs import each
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
@@ -86,7 +86,7 @@ class Transcriber:
         if window_s is not None:
             loaded.config.window_s = window_s
         processor = TinyAudioProcessor.from_pretrained(name, **where)
-        loaded = loaded.to(pick_device(device)).eval()
+        loaded = place(loaded, pick_device(device)).eval()
         return cls(loaded, processor, name, resolved_revision(loaded, revision))
 
     def transcribe(

@@ -23,7 +23,7 @@ from pipelines.train.targets import Targets, tokenize
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_encoder, load_feature_extractor
-from tinyaudio.model.frozen import freeze, load_decoder
+from tinyaudio.model.frozen import freeze, load_decoder, place
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.prompt import end_of_text_id, prompt_ids
 
@@ -52,7 +52,7 @@ class Parts:
 def build_parts(folder: Path, *, full_size: bool, device: torch.device) -> Parts:
     """Load or make the models, encode the recordings once, and store their features in `folder`."""
     model, extractor, recordings, ids = (_full_size if full_size else _bundled)(device)
-    model.to(device)
+    place(model, device)
     reader = FeatureReader(_store(folder / "store", model, extractor, recordings), split="train")
     order = [int(name) for name in reader.index["utterance_id"].to_pylist()]
     rows = [ids[i] for i in order]
@@ -80,7 +80,7 @@ def bench_encoder(device: torch.device, *, full_size: bool) -> LoadedEncoder:
     else:
         model, extractor = load_encoder(str(DEMO / "encoder")), load_feature_extractor(str(DEMO / "encoder"))
     precision = "bfloat16" if device.type == "cuda" else "float32"
-    return LoadedEncoder(model=model.to(device), feature_extractor=extractor, precision=precision, fingerprint={})
+    return LoadedEncoder(model=place(model, device), feature_extractor=extractor, precision=precision, fingerprint={})
 
 
 def full_size_model(device: torch.device) -> TinyAudioForConditionalGeneration:
@@ -92,7 +92,8 @@ def full_size_model(device: torch.device) -> TinyAudioForConditionalGeneration:
             decoder = SmolLM3ForCausalLM(SmolLM3Config())
         finally:
             torch.set_default_dtype(torch.float32)
-    return _model(encoder.eval(), decoder.eval(), 2048, ([128_000, 1, 2], [3, 4, 5]), 128_001).to(device).eval()
+    model = _model(encoder.eval(), decoder.eval(), 2048, ([128_000, 1, 2], [3, 4, 5]), 128_001)
+    return place(model, device).eval()
 
 
 def hubert_large() -> HubertConfig:

@@ -150,7 +150,9 @@ def _decode(audio: bytes, limit_s: float) -> Samples | str:
                 return f"too_long: more than {limit_s:g} s when decoded"
     except AudioError as error:
         return f"undecodable: {error}"
-    return np.concatenate(blocks) if blocks else "undecodable: it has no samples"
+    if not blocks:
+        return "undecodable: it has no samples"
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 # ------------------------------------------------------------------------------------------- in a worker process

@@ -29,7 +29,7 @@ from pipelines.extract.report import faults_of_plan
 from pipelines.extract.shard_pipeline import memory_bound
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, load_audio
-from tinyaudio.model.frozen import freeze, load_config
+from tinyaudio.model.frozen import freeze, load_config, place
 
 FRAME_BYTES = {"float16": 2, "int8": 1}  # per feature; int8 adds a float16 scale per frame
 PROBE_UTTERANCES = 30
@@ -133,7 +133,7 @@ def forecast(
     where = pick_device(device)
     is_gpu = where.type == "cuda"
     encoder = LoadedEncoder(
-        model=freeze(AutoModel.from_config(config)).to(where),
+        model=place(freeze(AutoModel.from_config(config)), where),
         feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True),
         precision=recipe.encoder.precision if is_gpu else "float32",
         fingerprint={},

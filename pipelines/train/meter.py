@@ -4,6 +4,7 @@ Time spent evaluating and saving does not count towards the rates.
 """
 
 import contextlib
+import gc
 import resource
 import sys
 import time
@@ -75,6 +76,17 @@ class Meter:
         }
         self._last_read, self._last_read_at, self._paused_s, self._last_waited_s = totals, now, 0.0, waited_s
         return {**totals, **rates, "peak_memory_bytes": peak_memory_bytes(self.device)}
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what finished work has left behind, and begin to measure a GPU's peak again.
+
+    A trainer and its model refer to each other, so they live until Python collects such cycles.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> float:

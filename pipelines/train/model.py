@@ -12,7 +12,7 @@ from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import load_feature_extractor
-from tinyaudio.model.frozen import load_decoder, load_frozen, resolved_revision, weights_digest
+from tinyaudio.model.frozen import load_decoder, load_frozen, place, resolved_revision, weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.prompt import end_of_text_id, prompt_ids
@@ -72,7 +72,7 @@ def build_model(
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
-    return model.to(device), processor
+    return place(model, device), processor
 
 
 def window_s(store: FeatureStore, split: str) -> float:

@@ -42,7 +42,7 @@ class ProjectorTrainer(Trainer):
         self.meter = Meter(self.args.device)
         self.projected_rms: Tensor | None = None
         self._dequantize = Dequantizer(batches.reader)
-        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, utterance ids, loss
+        self._unchecked: list[_UncheckedLoss] = []
         self._newest: tuple[int, list[str]] = (0, [])  # the current step and the utterances of its batches so far
 
     def get_train_dataloader(self) -> Any:
@@ -62,8 +62,8 @@ class ProjectorTrainer(Trainer):
         )
         step, utterance_ids = self.state.global_step + 1, inputs["utterance_ids"]
         self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
-        self._unchecked.append((step, utterance_ids, output.loss.detach()))
-        self.check_finite(keep=1)  # one batch late: by then a GPU has computed the loss, and nothing waits for it
+        self._unchecked.append(_UncheckedLoss(step, utterance_ids, output.loss.detach()))
+        self.check_finite(keep=1)  # one batch late: by then a GPU has copied the flag, and nothing waits for it
         self.projected_rms = output.projected_rms
         self.meter.add(
             num_utterances=len(utterance_ids),
@@ -82,9 +82,10 @@ class ProjectorTrainer(Trainer):
             RunError: one is not finite; with its step and the utterances of its batch.
         """
         while len(self._unchecked) > keep:
-            step, utterance_ids, loss = self._unchecked.pop(0)
-            if not torch.isfinite(loss):
-                raise self._not_finite(f"loss is {loss.item()} at step {step}", utterance_ids)
+            unchecked = self._unchecked.pop(0)
+            if not unchecked.is_finite():
+                found = f"loss is {unchecked.loss.item()} at step {unchecked.step}"
+                raise self._not_finite(found, unchecked.utterance_ids)
 
     def _check_weights(self) -> None:
         """Check losses and projector: a finite loss can have a gradient that is not finite, which ruins all weights.
@@ -156,6 +157,28 @@ class ProjectorTrainer(Trainer):
         """Return the checkpoint of the last step, saving it if there is none."""
         self._save_checkpoint(self.model, trial=None)
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+
+class _UncheckedLoss:
+    """The loss of one batch, whose check does not wait for the batches after it.
+
+    Reading a tensor of a GPU waits until the GPU has done all that is queued. So whether the loss is finite is copied to
+    page-locked memory in the background, and `is_finite` waits for that copy alone.
+    """
+
+    def __init__(self, step: int, utterance_ids: list[str], loss: Tensor) -> None:
+        self.step, self.utterance_ids, self.loss = step, utterance_ids, loss
+        self._flag, self._copied = torch.isfinite(loss), None
+        if loss.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._flag, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(loss.device))
+
+    def is_finite(self) -> bool:
+        """Wait until the flag has been copied, and return it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._flag.numpy())
 
 
 def last_checkpoint(run: Run) -> Path | None:

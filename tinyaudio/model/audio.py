@@ -238,6 +238,8 @@ def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, i
 
 
 def _mean(block: NDArray[Any], axis: int) -> Samples:
+    if block.shape[axis] == 1:  # the same values, without a reduction
+        return np.asarray(block.squeeze(axis), dtype=np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # `_resample` reports values that are not finite
         return np.asarray(block.mean(axis=axis, dtype=np.float32))
 

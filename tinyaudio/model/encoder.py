@@ -7,6 +7,7 @@ Supports HuBERT, wav2vec 2.0 and WavLM through `AutoModel`; does not know stores
 
 import contextlib
 import ctypes
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from .frozen import freeze, load_frozen
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_REPORTED = ("UNEXPECTED", "MISSING", "MISMATCH", "CONVERSION")  # states of weights in transformers' report
 VARIANCE_FLOOR = 1e-7  # added to each recording's variance by `Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm`
 
 
@@ -34,7 +36,8 @@ def load_encoder(encoder_id: str, revision: str | None = None) -> PreTrainedMode
         MissingModelError: there is no model with that id.
         ModelError: its convolutions do not give `audio.num_frames`: a window of 400 and a hop of 320 samples.
     """
-    encoder = freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32))
+    with _without_report_of_heads():
+        encoder = freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32))
     config = encoder.config
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if kernels is None or strides is None:
@@ -50,6 +53,23 @@ def load_encoder(encoder_id: str, revision: str | None = None) -> PreTrainedMode
             f"found window {window} and hop {hop}"
         )
     return encoder
+
+
+@contextlib.contextmanager
+def _without_report_of_heads() -> Iterator[None]:
+    """Omit transformers' report of weights that the encoder does not use, if they are those of a CTC head."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        rows = [line for line in text.splitlines() if "|" in line and any(status in line for status in _REPORTED)]
+        return "LOAD REPORT" not in text or any(not row.lstrip().startswith("lm_head") for row in rows)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def load_feature_extractor(encoder_id: str, revision: str | None = None) -> Any:

@@ -11,6 +11,7 @@ This file is also the single entry point of a checkpoint's own code (`trust_remo
 travel in the checkpoint folder, so they import each other relatively and no other module of the project.
 """
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils import ModelOutput
 from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError, one_line
-from .frozen import check_digest, freeze, is_hub_id, load_decoder
+from .frozen import check_digest, freeze, is_hub_id, load_decoder, place
 from .loss import summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
@@ -264,7 +265,10 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Selecting the valid frames would wait for the device.
         energy = (projected.detach().float().square() * valid[:, :, None]).sum()
         if self._cached_embedding_rms is None:
-            self._cached_embedding_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
+            # A float32 copy of SmolLM3's embeddings and its square would be 2.1 GB.
+            weight = self.get_input_embeddings().weight.detach()
+            norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
+            self._cached_embedding_rms = torch.linalg.vector_norm(norms) / weight.numel() ** 0.5
         projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(
             loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
@@ -331,8 +335,10 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         projected, lengths = self.project(features, num_frames)
         prefix, suffix = self._prompt_embeddings()
         embeds, mask = pad_left(assemble(prefix, projected, lengths, suffix))
-        config = generation_config or self.generation_config
-        return self._decoder().generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **kwargs)
+        # Options of generation go into the configuration: transformers deprecates both in one call.
+        config = copy.deepcopy(generation_config or self.generation_config)
+        others = config.update(**kwargs)
+        return self._decoder().generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **others)
 
     @classmethod
     def from_pretrained(
@@ -380,7 +386,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for key, value in overrides.items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)
-        return model.to(device).eval()
+        return place(model, device).eval()
 
     def load_frozen_parts(self, dtype: Any = None) -> None:
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""

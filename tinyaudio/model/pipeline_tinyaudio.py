@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
 from .errors import AudioError, ModelError
+from .frozen import place
 from .inputs import each, is_single
 from .recognize import Options, Recognizer
 
@@ -29,6 +30,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        place(self.model, self.device)
         # transformers 5.17 and 5.23 store generation options given here in different places.
         names = {*vars(GenerationConfig()), "generation_config"}
         self._at_construction = {name: value for name, value in kwargs.items() if name in names}

@@ -41,7 +41,8 @@ class TinyAudioProcessor(ProcessorMixin):
 
     def decode_transcripts(self, sequences: Any) -> list[str]:
         """Decode generated ids (B, L) into transcripts without special tokens or surrounding space."""
-        return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save both parts, and the location of this class for a process without tinyaudio."""

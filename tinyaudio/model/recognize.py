@@ -200,7 +200,7 @@ class Recognizer:
             tokens = self.model.generate(
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
         return [(" ".join(text.split()), is_complete) for text, is_complete in zip(texts, ended, strict=True)]
 

@@ -21,7 +21,7 @@ from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.audio import num_frames
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor
-from tinyaudio.model.frozen import freeze, load_frozen, resolved_revision, weights_digest
+from tinyaudio.model.frozen import freeze, load_frozen, place, resolved_revision, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class CTCProvider:
                 "name a fine-tuned encoder, such as facebook/hubert-large-ls960-ft"
             )
         return cls(
-            model=freeze(model).to(pick_device(options.device)),
+            model=place(freeze(model), pick_device(options.device)),
             feature_extractor=load_feature_extractor(model_id, revision),
             tokenizer=load_frozen(AutoTokenizer, model_id, revision),
             model_id=model_id,

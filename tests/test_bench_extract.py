@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.bench.extract import NOTES, bench_extract, make_wav_corpus
+from pipelines.bench.extract import NOTES, bench_extract, make_wav_corpus, slow_share
+from pipelines.bench.host import HOST_NOTES
+from pipelines.corpora import open_corpus
+from pipelines.extract.plan import plan_corpus
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"vs_batch1", "vs_padded", "padding", "encoder_busy", "matmul_share", "peak_rss_bytes"}
 
 
 def test_bench_has_its_keys_and_shares_are_shares():
-    found = bench_extract(audio_s=20.0, device="cpu")
+    found = bench_extract(audio_s=20.0, rounds=1, device="cpu")
     assert found.keys() >= KEYS | NOTES.keys()
     assert found["matmul_share"] is None
     for share in ("padding", "padding_fixed", "encoder_busy", "idle_share"):
@@ -21,6 +24,16 @@ def test_bench_has_its_keys_and_shares_are_shares():
     assert min(found[name] for name in ("vs_batch1", "vs_padded", "vs_npy", "real_time_factor")) > 0
     assert found["peak_rss_bytes"] > 50e6
     assert found["decode_share"] > 0
+    assert found["vs_cudnn_attention"] is found["compiled_vs_plain"] is None
+    assert min(found[name] for name in HOST_NOTES) > 0
+
+
+def test_slow_contestants_get_a_tenth_of_the_audio_on_a_gpu(tmp_path):
+    recipe = make_wav_corpus(tmp_path, 4_000.0)
+    plan = plan_corpus(recipe, open_corpus(recipe.corpus), ["train"])
+    everything = plan.accepted["source_id"].to_pylist()
+    assert slow_share(plan, 1.0) == everything
+    assert len(slow_share(plan, 0.1)) == len(everything) // 10
 
 
 # Extracts the corpus in a folder, which another process made, and prints its peak of memory in KiB; `ru_maxrss` would

@@ -3,7 +3,7 @@
     transcriber = Transcriber.load("runs/latest")
     print(transcriber.transcribe(["speech.wav"])[0].text)
 
-Finds the default model and resolves the name of a device. `recognize` transcribes, for this module and for `pipeline()`.
+Finds the default model and resolves the name of a device. `recognize` transcribes, here and for `pipeline()`.
 """
 
 import os

@@ -162,8 +162,8 @@ class ProjectorTrainer(Trainer):
 class _UncheckedLoss:
     """The loss of one batch, whose check does not wait for the batches after it.
 
-    Reading a tensor of a GPU waits until the GPU has done all that is queued. So whether the loss is finite is copied to
-    page-locked memory in the background, and `is_finite` waits for that copy alone.
+    Reading a tensor of a GPU waits until the GPU has done all that is queued. So a flag, whether the loss is finite, is
+    copied to page-locked memory in the background, and `is_finite` waits for that copy alone.
     """
 
     def __init__(self, step: int, utterance_ids: list[str], loss: Tensor) -> None:

@@ -26,7 +26,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -125,7 +125,7 @@ class Parameters(BaseModel):
         return value
 
 
-async def read_form(request: Request) -> tuple[Parameters, UploadFile]:
+async def read_form(request: Request, model_name: str) -> tuple[Parameters, UploadFile]:
     """Read the body: the file is spooled to disk while it arrives.
 
     Raises:
@@ -134,6 +134,15 @@ async def read_form(request: Request) -> tuple[Parameters, UploadFile]:
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refusal(400, "expected multipart/form-data with a file", "invalid_content_type")
     form = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+    try:
+        return check_form(form, model_name)
+    except Refusal:
+        await form.close()
+        raise
+
+
+def check_form(form: FormData, model_name: str) -> tuple[Parameters, UploadFile]:
+    """Return the parameters and the file of a form; errors as `read_form`."""
     values: dict[str, Any] = {}
     upload: UploadFile | None = None
     for name, value in form.multi_items():
@@ -161,6 +170,9 @@ async def read_form(request: Request) -> tuple[Parameters, UploadFile]:
             raise Refusal(400, f"expected the field {name!r}", "missing_parameter", name) from error
         reason = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
         raise Refusal(400, f"{name} is {str(values.get(name))[:100]!r}: {reason}", "invalid_value", name) from error
+    if parameters.model not in (model_name, *ALIASES):
+        message = f"model {parameters.model[:100]!r} is not served here; expected {model_name!r}"
+        raise Refusal(404, message, "model_not_found", "model")
     granularities = parameters.timestamp_granularities
     if granularities and parameters.response_format != "verbose_json":
         message = "timestamp_granularities[] needs response_format=verbose_json"
@@ -558,10 +570,7 @@ def build_app(
     )
     async def transcribe(request: Request, ticket: Annotated[Ticket, Depends(take_place)]) -> Response:
         """Transcribe a recording: OpenAI's `audio.transcriptions.create`."""
-        parameters, upload = await read_form(request)
-        if parameters.model not in (model_name, *ALIASES):
-            message = f"model {parameters.model[:100]!r} is not served here; expected {model_name!r}"
-            raise Refusal(404, message, "model_not_found", "model")
+        parameters, upload = await read_form(request, model_name)
         ignored = {"X-Tinyaudio-Ignored": "prompt"} if parameters.prompt else {}
         updates = aiter(Answer(request, ticket, upload))
         update = await anext(updates)

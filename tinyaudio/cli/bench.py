@@ -88,3 +88,9 @@ def train(full_size: FullSizeOption = False, device: DeviceOption = "auto", json
 def transcribe(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
     """Inference: speed over real time and memory, against plain `pipeline()`."""
     _bench("transcribe", json, full_size=full_size, device=device)
+
+
+@bench.command("serve")
+def serve(device: DeviceOption = "auto", json: JsonOption = False) -> None:
+    """The server: 1, 8 and 50 clients against the batched command line on the same files."""
+    _bench("serve", json, device=device)

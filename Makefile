@@ -39,7 +39,7 @@ demo: $(READY) ## extract, train, evaluate and transcribe offline, on tiny bundl
 transcribe: $(READY) ## transcribe files: make transcribe ARGS="a.wav b.mp3"
 	$(TINY) transcribe $(ARGS)
 
-serve: $(READY) ## serve a web page to try a model on (needs pip install -e '.[serve]')
+serve: $(READY) ## serve OpenAI's transcription API and a page (needs pip install -e '.[serve]')
 	$(TINY) serve $(ARGS)
 
 ##@ Train

@@ -252,8 +252,9 @@ def test_in_a_browser_a_click_on_a_segment_plays_from_there(tab, server, files):
 def test_page_fits_a_phone(tab, files):
     tab.set_viewport_size({"width": 390, "height": 844})
     put_in(tab, files / "three.wav", "s of audio")
+    tab.wait_for_timeout(2000)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    for name in ("#go", "#stop", "#save-srt", "#save-json", "#transcript"):
+    for name in ("#go", "#stop", "#save-srt", "#save-json", "#transcript", "#segments"):
         box = tab.locator(name).bounding_box()
         assert box["x"] >= 0, name
         assert box["x"] + box["width"] <= 390, name

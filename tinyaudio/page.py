@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 TITLE = "tinyaudio"
-COLUMNS = ["start (s)", "end (s)", "text"]
+COLUMNS = ["start", "end", "text"]
 DOWNLOADS = ("srt", "vtt", "txt", "json")
 KEPT_S = 3600  # how long gradio keeps an uploaded recording, seconds
 WAIT_S = 1.0  # between two looks whether the reader of the page still waits
@@ -43,14 +43,16 @@ SAVE = """(files) => {
   document.body.appendChild(link); link.click(); link.remove();
 }"""
 STYLE = """
-.gradio-container { max-width: 860px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 860px !important; margin: 0 auto !important; }
+.gradio-container .main, .gradio-container .contain, .gradio-container .column { min-width: 0 !important; }
 #title h1 { margin: 0.2em 0 0; }
+#segments { max-width: 100%; min-width: 0; }
+#segments td, #segments th { font-family: inherit; }
 #files { flex-wrap: wrap; gap: 8px; }
 #files button { min-width: 72px; }
-#segments table { table-layout: auto; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 6px !important; }
-  #segments td, #segments th { padding: 4px 6px !important; font-size: 0.9em; }
+  .gradio-container .main { padding: 8px !important; }
+  #segments td, #segments th { font-size: 0.9em; }
 }
 """
 
@@ -118,16 +120,16 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
             recording.async_move_resource_to_block_cache, Path(recording.GRADIO_CACHE), examples or []
         )
         with gr.Row():
-            go = gr.Button("Transcribe", variant="primary", elem_id="go")
-            stop = gr.Button("Stop", elem_id="stop")
+            go = gr.Button("Transcribe", variant="primary", min_width=120, elem_id="go")
+            stop = gr.Button("Stop", min_width=120, elem_id="stop")
         text = gr.Textbox(label="Transcript", lines=4, elem_id="transcript", buttons=["copy"])
         notes = gr.Markdown(elem_id="notes")
         rows = gr.Dataframe(
             headers=COLUMNS,
-            column_widths=["76px", "76px", "auto"],
+            column_widths=["20%", "20%", "60%"],
             interactive=False,
             wrap=True,
-            label="Segments (click to listen)",
+            label="Segments, in seconds (click to listen)",
             elem_id="segments",
         )
         files = gr.JSON(visible=False)

@@ -27,7 +27,7 @@ from cache.shards import read_chunks
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Consecutive rows as stored, read-only: features (n, dim) float16; or codes (n, dim) int8, scales (n,) float16."""
+    """Consecutive rows as stored, read-only: features (n, dim) float16; or codes and scales, as `quantize` returns."""
 
     features: NDArray[Any]
     scales: NDArray[np.float16] | None

@@ -68,7 +68,7 @@ class Commit:
     num_quarantined: int
     num_clamped: int  # values beyond the range of float16, clamped to it
     duration_s: float  # of the stored utterances
-    arrays: dict[str, ArrayFile]  # "features/c.<shard>.0" and, for int8, "scales/c.<shard>"
+    arrays: dict[str, ArrayFile]  # "features/c.<shard>.0" and, unless float16, "scales/c.<shard>"
     files: dict[str, PlainFile]  # "index/<shard>.parquet", "quarantine/<shard>.jsonl"
     writer: str
     finished_at: str  # UTC, ISO 8601

@@ -46,8 +46,8 @@ def make_header(
     """
     if encoding not in get_args(Encoding):
         raise ValueError(f"encoding {encoding!r} is unknown; choose one of {', '.join(get_args(Encoding))}.")
-    if (calibration is not None) != (encoding == "int8"):
-        raise ValueError(f"encoding {encoding!r} {'needs a' if encoding == 'int8' else 'takes no'} calibration.")
+    if (calibration is not None) == (encoding == "float16"):
+        raise ValueError(f"encoding {encoding!r} {'takes no' if encoding == 'float16' else 'needs a'} calibration.")
     if calibration is not None and calibration.mean.shape != (dim,):
         raise ValueError(f"the calibration has {calibration.mean.shape[0]} dimensions, the features {dim}.")
     if missing := REQUIRED_COLUMNS - set(plan.column_names):

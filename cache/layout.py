@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import zarr
@@ -21,14 +21,14 @@ from zarr.storage import MemoryStore
 
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 from cache.files import canonical_json
-from cache.quantize import Calibration
+from cache.quantize import Calibration, packed_bytes
 
 FORMAT_VERSION = 1
 ROWS_PER_SHARD = 131_072  # 43.7 min at 50 Hz; 256 MiB at 1024 x float16
 CHUNK_ROWS = 512  # 1 MiB at 1024 x float16: the unit that carries a checksum
 BLOCK_ROWS = 16_384  # 32 MiB at 1024 x float16: the unit that is read at once; no shorter utterance crosses one
 
-Encoding = Literal["float16", "int8"]
+Encoding = Literal["float16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,35 @@ class ArraySpec:
     """The type of one sharded array of a store."""
 
     dtype: np.dtype[Any]
-    row_shape: tuple[int, ...]  # (dim,) for features, () for scales
+    row_shape: tuple[int, ...]  # (dim,) or (bytes of packed codes,) for features, () for scales
     fill_value: float  # of rows that belong to no utterance
+    axes: tuple[str, ...] = ("row", "dim")
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def bits_of(encoding: Encoding) -> int | None:
+    """Return the bits of a quantised encoding's codes; None for float16."""
+    return None if encoding == "float16" else int(encoding.removeprefix("int"))
+
+
+def arrays_of(encoding: Encoding, dim: int) -> dict[str, ArraySpec]:
+    """Name the sharded arrays of an encoding, in the order in which their files are put in place."""
+    bits = bits_of(encoding)
+    if bits is None:
+        return {"features": ArraySpec(np.dtype("<f2"), (dim,), float("nan"))}
+    if bits == 8:
+        features = ArraySpec(np.dtype("i1"), (dim,), -128)  # codes use -127..127
+    else:
+        features = ArraySpec(np.dtype("u1"), (packed_bytes(dim, bits),), 0, ("row", "byte"))  # the scale says: unused
+    return {"features": features, "scales": ArraySpec(np.dtype("<f2"), (), float("nan"), ("row",))}
+
+
+def bytes_per_row(encoding: Encoding, dim: int) -> int:
+    """Compute the bytes of one frame in a store, without checksums."""
+    return sum(spec.row_bytes for spec in arrays_of(encoding, dim).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +80,9 @@ class Header:
     num_shards: int
     num_planned: int  # utterances in the plan, including rejected ones
     plan_id: str  # sha256 of the plan's content
-    calibration_id: str | None  # int8 only
+    calibration_id: str | None  # null for float16
     fingerprint: dict[str, Any]  # everything needed to recompute a row
-    calibration: str | None = None  # int8 only: mean and std, see `Calibration.to_base64`
+    calibration: str | None = None  # absent for float16: mean and std, see `Calibration.to_base64`
 
     @cached_property
     def fingerprint_id(self) -> str:
@@ -65,12 +92,12 @@ class Header:
     @cached_property
     def arrays(self) -> dict[str, ArraySpec]:
         """The sharded arrays of the store by name, in the order in which their files are put in place."""
-        if self.encoding == "float16":
-            return {"features": ArraySpec(np.dtype("<f2"), (self.dim,), float("nan"))}
-        return {
-            "features": ArraySpec(np.dtype("i1"), (self.dim,), -128),  # codes use -127..127
-            "scales": ArraySpec(np.dtype("<f2"), (), float("nan")),
-        }
+        return arrays_of(self.encoding, self.dim)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a code; None for float16."""
+        return bits_of(self.encoding)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -78,12 +105,11 @@ class Header:
 
     @property
     def bytes_per_row(self) -> int:
-        return self.chunk_bytes("features", 1) + (self.chunk_bytes("scales", 1) if "scales" in self.arrays else 0)
+        return bytes_per_row(self.encoding, self.dim)
 
     def chunk_bytes(self, array: str, rows: int | None = None) -> int:
         """Compute the bytes of one chunk of an array, or of some rows of it."""
-        spec = self.arrays[array]
-        return (rows or self.chunk_rows) * int(np.prod(spec.row_shape, dtype=np.int64)) * spec.dtype.itemsize
+        return (rows or self.chunk_rows) * self.arrays[array].row_bytes
 
     def identity(self) -> dict[str, Any]:
         """Return what the store holds, field by field; the calibration is represented by its id."""
@@ -140,7 +166,7 @@ def read_header(root: Path) -> Header:
 
     Raises:
         StoreNotFoundError: there is no store here.
-        StoreMismatchError: the store has a newer format.
+        StoreMismatchError: the store has a newer format, or an encoding that is not known here.
         CorruptShardError: the header contradicts itself.
     """
     try:
@@ -154,6 +180,8 @@ def read_header(root: Path) -> Header:
             if getattr(header, name) != (expected := header.fingerprint["store"][name]):
                 found = f"{name} in zarr.json is {getattr(header, name)!r}, expected {expected!r} as in its fingerprint"
                 raise CorruptShardError(root, None, found)
+        if header.encoding not in get_args(Encoding):
+            raise StoreMismatchError(root, {"encoding": (header.encoding, f"one of {', '.join(get_args(Encoding))}")})
         if header.rows_per_shard % header.block_rows or header.block_rows % header.chunk_rows:
             found = "rows_per_shard, block_rows and chunk_rows in zarr.json are not multiples of each other"
             raise CorruptShardError(root, None, found)
@@ -209,6 +237,6 @@ def _array_metadata(spec: ArraySpec, num_rows: int, rows_per_shard: int, chunk_r
         serializer=BytesCodec(endian="little" if spec.dtype.itemsize > 1 else None),
         fill_value=spec.fill_value,
         chunk_key_encoding={"name": "default", "separator": "."},  # instead of a folder for every shard
-        dimension_names=("row", "dim")[: 1 + len(spec.row_shape)],
+        dimension_names=spec.axes,
     )
     return memory["array/zarr.json"].to_bytes()

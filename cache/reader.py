@@ -152,7 +152,7 @@ class FeatureReader:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Mean and standard deviation of an int8 store; None for float16."""
+        """Mean and standard deviation of a quantised store; None for float16."""
         return self.store.calibration
 
     # ------------------------------------------------------------------------------------------- frames
@@ -197,7 +197,7 @@ class FeatureReader:
         return utterances
 
     def read(self, positions: Sequence[int] | NDArray[np.integer]) -> list[NDArray[Any] | Quantized]:
-        """Read utterances: (T, dim) float16 each, or `Quantized` from an int8 store. See `read_rows`."""
+        """Read utterances: (T, dim) float16 each, or `Quantized` from a quantised store. See `read_rows`."""
         return [self._decode(rows) for rows in self.read_rows(positions)]
 
     def get(self, utterance_id: str) -> NDArray[Any] | Quantized:
@@ -239,8 +239,10 @@ class FeatureReader:
     def _decode(self, rows: Rows) -> NDArray[Any] | Quantized:
         if rows.scales is None:
             return rows.features
-        assert self.store.calibration is not None
-        return Quantized(rows.features, rows.scales, self.store.calibration)
+        calibration, bits = self.store.calibration, self.store.header.bits
+        assert calibration is not None
+        assert bits is not None
+        return Quantized(rows.features, rows.scales, calibration, bits)
 
 
 def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:

@@ -65,7 +65,7 @@ class FeatureStore:
             dim: features per frame.
             fingerprint: JSON values, everything needed to recompute a row; format, encoding and calibration are added
                 under the key "store".
-            calibration: required for int8, and only then.
+            calibration: required for all encodings but float16, which takes none.
 
         Raises:
             StoreMismatchError: the existing store differs; the fields are named.
@@ -98,7 +98,7 @@ class FeatureStore:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Mean and standard deviation of an int8 store; None for float16."""
+        """Mean and standard deviation of a quantised store; None for float16."""
         text = self.header.calibration
         return None if text is None else Calibration.from_base64(text, self.dim)
 

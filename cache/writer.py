@@ -197,10 +197,10 @@ class ShardWriter:
         """Encode frames into their rows; False if a value is not finite."""
         rows = slice(row, row + len(features))
         stored = self._arrays["features"][rows]
-        if self._calibration is not None:
+        if self._calibration is not None and self._header.bits is not None:
             if not np.isfinite(features).all():
                 return False
-            stored[...], self._arrays["scales"][rows] = quantize(features, self._calibration)
+            stored[...], self._arrays["scales"][rows] = quantize(features, self._calibration, self._header.bits)
             return True
         with np.errstate(over="ignore"):
             stored[...] = features

@@ -53,7 +53,7 @@ def create(
 ) -> FeatureStore:
     """Make an empty store for these utterances."""
     options = {"fingerprint": {"encoder": {"id": "tiny", "layer": 3}}, "encoding": "float16"} | options
-    if options["encoding"] == "int8":
+    if options["encoding"] != "float16":
         options.setdefault("calibration", calibrate(features, dim))
     plan = make_plan(make_table(features, splits), rows_per_shard=rows_per_shard)
     return FeatureStore.create(path, plan=plan, dim=dim, rows_per_shard=rows_per_shard, **options)

@@ -244,13 +244,14 @@ def test_grid_of_encodings_has_a_store_for_each_and_names_the_commands_that_make
     monkeypatch.chdir(tmp_path)
     grid = load_grid("encodings")
     assert {(cell.recipe.store.encoding, cell.recipe.train.seed) for cell in grid.cells} == {
-        (encoding, seed) for encoding in ("float16", "int8") for seed in range(3)
+        (encoding, seed) for encoding in ("float16", "int8", "int4", "int3") for seed in range(3)
     }
     commands = (
         "`tinyaudio extract --recipe demo --set store.encoding=float16 --store data/demo && "
-        "tinyaudio extract --recipe demo --set store.encoding=int8 --store data/demo-int8`"
+        "tinyaudio extract --recipe demo --set store.encoding=int8 --store data/demo-int8"
     )
-    with pytest.raises(RunError, match=r"no feature store at data/demo, data/demo-int8. Try ") as caught:
+    missing = "data/demo, data/demo-int8, data/demo-int4, data/demo-int3"
+    with pytest.raises(RunError, match=rf"no feature store at {missing}. Try ") as caught:
         ablate(grid, None, tmp_path / "out", device="cpu", say=lambda _: None)
     assert commands in str(caught.value)
     with pytest.raises(RunError, match=r"--store 'elsewhere' would not be used: the grid names all its stores"):

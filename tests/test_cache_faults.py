@@ -31,7 +31,7 @@ def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda fd: None)
 
 
-@pytest.fixture(params=["float16", "int8"])
+@pytest.fixture(params=["float16", "int8", "int4"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureStore:
     """A sealed store of four shards with two utterances each."""
     return sealed(tmp_path / "store", FEATURES, encoding=request.param)
@@ -57,7 +57,7 @@ SHARD_FAULTS: Faults = [
     ("flipped bit", lambda s: flip(s.layout.array("features", 2), 5), {2}, {"content"}),
     (
         "flipped checksum",
-        lambda s: flip(s.layout.array("features", 2), 64 * 8 * s.header.dtype.itemsize + 1),
+        lambda s: flip(s.layout.array("features", 2), s.header.chunk_bytes("features", 64) + 1),
         {2},
         {"content"},
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zarr
 from cache_stores import create, make_features, sealed
 
 import cache
-from cache import FeatureReader, FeatureStore, Quantized
+from cache import Calibration, FeatureReader, FeatureStore, Quantized
 
 FORMAT = (Path(cache.__file__).parent / "FORMAT.md").read_text()
 
@@ -38,13 +40,13 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def read_shard(store: Path, name: str, record: dict[str, Any], number: str, width: int, chunk_rows: int) -> list[float]:
+def read_shard(store: Path, name: str, record: dict[str, Any], number: str, width: int, chunk_rows: int) -> list[Any]:
     """Read all numbers of a shard file, checked against its commit record."""
     content = (store / name).read_bytes()
     assert len(content) == record["arrays"][name]["size_bytes"]
     checksums = record["arrays"][name]["chunk_crc32c"]
     size = chunk_rows * width * struct.calcsize(number)
-    values: list[float] = []
+    values: list[Any] = []
     for k in range(len(checksums) // 8):
         chunk = content[k * (size + 4) :][:size]
         assert crc32c(chunk) == int(checksums[8 * k : 8 * k + 8], 16)
@@ -72,16 +74,24 @@ def read_store(store: Path) -> dict[str, list[list[float]]]:
         )
         for name, file in record["files"].items():
             assert hashlib.sha256((store / name).read_bytes()).hexdigest() == file["sha256"]
-        is_int8 = header["encoding"] == "int8"
-        values = read_shard(store, f"features/c.{shard}.0", record, "b" if is_int8 else "e", dim, chunk_rows)
-        scales = read_shard(store, f"scales/c.{shard}", record, "e", 1, chunk_rows) if is_int8 else []
-        mean, std = read_calibration(header) if is_int8 else ([], [])
+        encoding = header["encoding"]
+        is_quantised, bits = encoding != "float16", int(encoding.removeprefix("int")) if encoding != "float16" else 16
+        name, zero = f"features/c.{shard}.0", 0.0
+        if bits < 8:
+            width, zero = math.ceil(dim * bits / 8), (2**bits - 1) / 2
+            packed = read_shard(store, name, record, "B", width, chunk_rows)
+            numbers = [int.from_bytes(packed[i : i + width], "little") for i in range(0, len(packed), width)]
+            values = [number >> (d * bits) & (2**bits - 1) for number in numbers for d in range(dim)]
+        else:
+            values = read_shard(store, name, record, "b" if is_quantised else "e", dim, chunk_rows)
+        scales = read_shard(store, f"scales/c.{shard}", record, "e", 1, chunk_rows) if is_quantised else []
+        mean, std = read_calibration(header) if is_quantised else ([], [])
         for row in pq.read_table(store / f"index/{shard:06d}.parquet").to_pylist():
             first = row["start"] % header["rows_per_shard"]
             frames = [values[r * dim : (r + 1) * dim] for r in range(first, first + row["num_frames"])]
-            if is_int8:
+            if is_quantised:
                 frames = [
-                    [code * scales[first + t] * std[d] + mean[d] for d, code in enumerate(frame)]
+                    [(code - zero) * scales[first + t] * std[d] + mean[d] for d, code in enumerate(frame)]
                     for t, frame in enumerate(frames)
                 ]
             utterances[row["utterance_id"]] = frames
@@ -94,7 +104,7 @@ def read_calibration(header: dict[str, Any]) -> tuple[tuple[float, ...], tuple[f
     return struct.unpack(f"<{dim}f", array[: 4 * dim]), struct.unpack(f"<{dim}f", array[4 * dim :])
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4", "int3", "int7"])
 def test_a_reader_written_from_the_page_gets_the_same_numbers(tmp_path: Path, encoding: str) -> None:
     features = make_features([1, 30, 40, 5, 64], dim=3)
     store = sealed(tmp_path / "store", features, dim=3, encoding=encoding)
@@ -109,12 +119,30 @@ def test_a_reader_written_from_the_page_gets_the_same_numbers(tmp_path: Path, en
             np.testing.assert_array_equal(frames, ours)
 
 
+def printed_bytes(heading: str) -> bytes:
+    """The hexadecimal dump below a heading of the page."""
+    section = re.split(r"^##", FORMAT.split(f"### {heading}\n")[1], flags=re.MULTILINE)[0]
+    dump = "".join(re.findall(r"^    000000[0-9a-f]{2}: ((?:[0-9a-f]{4} ?)+)$", section, re.MULTILINE))
+    return bytes.fromhex(dump.replace(" ", ""))
+
+
 def test_the_worked_example_is_what_is_written(tmp_path: Path) -> None:
     features = {"a": np.array([[1, 2], [3, 4], [5, 6]], np.float32)}
     store = sealed(tmp_path / "store", features, dim=2, rows_per_shard=4)
-    printed = "".join(re.findall(r"^    000000[0-9a-f]{2}: ((?:[0-9a-f]{4} ?)+)$", FORMAT, re.MULTILINE))
-    assert store.layout.array("features", 0).read_bytes() == bytes.fromhex(printed.replace(" ", ""))
+    assert store.layout.array("features", 0).read_bytes() == printed_bytes("Worked example")
     assert store.commit(0).arrays["features/c.0.0"].chunk_crc32c in FORMAT
+
+
+def test_the_worked_example_of_packed_codes_is_what_is_written(tmp_path: Path) -> None:
+    frames = [[-7.5, -0.5, 0.5, 7.5], [3.25, 2.25, -1.75, -3.75]]
+    assert str(frames) in FORMAT
+    calibration = Calibration(mean=np.zeros(4, np.float32), std=np.ones(4, np.float32))
+    options = {"dim": 4, "rows_per_shard": 2, "encoding": "int4", "calibration": calibration}
+    store = sealed(tmp_path / "store", {"a": np.array(frames, np.float32)}, **options)
+    assert store.layout.array("features", 0).read_bytes() == printed_bytes("Worked example of packed codes")
+    assert store.layout.array("scales", 0).read_bytes()[:4] == bytes.fromhex("003c0038")
+    assert read_store(store.path) == {"a": frames}
+    assert zarr.open_group(store.path, mode="r")["features"][...].tolist() == [[0x70, 0xF8], [0xCE, 0x04]]
 
 
 def test_the_seal_is_the_digest_over_the_records(tmp_path: Path) -> None:

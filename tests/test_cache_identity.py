@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cache_stores import calibrate, create, flip, make_again, make_features, sealed
 
-from cache import CacheError, FeatureStore, store_verify
+from cache import CacheError, FeatureReader, FeatureStore, store_verify
 from cache.errors import CorruptShardError, StoreMismatchError, StoreNotFoundError
 
 FEATURES = make_features([30] * 8)
@@ -116,3 +117,26 @@ def test_a_changed_fingerprint_is_noticed_on_opening(tmp_path: Path) -> None:
     (store.path / "zarr.json").write_text(text.replace('"tiny"', '"huge"'))
     with pytest.raises(CorruptShardError, match="does not match its own id"):
         FeatureStore.open(store.path)
+
+
+def test_an_encoding_of_a_later_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = sealed(tmp_path / "store", FEATURES, encoding="int4")
+    monkeypatch.setattr("cache.layout.Encoding", Literal["float16", "int8"])
+    with pytest.raises(StoreMismatchError, match="encoding: the store has 'int4', asked for 'one of float16, int8'"):
+        FeatureStore.open(store.path)
+
+
+def test_an_int4_store_is_half_an_int8_store_and_is_not_resumed_as_one(tmp_path: Path) -> None:
+    features = make_features([64] * 4, dim=1024)
+    sizes = {}
+    for encoding in ("float16", "int8", "int4"):
+        store = sealed(tmp_path / encoding, features, dim=1024, encoding=encoding)
+        sizes[encoding] = sum(
+            commit.arrays[name].size_bytes for commit in FeatureReader(store).commits.values() for name in commit.arrays
+        )
+    num_values = 4 * 64 * 1024
+    assert sizes["int4"] / num_values <= 0.52
+    assert sizes["int8"] / num_values > 1
+    calibration = FeatureStore.open(tmp_path / "int4").calibration
+    with pytest.raises(StoreMismatchError, match="encoding: the store has 'int4', asked for 'int8'"):
+        create(tmp_path / "int4", features, dim=1024, encoding="int8", calibration=calibration)

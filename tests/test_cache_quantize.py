@@ -1,4 +1,4 @@
-"""int8 features: what is lost is small and known. Run: pytest tests/test_cache_quantize.py"""
+"""Quantised features: what is lost is small and known. Run: pytest tests/test_cache_quantize.py"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
 from cache import Calibration, Moments, Quantized
-from cache.quantize import quantize
+from cache.quantize import CLIPS, pack, packed_bytes, quantize, unpack
 
 
 def outlier_features(count: int, seed: int = 0) -> np.ndarray:
@@ -93,3 +93,74 @@ def test_the_id_of_a_calibration_is_that_of_its_numbers() -> None:
 def test_a_useless_calibration_is_refused(mean: list[float], std: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Calibration(mean=np.array(mean, np.float32), std=np.array(std, np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.integers(2, 7), dim=st.integers(1, 40), seed=st.integers(0, 99))
+def test_packed_codes_are_one_stream_of_bits_and_come_back(bits: int, dim: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (3, dim)).astype(np.uint8)
+    packed = np.zeros((3, packed_bytes(dim, bits)), np.uint8)
+    pack(codes, packed, bits)
+    for row, numbers in zip(packed, codes, strict=True):
+        stream = int.from_bytes(row.tobytes(), "little")
+        assert stream == sum(int(code) << (bits * i) for i, code in enumerate(numbers))
+    found = np.full_like(codes, 255)
+    unpack(packed, found, bits)
+    np.testing.assert_array_equal(found, codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "at_least_db", "gain_db"),
+    [(2, 7.5, 7), (3, 11.6, 3), (4, 16.2, 1), (5, 21.5, 0.2), (6, 27, 0), (7, 33, 0)],
+)
+def test_every_bit_is_worth_four_decibels_and_few_bits_gain_by_clipping(
+    bits: int, at_least_db: float, gain_db: float
+) -> None:
+    moments = Moments(256)
+    moments.update(outlier_features(4000, seed=2))
+    calibration = moments.calibration()
+    features = outlier_features(1000)
+    codes, scales = quantize(features, calibration, bits)
+    assert codes.shape == (1000, packed_bytes(256, bits))
+    found = snr_per_dimension_db(features, Quantized(codes, scales, calibration, bits).dequantize())
+    assert found > at_least_db
+    zero = (2**bits - 1) / 2
+    normal = (features - calibration.mean) / calibration.std
+    step = np.abs(normal).max(axis=1, keepdims=True) / zero
+    ratios = scales[:, None] / step
+    assert np.abs(ratios - np.array(CLIPS)).min(axis=1).max() < 1e-3
+    unclipped = (np.rint(normal / step + zero).clip(0, 2 * zero) - zero) * step * calibration.std + calibration.mean
+    assert found > snr_per_dimension_db(features, unclipped) + gain_db - 0.01
+
+
+def test_no_frame_has_a_smaller_error_at_another_scale_that_is_tried() -> None:
+    calibration = Calibration(mean=np.zeros(64, np.float32), std=np.ones(64, np.float32))
+    features = np.random.default_rng(0).standard_t(3, (50, 64)).astype(np.float32)
+    restored = Quantized(*quantize(features, calibration, 4), calibration, 4).dequantize()
+    ours = np.square(restored - features).sum(axis=1)
+    peak = np.abs(features).max(axis=1, keepdims=True)
+    for clip in CLIPS:
+        step = (peak / 7.5 * clip).astype(np.float16).astype(np.float32)
+        other = (np.clip(np.rint(features / step + 7.5), 0, 15) - 7.5) * step
+        assert (ours <= np.square(other - features).sum(axis=1) * 1.001).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_extreme_frames_of_few_bits_stay_finite(bits: int) -> None:
+    calibration = Calibration(mean=np.array([3, 4], np.float32), std=np.array([1, 1e-3], np.float32))
+    features = np.array([[3, 4], [6e4, -6e4], [3 + 1e-7, 4]], np.float32)
+    restored = Quantized(*quantize(features, calibration, bits), calibration, bits).dequantize()
+    np.testing.assert_allclose(restored[[0, 2]], features[[0, 2]], atol=1e-6)
+    assert np.isfinite(restored).all()
+    assert quantize(np.zeros((0, 2), np.float32), calibration, bits)[0].shape == (0, packed_bytes(2, bits))
+
+
+def test_the_bytes_of_int8_are_those_of_before() -> None:
+    features = outlier_features(50)
+    calibration = Calibration(mean=features.mean(axis=0), std=features.std(axis=0))
+    normal = (features - calibration.mean) / calibration.std
+    scales = (np.abs(normal).max(axis=1) / 127).astype(np.float16)
+    codes = np.rint(normal / scales.astype(np.float32)[:, None]).clip(-127, 127).astype(np.int8)
+    found = quantize(features, calibration)
+    np.testing.assert_array_equal(found[0], codes)
+    np.testing.assert_array_equal(found[1], scales)

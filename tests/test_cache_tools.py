@@ -61,7 +61,7 @@ def test_diff_names_the_fields_that_differ(tmp_path: Path) -> None:
     assert store_diff(tmp_path / "a", tmp_path / "b")["fingerprint.encoder.layer"] == (3, 4)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4"])
 def test_parts_made_on_three_machines_merge_into_the_store_of_one(tmp_path: Path, encoding: str) -> None:
     whole = sealed(tmp_path / "whole", FEATURES, encoding=encoding)
     parts = [create(tmp_path / f"part{i}", FEATURES, encoding=encoding) for i in range(3)]
@@ -180,7 +180,7 @@ def test_a_damaged_shard_is_not_adopted(tmp_path: Path) -> None:
     assert store_verify(merged, deep=True) == []
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4"])
 def test_an_exported_subset_holds_the_same_bits(tmp_path: Path, encoding: str) -> None:
     source = sealed(tmp_path / "store", FEATURES, splits=SPLITS, encoding=encoding)
     reader = FeatureReader(source)

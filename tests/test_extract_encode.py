@@ -110,16 +110,17 @@ def test_a_batch_on_its_way_to_a_float16_store_is_narrow_on_the_device_already(e
         assert recording.features.dtype == dtype
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e7])
-def test_features_quantised_on_the_device_are_those_of_the_store_to_the_bit(scale):
+def test_features_quantised_on_the_device_are_those_of_the_store_to_the_bit(scale, bits):
     random = np.random.default_rng(0)
     features = (scale * random.standard_normal((500, 24)) * random.lognormal(0, 2, 24)).astype(np.float32)
     features[7] = 0
     calibration = Calibration(
         mean=features.mean(axis=0), std=features.std(axis=0) * random.choice([1, 40], 24).astype("f4")
     )
-    codes, scales = quantize(features, calibration)
-    ours = quantize_tensor(torch.from_numpy(features), torch.from_numpy(calibration.array))
+    codes, scales = quantize(features, calibration, bits)
+    ours = quantize_tensor(torch.from_numpy(features), torch.from_numpy(calibration.array), bits)
     assert np.array_equal(ours[0].numpy(), codes)
     assert np.array_equal(ours[1].numpy(), scales)
 

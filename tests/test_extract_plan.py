@@ -117,6 +117,8 @@ def test_forecast_says_sizes_time_and_whether_it_fits(recipe_file, tmp_path):
     assert found.utterances == 48
     assert found.bytes["float16"] == plan.num_shards * 1024 * 32 * 2
     assert found.bytes["int8"] == plan.num_shards * 1024 * (32 + 2)
+    assert found.bytes["int4"] == plan.num_shards * 1024 * (16 + 2)
+    assert found.bytes["int3"] == plan.num_shards * 1024 * (12 + 2)
     assert found.fits
     assert found.seconds > 0
     assert found.encoder_speed > 0

@@ -86,10 +86,15 @@ def test_rows_behind_an_end_are_zero_and_labels_behind_it_are_ignored(tmp_path, 
     assert batch["labels"][0, length - 1] == tokenizer.eos_token_id
 
 
-def test_int8_becomes_features_on_the_device_as_the_reader_would_decode_it(tmp_path, tokenizer):
-    batches = open_batches(tmp_path / "store", tokenizer, encoding="int8")
+@pytest.mark.parametrize(
+    ("encoding", "dtype", "width"), [("int8", torch.int8, 8), ("int4", torch.uint8, 4), ("int3", torch.uint8, 3)]
+)
+def test_codes_become_features_on_the_device_as_the_reader_would_decode_them(
+    tmp_path, tokenizer, encoding, dtype, width
+):
+    batches = open_batches(tmp_path / "store", tokenizer, encoding=encoding)
     batch = collate(batches.reader, batches.targets, [3, 4, 1])
-    assert batch["features"].dtype == torch.int8
+    assert (batch["features"].dtype, batch["features"].shape[2]) == (dtype, width)
     features = Dequantizer(batches.reader)(batch)
     for row, position, count in zip(features, [3, 4, 1], batch["num_frames"], strict=True):
         stored = batches.reader.read([position])[0]
@@ -109,7 +114,7 @@ def test_chosen_utterances_are_the_only_ones(tmp_path, tokenizer):
     assert {position for number in range(20) for position in batches.positions(number)} == set(chosen.tolist())
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4"])
 def test_jitter_drops_first_frames_and_nothing_else_the_same_way_each_time(tmp_path, tokenizer, encoding):
     plain = open_batches(tmp_path / "store", tokenizer, encoding)
     jittered = open_batches(tmp_path / "store", tokenizer, encoding, jitter_frames=4)

@@ -182,8 +182,9 @@ def test_missing_corpus_or_split_is_one_line(recipe_file, tmp_path):
         stage_one(recipe_file, tmp_path / "store", split="nope")
 
 
-def test_int8_store_trains_and_names_its_calibration(recipe_file, tmp_path):
-    stage_one(recipe_file, tmp_path / "store", "store.encoding=int8")
-    stage_two(recipe_file, tmp_path / "store", tmp_path / "run", "store.encoding=int8")
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_a_quantised_store_trains_and_names_its_calibration(recipe_file, tmp_path, encoding):
+    stage_one(recipe_file, tmp_path / "store", f"store.encoding={encoding}")
+    stage_two(recipe_file, tmp_path / "store", tmp_path / "run", f"store.encoding={encoding}")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["calibration_id"] == FeatureStore.open(tmp_path / "store").calibration.id

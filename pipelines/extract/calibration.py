@@ -1,4 +1,4 @@
-"""Measure the calibration of an int8 store: each feature's mean and standard deviation, before the first shard."""
+"""Measure the calibration of a quantised store: each feature's mean and standard deviation, before the first shard."""
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def calibrate(recipe: Recipe, corpus: Corpus, plan: Plan, encoder: LoadedEncoder
                 break
     if not moments.num_frames:
         raise CorpusError(
-            f"no utterance of {len(source_ids)} could be encoded, so int8 has nothing to be calibrated on. Check the "
+            f"no utterance of {len(source_ids)} could be encoded, so there is nothing to calibrate on. Check the "
             "corpus, or extract as float16 to find the reasons in the quarantine"
         )
     return moments.calibration()

@@ -1,7 +1,7 @@
 """Run batches of recordings through the frozen encoder, on a CPU or a GPU, and encode the features for the store.
 
-The device computes float16 and int8 too. One core with numpy narrows float32 at 4,000 times real time, which is slower
-than a GPU encodes; and only a half or a quarter of the bytes are copied back.
+The device computes float16 and codes too. One core with numpy narrows float32 at 4,000 times real time, which is slower
+than a GPU encodes; and only a half to an eleventh of the bytes are copied back.
 
 `open_batch_encoder` chooses the class. Both return at once from `encode`; calling what it returns waits for the result:
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import Calibration
-from cache.quantize import CODE_MAX
+from cache.quantize import CLIPS, CODE_MAX, pack, packed_bytes, zero_code
 from pipelines.encoders import LoadedEncoder
 from tinyaudio.model.audio import WINDOW_LENGTH, Samples, num_frames
 from tinyaudio.model.encoder import encode, encoder_inputs
@@ -53,7 +53,7 @@ class Inputs:
 class Encoded:
     """What the encoder computed from one recording."""
 
-    features: NDArray[Any]  # (T, D) float32 or float16, or int8 codes
+    features: NDArray[Any]  # (T, D) float32 or float16, or codes as `quantize_tensor` gives them
     scales: NDArray[np.float16] | None = None  # (T,) of codes
     is_finite: bool = True  # no feature was NaN or infinite; not checked for float32
     num_clamped: int = 0  # values beyond float16, which were clamped
@@ -214,8 +214,8 @@ def open_batch_encoder(
     """Wrap a loaded encoder for its device.
 
     Args:
-        encoding: of the store, "float16" or "int8"; or "float32", which leaves features as they are.
-        calibration: of an int8 store.
+        encoding: of the store; or "float32", which leaves features as they are.
+        calibration: of a quantised store.
     """
     kind = GpuBatchEncoder if encoder.model.device.type == "cuda" else CpuBatchEncoder
     return kind(encoder, encoding, calibration)
@@ -226,17 +226,17 @@ def encode_tensor(features: Tensor, encoding: str, calibration: Tensor | None) -
 
     Args:
         features: (..., T, D) float32.
-        encoding: "float32", "float16" or "int8". calibration: (2, D) float32, for int8.
+        encoding: "float32" or that of a store. calibration: (2, D) float32, if it is quantised.
 
     Returns:
-        features (..., T, D); scales (..., T) float16, of int8; is_finite (..., T) bool, of the given features;
+        features (..., T, D); scales (..., T) float16, of codes; is_finite (..., T) bool, of the given features;
         num_clamped (..., T) int32, values beyond float16.
     """
     if encoding == "float32":
         return {"features": features}
-    if encoding == "int8":
+    if encoding != "float16":
         assert calibration is not None
-        codes, scales = quantize_tensor(features, calibration)
+        codes, scales = quantize_tensor(features, calibration, int(encoding.removeprefix("int")))
         return {"features": codes, "scales": scales, "is_finite": features.isfinite().all(-1)}
     halves = features.half()
     largest = torch.finfo(torch.float16).max
@@ -247,18 +247,39 @@ def encode_tensor(features: Tensor, encoding: str, calibration: Tensor | None) -
     }
 
 
-def quantize_tensor(features: Tensor, calibration: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tensor(features: Tensor, calibration: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Compute the bits of `cache.quantize.quantize`, on the device of the features.
 
     Args:
         features: (..., T, D) float32. calibration: (2, D) float32, mean and standard deviation.
 
     Returns:
-        codes (..., T, D) int8 and scales (..., T) float16.
+        Codes (..., T, D) int8, or packed (..., T, bytes) uint8 below 8 bits; and scales (..., T) float16.
     """
     normal = (features - calibration[0]) / calibration[1]
     peak = normal.abs().amax(-1)
-    peak = peak / torch.full_like(peak, CODE_MAX)  # a GPU multiplies with the reciprocal of a number: other bits
-    scales = peak.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16)
-    codes = (normal / scales.float().unsqueeze(-1)).round().clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
-    return codes, scales
+    zero, top = zero_code(bits), 2**bits - 1
+    peak = peak / torch.full_like(
+        peak, zero or CODE_MAX
+    )  # a GPU multiplies with the reciprocal of a number: other bits
+    if bits == 8:
+        scales = _as_scales(peak)
+        return (normal / scales.float().unsqueeze(-1)).round().clamp(-CODE_MAX, CODE_MAX).to(torch.int8), scales
+    scales = torch.zeros_like(peak, dtype=torch.float16)
+    codes = torch.zeros_like(normal, dtype=torch.uint8)
+    least = torch.full_like(peak, torch.inf, dtype=torch.float64)
+    for clip in CLIPS:
+        tried = _as_scales(peak * clip)
+        steps = tried.float().unsqueeze(-1)
+        rounded = (normal / steps + zero).round().clamp(0, top)
+        error = ((rounded - zero) * steps - normal).square().sum(-1, dtype=torch.float64)
+        better = error < least
+        scales, least = torch.where(better, tried, scales), torch.where(better, error, least)
+        codes = torch.where(better.unsqueeze(-1), rounded.to(torch.uint8), codes)
+    packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(codes.shape[-1], bits)))
+    pack(codes, packed, bits)
+    return packed, scales
+
+
+def _as_scales(steps: Tensor) -> Tensor:
+    return steps.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16)

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import soundfile
@@ -19,6 +19,7 @@ from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from cache import FeatureStore
 from cache.errors import CacheError
+from cache.layout import bytes_per_row
 from pipelines.corpora import Corpus
 from pipelines.encoders import LoadedEncoder, pick_device
 from pipelines.extract.batching import cut_batches
@@ -28,10 +29,10 @@ from pipelines.extract.plan import Plan
 from pipelines.extract.report import faults_of_plan
 from pipelines.extract.shard_pipeline import memory_bound
 from pipelines.recipes import Recipe
+from pipelines.recipes.recipe import StoredEncoding
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, load_audio
 from tinyaudio.model.frozen import freeze, load_config, place
 
-FRAME_BYTES = {"float16": 2, "int8": 1}  # per feature; int8 adds a float16 scale per frame
 PROBE_UTTERANCES = 30
 PROBE_BATCH_S = 30.0  # of audio in one batch of the probe on a CPU; larger ones take long
 PROBE_LIMIT_S = 15.0  # stop the probe after the batch that ends later than this
@@ -118,8 +119,8 @@ def forecast(
     config = load_config(recipe.encoder.id, recipe.encoder.revision)
     frames = plan.accepted["num_frames"].to_numpy()
     hours = float((frames * HOP_LENGTH + (WINDOW_LENGTH - HOP_LENGTH)).sum()) / SAMPLING_RATE / 3600
-    bytes_per_row = {name: config.hidden_size * size + 2 * (name == "int8") for name, size in FRAME_BYTES.items()}
-    row_bytes, num_rows = bytes_per_row[recipe.store.encoding], plan.num_shards * plan.rows_per_shard
+    frame_bytes = {name: bytes_per_row(name, config.hidden_size) for name in get_args(StoredEncoding)}
+    row_bytes, num_rows = frame_bytes[recipe.store.encoding], plan.num_shards * plan.rows_per_shard
     rejected, audio_sizes = plan.rejected(), [corpus.audio_bytes(split) for split in plan.splits]
     audio_bytes = None if None in audio_sizes else sum(size or 0 for size in audio_sizes)
     num_bad = sum(faults_of_plan(rejected).values())
@@ -159,7 +160,7 @@ def forecast(
         shards=plan.num_shards,
         shards_done=len(done),
         encoding=recipe.store.encoding,
-        bytes={name: num_rows * size for name, size in bytes_per_row.items()},
+        bytes={name: num_rows * size for name, size in frame_bytes.items()},
         free_bytes=free_bytes,
         fits=free_bytes - rest_of_all * num_rows * row_bytes >= recipe.extract.disk_margin_gb * 1e9,
         audio_bytes=audio_bytes,

@@ -234,7 +234,7 @@ def given_calibration(recipe: Recipe) -> Calibration | None:
     calibration = FeatureStore.open(recipe.store.calibration).calibration
     if calibration is None:
         raise RunError(
-            f"store {recipe.store.calibration!r} is float16 and has no calibration. Set store.calibration to an int8 "
-            "store, or omit it to measure a new calibration"
+            f"store {recipe.store.calibration!r} is float16 and has no calibration. Set store.calibration to an int8, "
+            "int4 or int3 store, or omit it to measure a new calibration"
         )
     return calibration

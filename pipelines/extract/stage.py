@@ -145,7 +145,7 @@ def prepare(
     encoder = open_encoder(recipe.encoder, where, recipe.corpus.fetch_patience_s)
     with preparing(store_path):
         calibration = None
-        if recipe.store.encoding == "int8":
+        if recipe.store.encoding != "float16":
             calibration = given_calibration(recipe)
             if calibration is None:
                 with contextlib.suppress(CacheError):  # no store yet, or a damaged calibration: measure it

@@ -94,17 +94,20 @@ class DecoderSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
+StoredEncoding = Literal["float16", "int8", "int4", "int3"]
+
+
 class StoreSection(Section):
     """How features are stored."""
 
-    encoding: Literal["float16", "int8"] = "float16"
+    encoding: StoredEncoding = "float16"
     rows_per_shard: PositiveInt = 131_072
-    calibration: str | None = None  # an int8 store whose calibration is reused, so that the two can be merged
+    calibration: str | None = None  # a quantised store whose calibration is reused, so that the two can be merged
 
     @model_validator(mode="after")
     def _one_calibration(self) -> "StoreSection":
-        if self.calibration is not None and self.encoding != "int8":
-            raise ValueError(f"calibration is for encoding 'int8'; found encoding={self.encoding!r}")
+        if self.calibration is not None and self.encoding == "float16":
+            raise ValueError("calibration is for the encodings int8, int4 and int3; found encoding='float16'")
         return self
 
 

@@ -3,7 +3,7 @@
 `TrainingBatches[i]` is the i-th batch of the whole run, so resuming only needs a number. The store's order
 (`cache.order`) cuts batches by a budget of decoder positions (prompt, projected frames and target, padding included)
 from exact lengths, and keeps utterances together that are close on the disk. A thread reads and pads the next batches
-while the model computes. Features of an int8 store stay codes and scales until they are on the training device.
+while the model computes. Features of a quantised store stay codes and scales until they are on the training device.
 """
 
 import time
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cache import FeatureReader, FeatureStore
 from cache.order import NUM_STREAMS, WINDOW_BLOCKS, EpochOrder, epoch_order
+from cache.quantize import unpack, zero_code
 from pipelines.errors import RunError
 from pipelines.train.targets import Targets
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL
@@ -43,13 +44,13 @@ def collate(
         dropped: number of first frames to drop from each utterance; at least one frame stays.
 
     Returns:
-        features (B, T, D) float16, or int8 with scales (B, T) float16; num_frames (B,); labels (B, L), -100 after each
-        end; host_counts: num_frames and label lengths as numbers; utterance_ids, for messages.
+        features (B, T, D) float16, or codes as stored with scales (B, T) float16; num_frames (B,); labels (B, L), -100
+        after each end; host_counts: num_frames and label lengths as numbers; utterance_ids, for messages.
     """
     rows = reader.read_rows(positions)
     firsts = [min(drop, len(row.features) - 1) for drop, row in zip(dropped or [0] * len(rows), rows, strict=True)]
     counts = [len(row.features) - first for first, row in zip(firsts, rows, strict=True)]
-    features = np.zeros((len(rows), max(counts), reader.store.dim), rows[0].features.dtype)
+    features = np.zeros((len(rows), max(counts), rows[0].features.shape[1]), rows[0].features.dtype)
     labels, lengths = pad_labels(targets, positions)
     scales = None if rows[0].scales is None else np.zeros(features.shape[:2], np.float16)
     for i, row in enumerate(rows):
@@ -76,10 +77,10 @@ def pad_labels(targets: Targets, positions: Sequence[int]) -> tuple[Tensor, list
 
 
 class Dequantizer:
-    """Gives the features of a batch: int8 codes become float32 on the device they are on, float16 stays as it is."""
+    """Gives the features of a batch: codes become float32 on the device they are on, float16 stays as it is."""
 
     def __init__(self, reader: FeatureReader) -> None:
-        calibration = reader.calibration
+        calibration, self._bits = reader.calibration, reader.store.header.bits or 8
         self._mean_std = None if calibration is None else torch.from_numpy(calibration.array)  # (2, D)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
@@ -89,7 +90,11 @@ class Dequantizer:
             return features
         self._mean_std = self._mean_std.to(features.device)
         mean, std = self._mean_std
-        floats = features.float() * batch["scales"].float()[:, :, None] * std + mean
+        codes = features
+        if self._bits < 8:
+            codes = features.new_empty((*features.shape[:2], len(mean)))
+            unpack(features, codes, self._bits)
+        floats = (codes.float() - zero_code(self._bits)) * batch["scales"].float()[:, :, None] * std + mean
         frame_numbers = torch.arange(features.shape[1], device=features.device)
         return floats * (frame_numbers[None, :] < batch["num_frames"][:, None])[:, :, None]
 

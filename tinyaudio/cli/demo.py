@@ -18,7 +18,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the projector's weights and of the batch order.")] = 0,
     store: Annotated[Path, typer.Option("--store", help="Feature store.")] = Path("data/demo"),
     encoding: Annotated[
-        str, typer.Option("--encoding", help="float16 or int8; int8 needs a separate --store.")
+        str, typer.Option("--encoding", help="float16, int8, int4 or int3; each needs a separate --store.")
     ] = "float16",
     run: Annotated[
         str | None, typer.Option("--run", help="Name under runs/, or a folder.  [default: demo, or demo-seed<N>]")

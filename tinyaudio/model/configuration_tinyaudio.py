@@ -29,7 +29,7 @@ class TinyAudioConfig(PreTrainedConfig):
         window_s: longest recording decoded at once, seconds; longer ones are cut at pauses. Stage two sets it from
             the utterances that the projector was trained on.
         store_fingerprint: id of the feature store this projector was trained from; None: unknown.
-        calibration_id: id of the int8 calibration of that store; None for float stores.
+        calibration_id: id of the calibration of that store; None for float16 stores.
     """
 
     model_type = "tinyaudio"

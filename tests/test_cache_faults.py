@@ -145,9 +145,9 @@ def test_the_quick_check_finds_what_needs_no_full_read(
     assert {fault.shard for fault in store_verify(store)} == shards
 
 
-@pytest.mark.parametrize("byte", [0, 100, 64 * 8 - 1])
+@pytest.mark.parametrize("byte", [0, 100, -1])
 def test_a_reader_never_hands_out_a_damaged_chunk(store: FeatureStore, byte: int) -> None:
-    flip(store.layout.array("features", 2), byte)
+    flip(store.layout.array("features", 2), byte % store.header.chunk_bytes("features"))
     reader = FeatureReader(store)
     damaged = store.plan(2)["utterance_id"].to_pylist()
     for position, utterance_id in enumerate(reader.index["utterance_id"].to_pylist()):

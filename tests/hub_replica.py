@@ -33,7 +33,11 @@ from safetensors.numpy import load_file, save_file
 DEMO = Path(__file__).parents[1] / "pipelines" / "demo"
 ENCODER, DECODER = "facebook/hubert-large-ls960-ft", "HuggingFaceTB/SmolLM3-3B-Base"
 CORPUS = "speechbrain/LoquaciousSet"
-PINNED = {ENCODER: "ece5fabbf034c1073acae96d5401b25be96709d8", CORPUS: "2379d906037aa092052390308f6816fdc1a32273"}
+PINNED = {
+    ENCODER: "ece5fabbf034c1073acae96d5401b25be96709d8",
+    DECODER: "d78a42f79198603e614095753484a04c10c2b940",
+    CORPUS: "2379d906037aa092052390308f6816fdc1a32273",
+}
 ROWS_PER_GROUP = 20
 LARGE, CDN = (".parquet", ".safetensors"), "/cdn"  # files in large-file storage, and where that begins
 
@@ -397,7 +401,7 @@ def fill(hub: Hub, folder: Path, num_train: int = 120, num_other: int = 48) -> H
     """Serve the bundled models and corpus under the real names, at the commits that recipes pin."""
     encoder = hub.add("models", ENCODER, model_files(DEMO / "encoder"), PINNED[ENCODER])
     encoder.push({**encoder.files, "model.safetensors": other_weights(folder / "moved", encoder.files)})
-    hub.add("models", DECODER, model_files(DEMO / "decoder"))
+    hub.add("models", DECODER, model_files(DEMO / "decoder"), PINNED[DECODER])
     corpus = hub.add("datasets", CORPUS, loquacious_files(folder, num_train, num_other), PINNED[CORPUS])
     first = next(path for path in corpus.files if "train" in path)
     fewer = write_rows(folder / "moved" / "train.parquet", pq.read_table(corpus.files[first]).slice(1))

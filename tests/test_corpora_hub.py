@@ -1,6 +1,7 @@
 """Corpora on the hub, without one: what is fetched, tried again, waited for and blamed."""
 
 import io
+import pickle
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,3 +198,15 @@ def test_a_host_that_stops_talking_is_asked_again(near_hub, monkeypatch):
     hub.faults.append(Fault("resolve/", "slow", times=1, slow_s=1.0))
     assert len(corpus.scan("train")) == 8
     assert hub.faults[0].hits == 1
+
+
+def test_a_copy_for_another_process_knows_the_files_already(monkeypatch):
+    """Seven ranks with eight decoding workers each would list the data set 56 times."""
+    asked = []
+    monkeypatch.setattr(
+        "pipelines.corpora.parquet.resolve_dataset", lambda *_: asked.append(1) or {"train": ["hf://a/b@c/d.parquet"]}
+    )
+    corpus = HubCorpus(CorpusSection(name="some/set"))
+    copies = [pickle.loads(pickle.dumps(corpus)) for _ in range(3)]
+    assert [copy.files("train") for copy in copies] == [["hf://a/b@c/d.parquet"]] * 3
+    assert asked == [1]

@@ -77,6 +77,7 @@ class Session:
         return self._log[first + 1 : next((i for i in marks if i > first), len(self._log))]
 
 
+ABSENT = "0" * 40  # a commit that no repository has
 SHARD_ROWS = 1024  # 20 s: several shards of each file
 
 
@@ -131,6 +132,18 @@ def world(tmp_path_factory):
             "files": [*extract_it, "--split", "dev", "--store", "files", "--set", "corpus.fetch=files"],
             "gone": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.no_speech=0"],
             "unknown": ["extract", "--recipe", name, "--store", "other", "--set", "corpus.name=nobody/nothing"],
+            "unpinned": [
+                "extract",
+                "--recipe",
+                name,
+                "--store",
+                "other",
+                "--plan",
+                "--set",
+                f"corpus.revision={ABSENT}",
+            ],
+            "unpinned-encoder": [*extract_it, "--store", "other", "--set", f"encoder.revision={ABSENT}"],
+            "unpinned-decoder": [*train, "--run", "other", "--set", f"decoder.revision={ABSENT}"],
             "train": train,
             "eval": ["eval", "runs/run", "--corpus", "loquacious", "--split", "test", "--max-samples", "2", "--json"],
             "transcribe": ["transcribe", "--model", "runs/run", "--max-new-tokens", "5", "clip.wav"],
@@ -255,7 +268,8 @@ def test_pinned_commits_are_in_recipe_fingerprint_and_every_request(world):
     assert fingerprint["encoder"]["revision"] == PINNED[ENCODER]
     saved = load_recipe(str(folder / "store" / "recipe.toml"))
     assert (saved.corpus.revision, saved.encoder.revision) == (PINNED[CORPUS], PINNED[ENCODER])
-    asked = [request.path for name in session.codes if name != "branches" for request in session.requests(name)]
+    others = [name for name in session.codes if name != "branches" and not name.startswith("unpinned")]
+    asked = [request.path for name in others for request in session.requests(name)]
     for name, commit in PINNED.items():
         mine = [path for path in asked if name in path]
         assert mine
@@ -269,6 +283,18 @@ def test_a_finished_store_asks_the_hub_nothing(world):
     assert session.codes["again"] == "0"
     assert "nothing to do" in session.stderr["again"]
     assert session.requests("again") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"), [("unpinned", CORPUS), ("unpinned-encoder", ENCODER), ("unpinned-decoder", DECODER)]
+)
+def test_a_pinned_commit_that_is_not_there_is_one_line_with_how_to_override_it(world, name, repo):
+    _, _, session = world
+    assert session.codes[name] == "1"
+    assert "Traceback" not in session.stderr[name]
+    line = session.stderr[name].strip().splitlines()[-1]
+    assert f"{repo!r} has no revision {ABSENT!r} on the hub" in line
+    assert ".revision=main" in line
 
 
 @pytest.mark.parametrize("name", ["gone", "unknown"])
@@ -290,10 +316,9 @@ def test_training_scoring_and_transcribing_meet_the_same_hub(world):
 
 
 def test_a_model_keeps_the_decoder_it_was_trained_with(world):
-    """No recipe pins it, and the replica's `main` moves before the evaluation: no command may ask for `main` now."""
+    """The replica's `main` moves before the evaluation: no command may ask for `main` now."""
     _, hub, session = world
     decoder = hub.repos["models", DECODER]
-    assert any(DECODER in request.path and decoder.commit not in request.path for request in session.requests("train"))
     assert decoder.branches["main"] != decoder.commit
     asked = [r.path for name in ("eval", "transcribe") for r in session.requests(name) if DECODER in r.path]
     assert [path for path in asked if decoder.commit not in path] == []

@@ -1,6 +1,9 @@
 """The model: invariants 2 to 6 of the design, on tiny random parts of the real classes."""
 
 import json
+import logging
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForSpeechSeq2Seq,
     HubertConfig,
     HubertModel,
@@ -18,9 +23,9 @@ from transformers import (
 )
 
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.encoder import encode, encoder_inputs
+from tinyaudio.model.encoder import encode, encoder_inputs, load_encoder
 from tinyaudio.model.errors import MissingModelError, ModelError
-from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.frozen import place, weights_digest
 from tinyaudio.model.modeling_tinyaudio import TRAVELLING, TinyAudioForConditionalGeneration
 from tinyaudio.model.prompt import transcript_ids
 from tinyaudio.transcribe import Transcriber
@@ -365,3 +370,62 @@ def test_another_copy_of_a_part_does_not_inherit_the_originals_revision(checkpoi
 def test_dtype_that_torch_does_not_have_is_one_clear_line(checkpoint):
     with pytest.raises(ModelError, match=r"expected a dtype of float32, bfloat16 or float16, found 'fp16'"):
         TinyAudioForConditionalGeneration.from_pretrained(checkpoint, dtype="fp16")
+
+
+def test_placing_a_model_on_a_gpu_switches_cudnn_attention_off(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda is_on: calls.append(is_on))
+    monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: calls.append(device) or self)
+    module = torch.nn.Linear(2, 2)
+    assert place(module, "cpu") is module
+    assert place(module, torch.device("cuda", 1)) is module
+    assert calls == [torch.device("cpu"), False, torch.device("cuda", 1)]
+
+
+def test_models_are_moved_in_one_place():
+    root = Path(__file__).parents[1]
+    moved = re.compile(r"(model|encoder|decoder|loaded|module|\))\.(to\((self\.)?(device|where|pick_device)|cuda\()")
+    found = {
+        f"{path.relative_to(root)}: {line.strip()}"
+        for package in ("tinyaudio", "pipelines")
+        for path in (root / package).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if moved.search(line)
+    }
+    loss_head = "pipelines/bench/train.py: head = nn.Linear(LOSS_WIDTH, VOCABULARY, bias=False)"
+    rest = {line for line in found if not line.startswith(loss_head) and "torch.from_numpy" not in line}
+    assert rest == {"tinyaudio/model/frozen.py: return module.to(device)"}
+
+
+def test_generation_puts_its_options_into_the_configuration(model, batch, monkeypatch):
+    """transformers deprecates a generation_config beside options."""
+    seen = []
+    features, num_frames = model.encode(batch["input_values"], batch["attention_mask"])
+    monkeypatch.setattr(type(model.decoder), "generate", lambda self, **kwargs: seen.append(kwargs))
+    criteria = object()
+    model.generate(features=features, num_frames=num_frames, num_beams=3, max_new_tokens=7, stopping_criteria=criteria)
+    (kwargs,) = seen
+    assert kwargs.keys() == {"inputs_embeds", "attention_mask", "generation_config", "stopping_criteria"}
+    assert (kwargs["generation_config"].num_beams, kwargs["generation_config"].max_new_tokens) == (3, 7)
+    assert model.generation_config.num_beams == 4
+
+
+def test_a_ctc_head_that_the_encoder_does_not_use_is_not_reported(ctc_folder, caplog):
+    logger = logging.getLogger("transformers")
+    level, logger.propagate = logger.level, True
+    logger.setLevel(logging.WARNING)
+    try:
+        AutoModel.from_pretrained(ctc_folder)
+        assert "lm_head" in caplog.text, "transformers' own report"
+        caplog.clear()
+        load_encoder(str(ctc_folder))
+        assert caplog.text == ""
+        weights = load_file(ctc_folder / "model.safetensors")
+        other = ctc_folder.with_name("other-weights")
+        shutil.copytree(ctc_folder, other)
+        save_file({**weights, "surprise.weight": torch.zeros(2)}, other / "model.safetensors", {"format": "pt"})
+        load_encoder(str(other))
+        assert "surprise.weight" in caplog.text
+    finally:
+        logger.setLevel(level)
+        logger.propagate = False

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import extracted, logged, stage_two, tiny_recipe
 
 from cache import FeatureReader, FeatureStore
@@ -68,6 +69,63 @@ def test_loss_that_is_not_finite_stops_with_the_utterances(recipe_file, store, t
         assert all(torch.isfinite(w).all() for w in load_file(checkpoint / "model.safetensors").values())
 
 
+class CountReads(TorchDispatchMode):
+    """Count the values that are read from a device, each of which waits for all that is queued there."""
+
+    num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func._overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device(recipe_file, store, tmp_path, monkeypatch):
+    reads, compute = [], ProjectorTrainer.compute_loss
+
+    def counted(self, *args, **kwargs):
+        with CountReads() as mode:
+            loss = compute(self, *args, **kwargs)
+        reads.append(mode.num_reads)
+        return loss
+
+    monkeypatch.setattr(ProjectorTrainer, "compute_loss", counted)
+    stage_two(recipe_file, store, tmp_path / "run")
+    assert len(reads) >= 6
+    assert set(reads) == {0}
+
+
+def test_the_flag_of_a_loss_on_a_gpu_is_copied_in_the_background_and_waited_for_alone(monkeypatch):
+    """Fakes stand for CUDA: page-locked memory, and an event after the copy."""
+    calls = []
+
+    class Event:
+        def record(self, stream):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+    class Loss(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    empty = torch.empty
+
+    def pinned(*args, pin_memory=False, **kwargs):
+        calls.append(f"pinned={pin_memory}")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", pinned)
+    for value, is_finite in ((1.5, True), (float("nan"), False)):
+        calls.clear()
+        unchecked = trainer_module.UncheckedLoss(1, ["a"], torch.tensor(value).as_subclass(Loss))
+        assert calls == ["pinned=True", "record"]
+        assert unchecked.is_finite() is is_finite
+        assert calls[-1] == "synchronize"
+
+
 def test_only_the_first_process_speaks(recipe_file, store, whole, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     lines: list[str] = []
@@ -78,7 +136,10 @@ def test_only_the_first_process_speaks(recipe_file, store, whole, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.accumulate=1", r"train.accumulate is 1 with 3 processes; expected a multiple of 3"),
+        (
+            "train.accumulate=1",
+            r"train.accumulate is 1 with 3 processes; expected a multiple of 3.* Try train.accumulate=3",
+        ),
         ("train.report_to=['nobody']", r"names nobody, which is not installed"),
     ],
 )

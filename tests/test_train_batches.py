@@ -52,6 +52,19 @@ def test_an_epoch_brings_every_utterance_once_and_the_next_in_another_order(tmp_
     assert first != second
 
 
+def test_coverage_names_the_epochs_or_the_share_and_the_hours(tmp_path, tokenizer):
+    batches = open_batches(tmp_path / "store", tokenizer)
+    epoch = next(n for n in range(1, 60) if sum(len(batches.positions(i)) for i in range(n)) == len(LENGTHS))
+    epoch_h = sum(batches.reader.column("duration_s").to_pylist()) / 3600
+    twice = open_batches(tmp_path / "store", tokenizer, num_batches=2 * epoch).coverage(accumulate=2)
+    assert twice == (
+        f"{epoch} steps of 256 positions x 2 batches are about {2 * epoch_h:.1f} h of audio: 2.0 epochs of the "
+        f"{epoch_h:.1f} h in split 'train'"
+    )
+    part = open_batches(tmp_path / "store", tokenizer, num_batches=3).coverage(accumulate=1)
+    assert f": {300 / epoch:.0f} % of the " in part
+
+
 def test_another_seed_is_another_order(tmp_path, tokenizer):
     one = open_batches(tmp_path / "store", tokenizer)
     other = open_batches(tmp_path / "store", tokenizer, seed=1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipelines.bench.memory import measuring_peak
 from tinyaudio.model.loss import summed_cross_entropy
 
 
@@ -47,6 +48,23 @@ def test_a_step_whose_counts_are_known_asks_the_device_for_nothing(model, proces
     assert output.projected_rms.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         model(**far, num_items_in_batch=6)
+
+
+def test_the_first_step_makes_no_copy_of_the_embeddings(model, processor, noise):
+    """In float32 and squared they are 2.1 GB at SmolLM3's size."""
+    model.decoder.resize_token_embeddings(50_000)
+    features, num_frames = model.encode(**processor([noise(1.0)]))
+    embeddings = model.get_input_embeddings().weight
+    labels = torch.tensor([[5, 6, 0]])
+    with measuring_peak(torch.device("cpu")) as peak:
+        output = model(features=features, num_frames=num_frames, labels=labels, host_counts=(num_frames.tolist(), [3]))
+        first = peak.size_bytes
+    with measuring_peak(torch.device("cpu")) as peak:
+        model(features=features, num_frames=num_frames, labels=labels, host_counts=(num_frames.tolist(), [3]))
+    assert first < peak.size_bytes + embeddings.nbytes / 8
+    projected, _ = model.project(features, num_frames)
+    expected = projected.float().square().mean().sqrt() / embeddings.float().square().mean().sqrt()
+    assert output.projected_rms.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_head_that_is_not_linear_works_too():

@@ -17,6 +17,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipelines.errors import CorpusError, FetchError, one_line
 from pipelines.retry import ShortAnswerError, retry_hub
+from tinyaudio.model.errors import is_missing_revision
 
 TIMEOUT_S = 30.0  # without a single byte
 
@@ -142,6 +143,11 @@ def resolve_dataset(name: str, config: str | None, revision: str | None, timeout
     except FetchError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
+        if is_missing_revision(error):
+            raise CorpusError(
+                f"data set {name!r} has no revision {revision!r} on the hub. Name another commit or a branch, such as "
+                "--set corpus.revision=main"
+            ) from error
         cure = "Check the name, the network and HF_TOKEN, or set corpus.path to a local copy"
         if _is_refused(error):
             cure = f"Accept its terms at https://huggingface.co/datasets/{name} and set HF_TOKEN"

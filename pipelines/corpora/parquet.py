@@ -259,6 +259,10 @@ class HubCorpus(ParquetCorpus):
     def _data_files(self) -> Mapping[str, list[str]]:
         return resolve_dataset(self.name, self.config, self.revision, self.timeout_s)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Resolve the data set before a copy goes to another process, so that decoding workers need not ask the hub."""
+        return {**self.__dict__, "_data_files": self._data_files}
+
     def files(self, split: str) -> list[str]:
         if split not in self._data_files:
             raise CorpusError(f"no split {split!r} in {self.name!r}; found {', '.join(self._data_files)}")

@@ -154,6 +154,20 @@ class TrainingBatches(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.num_batches
 
+    def coverage(self, accumulate: int) -> str:
+        """Describe how much audio all batches are, and which share of the chosen utterances that is.
+
+        Args:
+            accumulate: batches in one step.
+        """
+        epochs, epoch_h = self.num_batches / self._length(0), float(self._durations[self.chosen].sum()) / 3600
+        share = f"{epochs:.1f} epochs" if epochs >= 1 else f"{100 * epochs:.0f} %"
+        size = f"{self.budget:,} positions" + ("" if accumulate == 1 else f" x {accumulate} batches")
+        return (
+            f"{self.num_batches // accumulate:,} steps of {size} are about {epochs * epoch_h:,.1f} h of audio: {share} "
+            f"of the {epoch_h:,.1f} h in split {self.reader.split!r}"
+        )
+
     def progress(self) -> dict[str, Any]:
         """Return what a resumed run needs: the number of batches of each epoch so far, and of utterances."""
         return {"batches_per_epoch": list(self._lengths), "utterances_in_split": len(self.reader)}

@@ -153,6 +153,8 @@ def train(
         world_size=num_processes(),
         is_pinned=torch_device.type == "cuda",
     )
+    if not is_dev_run:
+        say(batches.coverage(settings.accumulate))
     dev = DevSet.open(recipe, store, processor, say)
     if dev is not None and is_dev_run:
         dev = dev.largest_batch()

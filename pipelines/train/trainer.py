@@ -42,7 +42,7 @@ class ProjectorTrainer(Trainer):
         self.meter = Meter(self.args.device)
         self.projected_rms: Tensor | None = None
         self._dequantize = Dequantizer(batches.reader)
-        self._unchecked: list[_UncheckedLoss] = []
+        self._unchecked: list[UncheckedLoss] = []
         self._newest: tuple[int, list[str]] = (0, [])  # the current step and the utterances of its batches so far
 
     def get_train_dataloader(self) -> Any:
@@ -62,7 +62,7 @@ class ProjectorTrainer(Trainer):
         )
         step, utterance_ids = self.state.global_step + 1, inputs["utterance_ids"]
         self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
-        self._unchecked.append(_UncheckedLoss(step, utterance_ids, output.loss.detach()))
+        self._unchecked.append(UncheckedLoss(step, utterance_ids, output.loss.detach()))
         self.check_finite(keep=1)  # one batch late: by then a GPU has copied the flag, and nothing waits for it
         self.projected_rms = output.projected_rms
         self.meter.add(
@@ -159,7 +159,7 @@ class ProjectorTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
 
-class _UncheckedLoss:
+class UncheckedLoss:
     """The loss of one batch, whose check does not wait for the batches after it.
 
     Reading a tensor of a GPU waits until the GPU has done all that is queued. So a flag, whether the loss is finite, is
@@ -264,7 +264,9 @@ def check_settings(recipe: Recipe) -> None:
     if accumulate % processes:
         raise RunError(
             f"train.accumulate is {accumulate} with {processes} processes; expected a multiple of {processes}, "
-            "since the batches of a step are divided among the processes"
+            f"since the batches of a step are divided among the processes. Try train.accumulate={processes}, which "
+            f"makes a step {processes} batches large, and train.steps={max(1, recipe.train.steps // processes)} for "
+            "the same amount of audio"
         )
     available = {"tensorboard", *get_available_reporting_integrations()}
     if missing := [name for name in recipe.train.report_to if name not in available]:

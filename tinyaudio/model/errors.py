@@ -25,6 +25,15 @@ class MissingModelError(ModelError, FileNotFoundError):
     """There is no model where one was named or expected."""
 
 
+def is_missing_revision(error: BaseException | None) -> bool:
+    """Return whether the cause of an error is a revision that a repository of the hub does not have."""
+    while error is not None:
+        if type(error).__name__ == "RevisionNotFoundError":  # huggingface_hub's, which takes half a second to import
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def one_line(error: BaseException) -> str:
     """Return an exception's message on one line, cut to `MAX_REASON_LENGTH`; its type's name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .errors import MissingModelError, ModelError, one_line
+from .errors import MissingModelError, ModelError, is_missing_revision, one_line
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -45,6 +45,11 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
     try:
         return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
     except OSError as error:
+        if revision and is_missing_revision(error):
+            raise MissingModelError(
+                f"{model_id!r} has no revision {revision!r} on the hub. Name another commit or a branch: in a recipe "
+                "that is encoder.revision or decoder.revision, such as --set decoder.revision=main"
+            ) from error
         at = f" at revision {revision!r}" if revision else ""
         raise MissingModelError(
             f"{model_id!r}{at} cannot be loaded ({one_line(error)}). Check the id and the network, or name a local copy"

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -482,3 +483,31 @@ def test_the_answers_are_json_that_names_no_model_folder(server, three):
     text = server.post(three, response_format="verbose_json").text
     assert "warnings" in json.loads(text)
     assert "source" not in json.loads(text)
+
+
+# --------------------------------------------------------------------------------------------------- a trained model
+
+
+@pytest.mark.slow
+def test_the_demos_test_set_gets_the_command_lines_texts_from_the_official_client():
+    """On the demo's trained run, $TINYAUDIO_TRAINED or runs/demo, by eight clients at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import pyarrow.parquet
+
+    root = Path(__file__).parent.parent
+    run = Path(os.environ.get("TINYAUDIO_TRAINED", root / "runs" / "demo"))
+    if not (run / "config.json").is_file():
+        pytest.skip(f"needs a trained run, and {str(run)!r} holds none; `make demo` makes it")
+    (path,) = (root / "pipelines/demo/corpus").glob("test-0*.parquet")
+    files = [row["wav"]["bytes"] for row in pyarrow.parquet.read_table(path).to_pylist()]
+    transcriber = Transcriber.load(run, device="cpu")
+    expected = [transcript.text for transcript in transcriber.transcribe(files)]
+    with running(transcriber) as server, ThreadPoolExecutor(8) as clients:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0)
+
+        def text(file):
+            return client.audio.transcriptions.create(file=("talk", file), model="whisper-1").text
+
+        assert list(clients.map(text, files)) == expected
+    print(f"{len(files)} utterances, every text equal")

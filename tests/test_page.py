@@ -12,7 +12,7 @@ import soundfile
 from servers import running
 
 from tinyaudio.model.errors import TinyAudioError
-from tinyaudio.page import build_page, follow_recording, mount_page
+from tinyaudio.page import _uploads_only, build_page, follow_recording, mount_page
 from tinyaudio.request_queue import RequestQueue
 from tinyaudio.transcribe import Transcriber
 
@@ -188,6 +188,23 @@ def test_page_opens_no_link_and_no_file_of_the_server(server, path):
         assert "event: error" in events.text
     assert server.client.get(f"/gradio_api/file={path}").status_code in (403, 404)
     assert server.queue.num_requests == 0
+
+
+def test_a_link_is_refused_before_anything_is_fetched(tmp_path):
+    import asyncio
+
+    taken = []
+
+    async def move(path):
+        taken.append(path)
+
+    only = _uploads_only(move, tmp_path / "uploads", [tmp_path / "example.wav"])
+    for path in ("https://example.org/a.wav", "/etc/hostname", tmp_path / "uploads/../secret.wav"):
+        with pytest.raises(ValueError, match="uploaded recording"):
+            asyncio.run(only(path))
+    asyncio.run(only(str(tmp_path / "uploads/a.wav")))
+    asyncio.run(only(tmp_path / "example.wav"))
+    assert len(taken) == 2
 
 
 @pytest.fixture

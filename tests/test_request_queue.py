@@ -81,7 +81,7 @@ def test_an_unreadable_file_is_a_transcript_with_its_error(transcriber, started,
     assert "does not exist" in finish(*submit(queue, tmp_path / "nowhere.wav")).error
 
 
-def slow_queue(model, processor, started, batches, **settings):
+def slow_queue(model, processor, started, batches, batch_size=2, **settings):
     """A queue whose batches take 20 ms, and note the numbers of their requests."""
     _, recognizer = scripted(model, processor, lambda *_: ("the cat", True))
     model.config.window_s = 4.0
@@ -95,21 +95,21 @@ def slow_queue(model, processor, started, batches, **settings):
         return decode(pieces, options)
 
     recognizer.decode = slow
-    return started(transcriber, Options(batch_size=2), **settings)
+    return started(transcriber, Options(batch_size=batch_size), **settings)
 
 
 def test_a_sentence_does_not_wait_for_an_hour(model, processor, started, spoken):
     batches = []
-    queue = slow_queue(model, processor, started, batches)
+    queue = slow_queue(model, processor, started, batches, batch_size=1)
     talk = np.concatenate([part for samples, _ in spoken[:5] for part in (samples, np.zeros(12_000, np.float32))])
-    long = submit(queue, np.tile(talk, 40))
+    long = submit(queue, np.tile(talk, 20))
     while len(batches) < 5:
         time.sleep(0.01)
     begun = len(batches)
     finish(*submit(queue, spoken[0][0]))
     (served,) = [number for number, batch in enumerate(batches) if 1 in batch]
-    assert served - begun < 12, "a batch or two, and those decoded while the sentence was read; the hour has 100"
-    assert len(finish(*long).segments) == 200
+    assert served - begun < 12, "a batch or two, and those decoded while the sentence was read; the long one has 100"
+    assert len(finish(*long).segments) == 100
 
 
 def test_requests_are_served_first_come_first_served(model, processor, started, spoken):

@@ -41,9 +41,29 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
+def require_bfloat16(device: torch.device, setting: str, cure: str) -> None:
+    """Check that a GPU computes in bfloat16; torch would emulate it, several times slower than float32.
+
+    Args:
+        setting: what asks for it. cure: what to set instead.
+
+    Raises:
+        RunError: it does not, as GPUs before Ampere.
+    """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise RunError(f"{setting} asks for bfloat16, which {name} does not compute. Try --set {cure}")
+
+
 def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float = OPENING_TIMEOUT_S) -> LoadedEncoder:
-    """Load the encoder of a recipe; errors as `load_encoder`, or FetchError if the hub cannot be reached."""
+    """Load the encoder of a recipe.
+
+    Raises:
+        As `load_encoder` and `require_bfloat16`; FetchError: the hub cannot be reached.
+    """
     what = f"encoder {section.id!r}"
+    if section.precision == "bfloat16":  # of a GPU; a CPU computes float32
+        require_bfloat16(device, "encoder.precision", "encoder.precision=float32")
     model = retry_hub(lambda: load_encoder(section.id, section.revision), what, timeout_s)
     extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, timeout_s)
     precision = section.precision if device.type == "cuda" else "float32"

@@ -126,6 +126,17 @@ def test_the_flag_of_a_loss_on_a_gpu_is_copied_in_the_background_and_waited_for_
         assert calls[-1] == "synchronize"
 
 
+@pytest.mark.parametrize("setting", ["train.bf16", "decoder.dtype"])
+def test_bfloat16_on_a_gpu_without_it_is_one_line(recipe_file, store, tmp_path, monkeypatch, setting):
+    value = {"train.bf16": "true", "decoder.dtype": "bfloat16"}
+    recipe = load_recipe(str(recipe_file), ["train.bf16=false", f"{setting}={value[setting]}"])
+    monkeypatch.setattr(train_module, "pick_device", lambda _: torch.device("cuda"))
+    for name, answer in (("set_device", None), ("is_bf16_supported", False), ("get_device_name", "Tesla T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    with pytest.raises(RunError, match=rf"{setting} asks for bfloat16, which Tesla T4 does not compute. Try --set "):
+        train(recipe, store, Run(tmp_path / "run"))
+
+
 def test_only_the_first_process_speaks(recipe_file, store, whole, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     lines: list[str] = []

@@ -6,17 +6,27 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from scripted_decoder import is_retry, scripted
+from transformers import GenerationConfig, SmolLM3Config, SmolLM3ForCausalLM
 
 from tinyaudio.model import audio, recognize
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
 from tinyaudio.model.guard import EVENTS
-from tinyaudio.model.recognize import Options, Recognizer, batches_by_length
+from tinyaudio.model.recognize import (
+    GPU_MAX_BATCH_S,
+    Options,
+    Recognizer,
+    batches_by_length,
+    cache_bytes,
+    default_batch_size,
+)
 from tinyaudio.model.segments import Piece
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
@@ -246,6 +256,46 @@ def test_batches_hold_pieces_of_like_length():
     assert [[len(p.samples) for p in batch] for batch in batches_by_length(pieces, 2)] == [[1, 2], [3, 4], [5]]
     long = [Piece(samples=np.zeros(16_000 * 30), start_s=0, end_s=30, advance_s=30) for _ in range(20)]
     assert max(len(batch) for batch in batches_by_length(long, 64)) == 16
+    assert max(len(batch) for batch in batches_by_length(long, 64, GPU_MAX_BATCH_S)) == 20
+
+
+def smollm3_on(free_gb, monkeypatch, **options):
+    """The batch size for the real shapes on a GPU with so much free memory; on the meta device, so without memory."""
+    with torch.device("meta"):
+        decoder = SmolLM3ForCausalLM(SmolLM3Config()).bfloat16()
+    config = TinyAudioConfig(prompt_prefix_ids=[1, 2, 3], prompt_suffix_ids=[4, 5, 6], window_s=30.0)
+    generation = GenerationConfig(num_beams=4, max_new_tokens=200)
+    model = SimpleNamespace(
+        device=torch.device("cuda"),
+        config=config,
+        decoder=decoder,
+        generation_config=generation,
+        get_input_embeddings=decoder.get_input_embeddings,
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), 0))
+    return default_batch_size(model, Options(**options)), cache_bytes(model, Options(**options))
+
+
+def test_default_batch_follows_the_free_memory_of_a_gpu(monkeypatch):
+    sizes = {gb: smollm3_on(gb, monkeypatch)[0] for gb in (130, 32, 16, 8, 4)}
+    assert sizes == {130: 64, 32: 64, 16: 32, 8: 16, 4: 8}
+    positions = 6 + 300 + 200  # of 1,499 frames, of which 5 are joined
+    assert smollm3_on(32, monkeypatch)[1] == 2 * 36 * 4 * 128 * 2 * positions * 4
+    assert smollm3_on(32, monkeypatch, num_beams=8)[1] == 2 * smollm3_on(32, monkeypatch, num_beams=1)[1]
+
+
+def test_default_batch_of_a_cpu_is_small(transcriber):
+    assert default_batch_size(transcriber.model, Options()) == 8
+
+
+def test_a_large_batch_is_encoded_in_parts_and_gives_the_same_text(transcriber, spoken, monkeypatch):
+    sources = [samples for samples, _ in spoken]
+    expected = [t.text for t in transcriber.transcribe(sources, batch_size=8, **FEW)]
+    calls, encode = [], type(transcriber.model).encode
+    monkeypatch.setattr(type(transcriber.model), "encode", lambda *a: calls.append(len(a[1])) or encode(*a))
+    monkeypatch.setattr("tinyaudio.model.recognize.ENCODER_BATCH_S", 6.0)
+    assert [t.text for t in transcriber.transcribe(sources, batch_size=8, **FEW)] == expected
+    assert len(calls) > 1
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_beams", "max_new_tokens", "window_s"])
@@ -295,6 +345,7 @@ MEMORY_SCRIPT = """
 import re, sys
 import numpy as np, pyarrow.parquet, torch
 from pathlib import Path
+from types import SimpleNamespace
 from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig

@@ -20,7 +20,7 @@ from tinyaudio.model.audio import SAMPLING_RATE, describe
 from tinyaudio.model.encoder import give_back_free_memory
 from tinyaudio.model.errors import AudioError, TinyAudioError
 from tinyaudio.model.reader import End, Input, read_events
-from tinyaudio.model.recognize import BATCHES_AHEAD, OpenInput, Options, batches_by_length
+from tinyaudio.model.recognize import BATCH_SIZE, BATCHES_AHEAD, OpenInput, Options, batches_by_length
 from tinyaudio.model.segments import Piece
 from tinyaudio.model.transcript import Segment, Transcript
 
@@ -136,7 +136,8 @@ class RequestQueue:
         self.failure: Exception | None = None
         self.num_requests = 0
         self._load = load
-        self._max_pieces = BATCHES_AHEAD * self.options.batch_size  # read ahead; a request may always have one
+        self._batch_size = self.options.batch_size or BATCH_SIZE
+        self._max_pieces = BATCHES_AHEAD * self._batch_size  # read ahead; a request may always have one
         self._changed = threading.Condition()
         self._numbers = itertools.count()
         self._waiting: deque[Ticket] = deque()  # to be decoded; the one served longest ago first
@@ -305,7 +306,7 @@ class RequestQueue:
         pieces = list(itertools.islice((piece for lap in in_turn for piece in lap if piece), self._max_pieces))
         if not pieces:
             return []
-        batches = batches_by_length(pieces, self.options.batch_size)
+        batches = batches_by_length(pieces, self._batch_size)
         (batch,) = (batch for batch in batches if any(piece is pieces[0] for piece in batch))
         tickets = {ticket.number: ticket for ticket in self._waiting}
         taken = [(tickets[piece.input], piece) for piece in batch]

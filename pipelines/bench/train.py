@@ -65,10 +65,17 @@ class Contestant:
     total_bytes: int | None = None  # with the weights that it needs, and the optimizer's state
 
 
-def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = TURNS) -> dict[str, Any]:
+def bench_train(
+    *,
+    full_size: bool = False,
+    device: str = "auto",
+    turns: int = TURNS,
+    on_race: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Measure training steps.
 
     Args:
+        on_race: called with `contestants` before anything else is measured, so that a later failure does not lose them.
         full_size: HuBERT-large and SmolLM3-3B shapes at random weights; requires a GPU.
         turns: of a few steps for each contestant.
 
@@ -87,6 +94,7 @@ def bench_train(*, full_size: bool = False, device: str = "auto", turns: int = T
         parts = build_parts(Path(folder), full_size=full_size, device=where)
         step, found = Step(parts), contestants(parts)
         by_name, ours = compete(found, step, turns), found[0]
+        on_race(by_name)
         loader_share = _loader_share(ours, step, parts)
         batch = ours.next_batch()
         with CountFlops() as counter:

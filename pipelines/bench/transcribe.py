@@ -31,6 +31,8 @@ from tinyaudio.model.pipeline_tinyaudio import TinyAudioPipeline
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
+NUM_UTTERANCES, MEAN_DURATION_S = 64, 1.85  # of the bundled test split
+GPU_SLOW_SHARE = 0.1  # of the recordings, one by one on a GPU: 64 of them at 28 tokens of 25 ms take 45 s a round
 PARTS = ("decode", "encoder", "prefill", "generation")
 # HuBERT-large in float32 (1.26 GB), SmolLM3-3B in bfloat16 (6.15 GB), projector, activations and Python.
 FULL_SIZE_BYTES = 9_500_000_000
@@ -42,8 +44,14 @@ NOTES = {
 }
 
 
-def bench_transcribe(*, full_size: bool = False, device: str = "auto") -> dict[str, Any]:
+def bench_transcribe(
+    *, full_size: bool = False, audio_s: float | None = None, rounds: int | None = None, device: str = "auto"
+) -> dict[str, Any]:
     """Measure the default model ($TINYAUDIO_MODEL, else runs/latest), or the real sizes at random weights.
+
+    Args:
+        audio_s: seconds of audio, rounded to whole recordings; None: 64 recordings, at full size on a CPU 2.
+        rounds: of each way; None: 3, at full size on a CPU 1.
 
     Returns:
         `model`, `utterances`, `audio_s`: what was transcribed. `rtfx`: of batched transcription, greedy.
@@ -57,11 +65,14 @@ def bench_transcribe(*, full_size: bool = False, device: str = "auto") -> dict[s
         ModelError: an unknown device, or too little memory for the full size.
         MissingModelError: no model.
     """
-    return measure_full_size(device) if full_size else measure(default_model(), device)
+    if full_size:
+        return measure_full_size(device, audio_s, rounds)
+    count = NUM_UTTERANCES if audio_s is None else max(1, round(audio_s / MEAN_DURATION_S))
+    return measure(default_model(), device, num_utterances=count, repeats=rounds or 3)
 
 
 def measure(
-    model: str, device: str, num_utterances: int = 64, batch_size: int = 16, repeats: int = 3
+    model: str, device: str, num_utterances: int = NUM_UTTERANCES, batch_size: int = 16, repeats: int = 3
 ) -> dict[str, Any]:
     """Measure a model on the bundled test split, at 1 and 4 beams.
 
@@ -75,7 +86,7 @@ def measure(
     return {"model": model, **result, "peak_rss_bytes": peak.size_bytes}
 
 
-def measure_full_size(device: str) -> dict[str, Any]:
+def measure_full_size(device: str, audio_s: float | None = None, rounds: int | None = None) -> dict[str, Any]:
     """Measure the shapes of HuBERT-large and SmolLM3-3B at random weights; a CPU gets very little to do.
 
     Raises:
@@ -96,6 +107,7 @@ def measure_full_size(device: str) -> dict[str, Any]:
         rows = _bundled(200)
         speech = np.concatenate([load_audio(row["wav"]["bytes"]) for row in rows])
         count, duration_s = (64, 8.0) if is_gpu else (2, 2.0)
+        count = count if audio_s is None else max(1, round(audio_s / duration_s))
         recordings = []
         for samples in np.resize(speech, (count, int(duration_s * SAMPLING_RATE))):
             file = io.BytesIO()
@@ -107,9 +119,9 @@ def measure_full_size(device: str) -> dict[str, Any]:
         result = _compare(
             Transcriber(model, processor),
             recordings,
-            batch_size=16 if is_gpu else 2,
+            batch_size=64 if is_gpu else 2,
             beams=(1, 4) if is_gpu else (1,),
-            repeats=3 if is_gpu else 1,
+            repeats=rounds or (3 if is_gpu else 1),
             generate={"logits_processor": script},
             max_new_tokens=num_tokens,
         )
@@ -170,8 +182,12 @@ def _compare(
     decode_s = seconds(lambda: [load_audio(data) for data in recordings])
     audio_s = sum(len(load_audio(data)) for data in recordings) / SAMPLING_RATE
 
+    # One by one is slow: on a GPU it gets a tenth of the recordings, and its speed is compared.
+    few = recordings[: max(2, int(GPU_SLOW_SHARE * len(recordings)))] if device.type == "cuda" else recordings
+    few_s = sum(len(load_audio(data)) for data in few) / SAMPLING_RATE
+
     def single(num_beams: int) -> list[str]:
-        return [asr(data, num_beams=num_beams, **options, **generate)["text"] for data in recordings]
+        return [asr(data, num_beams=num_beams, **options, **generate)["text"] for data in few]
 
     def batched(num_beams: int) -> list[str]:
         settings = {**options, "num_beams": num_beams, "batch_size": batch_size, "generate": generate}
@@ -189,8 +205,9 @@ def _compare(
             "batched": partial(timed, batched, num_beams, texts),
         }
         times = race(ways, repeats)
-        same_text = same_text and all(text == texts[0] for text in texts)
-        speeds = {way: audio_s / statistics.median(took) for way, took in times.items()}
+        same_text = same_text and all(text[: len(few)] == texts[0][: len(few)] for text in texts)
+        heard_s = {"single": few_s, "batched": audio_s}
+        speeds = {way: heard_s[way] / statistics.median(took) for way, took in times.items()}
         with _timed(transcriber.model) as spent:
             batched(num_beams)
         spent["decode"] = decode_s  # measured apart, since its thread runs beside the model

@@ -14,7 +14,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from cache import FeatureStore
-from pipelines.encoders import check_encoder, pick_device
+from pipelines.encoders import check_encoder, pick_device, require_bfloat16
 from pipelines.errors import RunError
 from pipelines.processes import is_main_process, local_rank, num_processes
 from pipelines.recipes import Recipe
@@ -111,6 +111,10 @@ def train(
         torch_device = torch.device("cuda", local_rank())
         torch.cuda.set_device(torch_device)
     check_settings(recipe)
+    if settings.bf16:
+        require_bfloat16(torch_device, "train.bf16", "train.bf16=false")
+    if recipe.decoder.dtype == "bfloat16":
+        require_bfloat16(torch_device, "decoder.dtype", "decoder.dtype=float32")
     store = FeatureStore.open(store_path)
     check_encoder(recipe.encoder, store.fingerprint, store_path)
     if pending := store.pending_shards():

@@ -98,6 +98,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting pools on shared cores run several times slower
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        # Batches differ in shape; without this the fragments between them are lost to a GPU's allocator.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -15,6 +15,14 @@ FullSizeOption = Annotated[
     bool, typer.Option("--full-size", help="HuBERT-large and SmolLM3-3B shapes with random weights.")
 ]
 
+AudioOption = Annotated[
+    float | None,
+    typer.Option("--audio-s", min=1, help="Seconds of audio in a round.  [default: minutes of work]"),
+]
+RoundsOption = Annotated[
+    int | None, typer.Option("--rounds", min=1, help="Rounds, of which medians are taken.  [default: 1 to 5]")
+]
+
 bench = typer.Typer(help="Measure speed and memory. Ratios come from one run, side by side.", no_args_is_help=True)
 
 
@@ -73,21 +81,37 @@ def store(
 
 
 @bench.command("extract")
-def extract(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
-    """Stage one: the encoder over a corpus, against plain loops."""
-    _bench("extract", json, full_size=full_size, device=device)
+def extract(
+    full_size: FullSizeOption = False,
+    audio_s: AudioOption = None,
+    rounds: RoundsOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Stage one: the encoder over a corpus, against plain loops; and the host's part without an encoder."""
+    _bench("extract", json, full_size=full_size, audio_s=audio_s, rounds=rounds, device=device)
 
 
 @bench.command("train")
 def train(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
     """Stage two: a step from the store, against the encoder in the loop and a plain loop."""
-    _bench("train", json, full_size=full_size, device=device)
+
+    def print_race(by_name: dict[str, Any]) -> None:
+        print(format_results({"contestants": by_name}, {}), flush=True)
+
+    _bench("train", json, full_size=full_size, device=device, on_race=print_race)
 
 
 @bench.command("transcribe")
-def transcribe(full_size: FullSizeOption = False, device: DeviceOption = "auto", json: JsonOption = False) -> None:
+def transcribe(
+    full_size: FullSizeOption = False,
+    audio_s: AudioOption = None,
+    rounds: RoundsOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
     """Inference: speed over real time and memory, against plain `pipeline()`."""
-    _bench("transcribe", json, full_size=full_size, device=device)
+    _bench("transcribe", json, full_size=full_size, audio_s=audio_s, rounds=rounds, device=device)
 
 
 @bench.command("serve")

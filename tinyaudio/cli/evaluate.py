@@ -56,7 +56,9 @@ def evaluate(
         float | None, typer.Option(help="Length penalty of beam search.  [default: the model's own]")
     ] = None,
     guard: Annotated[bool, typer.Option(help="Decode as transcribe does, or run the model alone.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Utterances decoded together.  [default: 32 on a GPU, else 16]")
+    ] = None,
     device: DeviceOption = "auto",
     api_key: Annotated[
         str | None, typer.Option(help="Key of a paid provider.  [default: its environment variable]")

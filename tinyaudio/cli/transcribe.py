@@ -69,8 +69,13 @@ def transcribe(
         typer.Option(help="Length penalty of beam search; above 0 favours longer texts.  [default: the model's (1.0)]"),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Segments decoded at once; changes the speed, not the text.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Segments decoded at once; changes the speed, not the text.  [default: 16 to 64 on a GPU, as its memory "
+            "allows; else 8]",
+        ),
+    ] = None,
     chunk_length: Annotated[
         float | None,
         typer.Option("--chunk-length", help="Maximum length of a segment, in seconds.  [default: the model's]"),

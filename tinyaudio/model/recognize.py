@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from .audio import SAMPLING_RATE
+from .audio import SAMPLING_RATE, num_frames
 from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
 from .guard import RETRIED, cut_loop, judge, token_budget
@@ -29,7 +29,13 @@ from .transcript import Segment, Transcript
 RETRY = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4}
 RETRY_NUM_BEAMS = 4
 BATCHES_AHEAD = 4  # batches read before any is decoded, so that pieces of similar length share a batch
-MAX_BATCH_S = 480.0  # seconds of padded audio in one batch: 16 pieces of 30 s
+MAX_BATCH_S, GPU_MAX_BATCH_S = 480.0, 1_920.0  # seconds of padded audio in one batch: 16 and 64 pieces of 30 s
+ENCODER_BATCH_S = (
+    480.0  # seconds of padded audio that the encoder gets at once; its activations are larger than the text's
+)
+# A step of generation on a GPU costs the start of its kernels, 20 to 30 ms, whether it has 8 rows or 64.
+BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
+CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
 
 Output = tuple[str, tuple[str, ...]]  # the text of a piece and its warnings, codes of `guard.CODES`
 
@@ -39,7 +45,7 @@ class Options:
     """How to decode. None takes the value of the model's generation_config.
 
     Args:
-        batch_size: pieces decoded at once; changes the speed only.
+        batch_size: pieces decoded at once; changes the speed only. None: `default_batch_size`.
         num_beams: beams; 1 is greedy.
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
@@ -47,7 +53,7 @@ class Options:
         generate: any other options of `generate`.
     """
 
-    batch_size: int = 8
+    batch_size: int | None = None
     num_beams: int | None = None
     max_new_tokens: int | None = None
     length_penalty: float | None = None
@@ -112,6 +118,10 @@ class Recognizer:
             ModelError: a batch does not fit into the GPU's memory.
         """
         window_s = options.window_s or self.model.config.window_s
+        if options.batch_size is None:
+            options = replace(options, batch_size=default_batch_size(self.model, options))
+        assert options.batch_size is not None
+        max_batch_s = GPU_MAX_BATCH_S if self.model.device.type == "cuda" else MAX_BATCH_S
         inputs: dict[int, OpenInput] = {}
         done_s, num_done = 0.0, 0
         with PieceReader(sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size) as reader:
@@ -124,7 +134,7 @@ class Recognizer:
                 for event in events:
                     inputs.setdefault(event.input, OpenInput(event.name)).add(event)
                 pieces = [event for event in events if isinstance(event, Piece)]
-                for batch in batches_by_length(pieces, options.batch_size):
+                for batch in batches_by_length(pieces, options.batch_size, max_batch_s):
                     for piece, output in zip(batch, self.decode(batch, options), strict=True):
                         inputs[piece.input].finish(piece, output)
                         done_s += piece.advance_s
@@ -159,8 +169,7 @@ class Recognizer:
         for name in ("num_beams", "max_new_tokens", "length_penalty"):
             if getattr(options, name) is not None:
                 setattr(config, name, getattr(options, name))
-        values, mask = encoder_inputs(self.feature_extractor, [piece.samples for piece in pieces])
-        features, num_frames = self.model.encode(values.to(self.model.device), mask.to(self.model.device))
+        features, num_frames = self._encode(pieces)
         durations = [len(piece.samples) / SAMPLING_RATE for piece in pieces]
 
         def find_fault(i: int, text: str, is_complete: bool) -> str | None:
@@ -176,6 +185,16 @@ class Recognizer:
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
         return outputs
+
+    def _encode(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+        """Run the encoder, over a part of a large batch at a time; shapes as `encoder.encode`."""
+        device, parts = self.model.device, []
+        for part in batches_by_length(pieces, len(pieces), ENCODER_BATCH_S, is_sorted=True):
+            values, mask = encoder_inputs(self.feature_extractor, [piece.samples for piece in part])
+            parts.append(self.model.encode(values.to(device), mask.to(device)))
+        longest = max(features.shape[1] for features, _ in parts)
+        padded = [torch.nn.functional.pad(features, (0, 0, 0, longest - features.shape[1])) for features, _ in parts]
+        return torch.cat(padded), torch.cat([num_frames for _, num_frames in parts])
 
     def _write(
         self,
@@ -205,14 +224,48 @@ class Recognizer:
         return [(" ".join(text.split()), is_complete) for text, is_complete in zip(texts, ended, strict=True)]
 
 
-def batches_by_length(pieces: Sequence[Piece], batch_size: int) -> Iterator[list[Piece]]:
-    """Sort pieces by length and batch them: at most `batch_size` pieces and `MAX_BATCH_S` padded seconds each."""
+def default_batch_size(model: Any, options: Options) -> int:
+    """Choose how many pieces to decode at once: on a GPU as many as its free memory holds, from 64 down; else 8.
+
+    Counted are keys and values of the longest piece, of all positions, and of as many beams as a second decoding takes.
+    """
+    if model.device.type != "cuda":
+        return BATCH_SIZE
+    free_bytes = torch.cuda.mem_get_info(model.device)[0]
+    for batch_size in GPU_BATCH_SIZES:
+        if batch_size * cache_bytes(model, options) <= CACHE_SHARE * free_bytes:
+            return batch_size
+    return BATCH_SIZE
+
+
+def cache_bytes(model: Any, options: Options) -> int:
+    """Compute the bytes of keys and values of one piece; 149 MB for SmolLM3-3B, 30 s, 200 tokens and 4 beams."""
+    config, decoder, generation = model.config, model.decoder.config, model.generation_config
+    num_samples = math.ceil((options.window_s or config.window_s) * SAMPLING_RATE)
+    num_positions = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+    num_positions += math.ceil(num_frames(num_samples) / config.stack_factor)
+    num_positions += options.max_new_tokens or generation.max_new_tokens
+    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    num_beams = max(RETRY_NUM_BEAMS, options.num_beams or generation.num_beams)
+    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    return int(2 * decoder.num_hidden_layers * heads * head_dim * itemsize * num_positions * num_beams)
+
+
+def batches_by_length(
+    pieces: Sequence[Piece], batch_size: int, max_batch_s: float = MAX_BATCH_S, *, is_sorted: bool = False
+) -> Iterator[list[Piece]]:
+    """Sort pieces by length and batch them: at most `batch_size` pieces and `max_batch_s` padded seconds each.
+
+    With `is_sorted` they keep the order that they have.
+    """
     batch: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: len(piece.samples)):
-        longest_s = len(piece.samples) / SAMPLING_RATE
-        if batch and (len(batch) == batch_size or longest_s * (len(batch) + 1) > MAX_BATCH_S):
+    longest_s = 0.0
+    for piece in pieces if is_sorted else sorted(pieces, key=lambda piece: len(piece.samples)):
+        longest_s = max(longest_s, len(piece.samples) / SAMPLING_RATE)
+        if batch and (len(batch) == batch_size or longest_s * (len(batch) + 1) > max_batch_s):
             yield batch
-            batch = []
+            batch, longest_s = [], len(piece.samples) / SAMPLING_RATE
         batch.append(piece)
     if batch:
         yield batch

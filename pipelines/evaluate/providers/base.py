@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from pipelines.encoders import pick_device
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from tinyaudio.version import __version__
 
+BATCH_SIZE, GPU_BATCH_SIZE = 16, 32  # clips decoded together
 DECODING = ("num_beams", "max_new_tokens", "length_penalty")
 
 
@@ -44,7 +46,7 @@ class ProviderOptions:
         model: folder or hub id; for a paid provider the name of its model.
         revision: commit, branch or tag of a hub model.
         device: "auto", "cpu", "cuda", "cuda:1".
-        batch_size: clips decoded together; local models only.
+        batch_size: clips decoded together; local models only. None: 32 on a GPU, else 16.
         num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
         guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False runs the model alone.
         api_key: of a paid provider; None reads its environment variable.
@@ -55,7 +57,7 @@ class ProviderOptions:
     model: str | None = None
     revision: str | None = None
     device: str = "auto"
-    batch_size: int = 16
+    batch_size: int | None = None
     num_beams: int | None = None
     max_new_tokens: int | None = None
     length_penalty: float | None = None
@@ -63,6 +65,10 @@ class ProviderOptions:
     api_key: str | None = None
     concurrency: int = 5
     output: Path | None = None
+
+    def clips_at_once(self) -> int:
+        """Return the number of clips that are decoded together."""
+        return self.batch_size or (GPU_BATCH_SIZE if pick_device(self.device).type == "cuda" else BATCH_SIZE)
 
     def decoding(self) -> dict[str, Any]:
         """Return the decoding settings that were asked for."""

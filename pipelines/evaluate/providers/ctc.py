@@ -59,7 +59,7 @@ class CTCProvider:
             tokenizer=load_frozen(AutoTokenizer, model_id, revision),
             model_id=model_id,
             revision=resolved_revision(model, revision),
-            batch_size=options.batch_size,
+            batch_size=options.clips_at_once(),
         )
 
     def identity(self) -> dict[str, Any]:

@@ -76,13 +76,13 @@ class HubProvider:
         }
 
     def environment(self) -> dict[str, Any]:
-        return {"batch_size": self.options.batch_size, **local_environment(self.recognizer.model.device)}
+        return {"batch_size": self.options.clips_at_once(), **local_environment(self.recognizer.model.device)}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         has_group_norm = getattr(self.recognizer.model.config, "feat_extract_norm", None) == "group"
         short = [clip for clip in clips if not self._is_long(clip)]
         batches = [[clip] for clip in clips if self._is_long(clip)]
-        batches += length_batches(short, 1 if has_group_norm else self.options.batch_size)
+        batches += length_batches(short, 1 if has_group_norm else self.options.clips_at_once())
         return in_batches(batches, self._transcribe_batch)
 
     def _is_long(self, clip: Clip) -> bool:

@@ -63,11 +63,11 @@ class TinyAudioProvider:
         model = self.transcriber.model
         precision = model.config.encoder_precision if model.device.type == "cuda" else "float32"
         where = local_environment(model.device)
-        return {"batch_size": self.options.batch_size, "encoder_precision": precision, **where}
+        return {"batch_size": self.options.clips_at_once(), "encoder_precision": precision, **where}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         transcribe_batch = self._with_guard if self.options.guard else self._model_alone
-        return in_batches(length_batches(clips, self.options.batch_size), transcribe_batch)
+        return in_batches(length_batches(clips, self.options.clips_at_once()), transcribe_batch)
 
     def _with_guard(self, batch: list[Clip]) -> list[Prediction]:
         sources = [clip.samples for clip in batch]

@@ -72,8 +72,8 @@ def transcribe(
         int | None,
         typer.Option(
             min=1,
-            help="Segments decoded at once; changes the speed, not the text.  [default: 16 to 64 on a GPU, as its memory "
-            "allows; else 8]",
+            help="Segments decoded at once; changes the speed, not the text.  [default: 16 to 64 on a GPU, as its "
+            "memory allows; else 8]",
         ),
     ] = None,
     chunk_length: Annotated[

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from pipelines.errors import FetchError, one_line
@@ -151,6 +151,8 @@ def _failure(error: BaseException | None) -> str:
     """Describe a refusal by the hub, or the lack of any answer."""
     assert error is not None
     text = f"{type(error).__name__}: {one_line(error)}"
+    if getattr(getattr(error, "response", None), "status_code", None) == 429 and get_token() is None:
+        text += ". HF_TOKEN is not set; the hub allows more requests with one"
     return text if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({text})"
 
 

@@ -114,6 +114,7 @@ class Request:
     range: tuple[int, int] | None
     status: int
     num_bytes: int
+    has_token: bool = False
 
 
 class Hub:
@@ -124,6 +125,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.redirects = False  # send requests for large files on to another host, as the hub does
+        self.signature = 0  # of the addresses there; those with an earlier one are refused, as after an hour
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         hub = self
@@ -201,6 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
+        signature = parse_qs(urlsplit(self.path).query).get("Signature", ["0"])[0]
+        if path.startswith(CDN) and signature != str(self.replica.signature):
+            return self._send(403, b"<Error><Code>AccessDenied</Code></Error>", {})
         if self.replica.redirects and "/resolve/" in path and path.endswith(LARGE) and not path.startswith(CDN):
             return self._redirect()
         span = _span(self.headers.get("Range"), sys.maxsize)
@@ -225,6 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _redirect(self) -> None:
         """Answer as the hub does for what lies in its large-file storage: elsewhere, with what it knows of the file."""
         there = f"http://localhost:{self.replica.endpoint.rpartition(':')[2]}{CDN}{self.path}"
+        there += f"?Signature={self.replica.signature}" if self.replica.signature else ""
         match = re.match(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", unquote(urlsplit(self.path).path))
         repo = match and self.replica.repos.get(("datasets" if match[1] else "models", match[2]))
         commit = repo and match and repo.resolve(match[3])
@@ -299,7 +305,8 @@ class _Handler(BaseHTTPRequestHandler):
         span: tuple[int, int] | None = None,
         half: bool = False,
     ) -> None:
-        self.replica.log.append(Request(self.command, self.path, span, status, len(body)))
+        has_token = "Authorization" in self.headers
+        self.replica.log.append(Request(self.command, self.path, span, status, len(body), has_token))
         try:
             self.send_response(status)
             for name, value in headers.items():

@@ -1,21 +1,24 @@
 """Corpora on the hub, without one: what is fetched, tried again, waited for and blamed."""
 
 import io
+import os
 import pickle
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from corpus_files import audio_of, loquacious, two_files, wav, write_parquet
-from hub_replica import Fault, Hub
+from hub_replica import CDN, DEMO, Fault, Hub, Request
 
 from pipelines import retry
 from pipelines.corpora import hub as hub_files
 from pipelines.corpora import parquet as corpora_parquet
 from pipelines.corpora.parquet import HubCorpus
 from pipelines.errors import CorpusError, FetchError
-from pipelines.extract.decode import decode_piece
+from pipelines.extract import decode
+from pipelines.extract.decode import Decoder, decode_piece
 from pipelines.recipes.recipe import CorpusSection
 
 
@@ -137,11 +140,24 @@ def test_a_stop_event_ends_a_wait_and_attempts_are_counted(monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.fixture
-def near_hub(monkeypatch, tmp_path):
-    """A corpus on a hub in this process, with two files of two row groups."""
+def write_small(folder: Path) -> None:
+    """Two files of two row groups."""
     for part in range(2):
-        write_parquet(tmp_path / f"train-0000{part}-of-00002.parquet", loquacious(4, first=4 * part), row_group_size=2)
+        write_parquet(folder / f"train-0000{part}-of-00002.parquet", loquacious(4, first=4 * part), row_group_size=2)
+
+
+def write_speech(folder: Path) -> None:
+    """Two files of six row groups of 40 rows, 16 minutes of the bundled speech."""
+    table = pq.read_table(DEMO / "corpus" / "train-00000-of-00001.parquet")
+    for part in range(2):
+        pq.write_table(table.slice(240 * part, 240), folder / f"train-0000{part}-of-00002.parquet", row_group_size=40)
+
+
+@pytest.fixture
+def near_hub(request, monkeypatch, tmp_path):
+    """A corpus on a hub in this process."""
+    getattr(request, "param", write_small)(tmp_path)
+    monkeypatch.setattr(hub_files, "_known", {})
     with Hub() as hub:
         files = {path.name: path for path in sorted(tmp_path.glob("*.parquet"))}
         commit = hub.add("datasets", "some/set", files).commit
@@ -210,3 +226,95 @@ def test_a_copy_for_another_process_knows_the_files_already(monkeypatch):
     copies = [pickle.loads(pickle.dumps(corpus)) for _ in range(3)]
     assert [copy.files("train") for copy in copies] == [["hf://a/b@c/d.parquet"]] * 3
     assert asked == [1]
+
+
+def to_hub(log: list[Request]) -> list[Request]:
+    """The requests for files that count against the hub's limit."""
+    return [request for request in log if "/resolve/" in request.path and not request.path.startswith(CDN)]
+
+
+@pytest.mark.parametrize("near_hub", [write_speech], indirect=True)
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_shards_that_divide_row_groups_fetch_each_once_and_ask_the_hub_once_a_file(
+    near_hub, monkeypatch, num_processes
+):
+    """Before addresses, footers and readings were kept: 28 and 48 requests to the hub, 96 in all for the audio, 1.79
+    times its bytes."""
+    hub, corpus = near_hub
+    hub.redirects = True
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)  # of the decoding processes
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    assert len(to_hub(hub.log)) == 2
+    del hub.log[:]
+    with Decoder(corpus, num_processes, 30.0, is_hub=True) as decoder:
+        futures = [decoder.submit(source_ids[first : first + 60]) for first in range(0, 480, 60)]
+        decoded = [one for shard in futures for one in decoder.collect(shard)[0]]
+    assert [source_id for source_id, _ in decoded] == source_ids
+    assert not [outcome for _, outcome in decoded if isinstance(outcome, str)]
+    assert len(to_hub(hub.log)) <= 2 * num_processes  # a process begins with an empty memory
+    assert len(to_hub(hub.log)) * 4 <= 48
+    assert len([request for request in hub.log if "/resolve/" in request.path]) * 4 <= 96
+    audio = [request for request in hub.log if request.num_bytes > 40_000]
+    assert len(audio) == 12
+    assert sum(request.num_bytes for request in audio) <= 1.03 * corpus.audio_bytes("train")
+
+
+@pytest.mark.parametrize("near_hub", [write_speech], indirect=True)
+def test_a_row_group_can_be_read_again_from_its_beginning(near_hub):
+    _, corpus = near_hub
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    whole = dict(corpus.read_audio(source_ids[:40]))
+    for chosen in (source_ids[:10], source_ids[10:30], source_ids[5:12], source_ids[30:40], source_ids[:40]):
+        assert dict(corpus.read_audio(chosen)) == {source_id: whole[source_id] for source_id in chosen}
+    rows = corpus.read_audio(source_ids[:10])
+    next(rows)
+    rows.close()  # a reader that stops in the middle
+    assert dict(corpus.read_audio(source_ids[:40])) == whole
+
+
+def test_a_signed_address_is_used_until_it_is_refused_and_then_the_hub_is_asked_once(near_hub):
+    hub, corpus = near_hub
+    hub.redirects, hub.signature = True, 1
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    assert [request.status for request in to_hub(hub.log)] == [302, 302]
+    del hub.log[:]
+    hub.signature = 2
+    assert len(dict(corpus.read_audio(source_ids))) == 8
+    assert sorted(request.status for request in hub.log) == [206] * 4 + [302] * 2 + [403] * 2
+
+
+def test_a_storage_that_refuses_a_fresh_address_ends_with_its_answer(near_hub):
+    hub, corpus = near_hub
+    hub.redirects = True
+    hub.faults.append(Fault(f"^{CDN}", 403, times=-1))
+    with pytest.raises(FetchError, match=r"train-0000.*403.*Check HF_TOKEN"):
+        corpus.scan("train")
+    assert len(hub.log) <= 4  # each file: the hub, its storage
+
+
+def test_the_token_goes_to_the_hub_and_never_to_where_it_redirects(near_hub, monkeypatch):
+    hub, corpus = near_hub
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.redirects, hub.signature = True, 1
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    hub.signature = 2
+    dict(corpus.read_audio(source_ids))
+    assert {(request.path.startswith(CDN), request.has_token) for request in hub.log} == {(False, True), (True, False)}
+
+
+def test_a_corpus_on_the_hub_is_decoded_by_more_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
+    assert decode.default_workers(is_gpu=True, is_hub=True) == 16
+    assert decode.default_workers(is_gpu=True) == 8
+    assert decode.default_workers(is_gpu=False, is_hub=True) == 0
+
+
+@pytest.mark.parametrize(("token", "is_named"), [("", True), ("hf_secret", False)])
+def test_too_many_requests_without_a_token_name_it(near_hub, monkeypatch, caplog, token, is_named):
+    hub, corpus = near_hub
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.faults.append(Fault("resolve/", 429, times=1))
+    corpus.scan("train")
+    assert "429" in caplog.text
+    assert ("HF_TOKEN is not set" in caplog.text) == is_named

@@ -46,10 +46,14 @@ def test_int8_loses_more_than_float16_and_less_than_one_step_for_all_frames():
         "float16": reference.astype(np.float16).astype(np.float32),
         "bfloat16": torch.from_numpy(reference).bfloat16().float().numpy(),
         "int8": Quantized(codes, scales, calibration).dequantize(),
+        "int4": Quantized(*quantize(reference, calibration, 4), calibration, 4).dequantize(),
+        "int3": Quantized(*quantize(reference, calibration, 3), calibration, 3).dequantize(),
         "one step": np.rint(normal / step) * step * calibration.std + calibration.mean,
     }
     found = {encoding: snr_db(reference, features) for encoding, features in decoded.items()}
     assert found["float16"] == pytest.approx((72.4, 69.8), abs=1)
     assert found["bfloat16"] == pytest.approx((54.3, 51.8), abs=1)
     assert found["int8"] == pytest.approx((43.5, 43.3), abs=1)
+    assert found["int4"] == pytest.approx((19.7, 18.5), abs=0.5)
+    assert found["int3"] == pytest.approx((14.4, 12.6), abs=0.5)
     assert found["one step"] == pytest.approx((37.2, 37.0), abs=1)

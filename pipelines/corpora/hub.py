@@ -1,7 +1,11 @@
 """Files of data sets on the hub, read by byte ranges or fetched whole, with every answer checked for its length.
 
-Range reads leave nothing on the disk. Whole files go to the cache of huggingface_hub, which resumes interrupted ones.
-Failed requests are repeated as `pipelines.retry` describes, for as long as the recipe allows.
+Range reads leave nothing on the disk. The hub answers a request for a large file with a signed address on another host.
+That address is kept until it is refused, so that the hub, which limits requests, is asked once per file and process and
+not once per range. HF_TOKEN goes to the hub alone.
+
+Whole files go to the cache of huggingface_hub, which resumes interrupted ones. Failed requests are repeated as
+`pipelines.retry` describes, for as long as the recipe allows.
 """
 
 import io
@@ -9,8 +13,10 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -20,6 +26,8 @@ from pipelines.retry import ShortAnswerError, retry_hub
 from tinyaudio.model.errors import is_missing_revision
 
 TIMEOUT_S = 30.0  # without a single byte
+MAX_REDIRECTS = 5
+REFUSED = {400, 401, 403, 404, 410}  # HTTP states of a signed address that has expired
 
 if "HF_HUB_VERBOSITY" not in os.environ:  # it logs two lines for each of its own attempts; `retry_hub` logs one
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
@@ -28,6 +36,17 @@ if "HF_HUB_VERBOSITY" not in os.environ:  # it logs two lines for each of its ow
 def is_commit(revision: str | None) -> bool:
     """Return whether a revision is a full commit id, which never changes its meaning."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+@dataclass
+class _Known:
+    """What this process knows of a file at one commit."""
+
+    size: int | None = None
+    address: str | None = None  # where the hub's redirect led to last
+
+
+_known: dict[str, _Known] = {}  # by URL on the hub; 2 KB for each file of a corpus
 
 
 class HubFile(io.RawIOBase):
@@ -42,7 +61,7 @@ class HubFile(io.RawIOBase):
         self.name, self._timeout_s = f"{repo}/{path}", timeout_s
         self._url = hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         self._position = 0
-        self._size: int | None = None
+        self._known = _known.setdefault(self._url, _Known())
         self._tail = b""
 
     def readable(self) -> bool:
@@ -62,10 +81,10 @@ class HubFile(io.RawIOBase):
     @property
     def size(self) -> int:
         """Size of the file in bytes, from the answer to a request for its last eight."""
-        if self._size is None:
+        if self._known.size is None:
             self._tail = self._get("bytes=-8", 8)
-        assert self._size is not None
-        return self._size
+        assert self._known.size is not None
+        return self._known.size
 
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self.size - self._position)
@@ -91,18 +110,46 @@ class HubFile(io.RawIOBase):
             ) from error
 
     def _get_once(self, range_: str, length: int) -> bytes:
-        headers = {**build_hf_headers(), "Range": range_, "Accept-Encoding": "identity"}
-        response = get_session().request("GET", self._url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
+        response = self._ask(range_)
         hf_raise_for_status(response)
         place, _, total = response.headers.get("Content-Range", "").rpartition("/")
         if response.status_code != 206 or not total.isdigit():
             raise FetchError(f"{self.name}: the server ignores byte ranges. Set corpus.fetch to 'files'")
-        if self._size not in (None, int(total)):
-            raise FetchError(f"{self.name}: expected {self._size} bytes at a fixed commit, found {total}")
-        self._size = int(total)
-        if len(response.content) != min(length, self._size):
+        if self._known.size not in (None, int(total)):
+            raise FetchError(f"{self.name}: expected {self._known.size} bytes at a fixed commit, found {total}")
+        self._known.size = int(total)
+        if len(response.content) != min(length, self._known.size):
             raise ShortAnswerError(f"expected {length} bytes, received {len(response.content)} ({place or 'no range'})")
         return bytes(response.content)
+
+    def _ask(self, range_: str) -> Any:
+        """Request a range at the address that is kept; ask the hub if there is none, or if it is refused."""
+        kept, response = self._known.address, None
+        if kept is not None:
+            try:
+                response = self._request(kept, range_)
+            finally:
+                if response is None or response.status_code != 206:
+                    self._known.address = None
+            if response.status_code not in REFUSED:
+                return response
+        url = self._url
+        for _ in range(MAX_REDIRECTS):
+            response = self._request(url, range_)
+            if not (300 <= response.status_code < 400 and "Location" in response.headers):
+                break
+            url = urljoin(url, response.headers["Location"])
+        if response.status_code == 206 and not self._is_hub(url):
+            self._known.address = url
+        return response
+
+    def _request(self, url: str, range_: str) -> Any:
+        headers = build_hf_headers() if self._is_hub(url) else build_hf_headers(token=False)
+        headers |= {"Range": range_, "Accept-Encoding": "identity"}
+        return get_session().request("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=False)
+
+    def _is_hub(self, url: str) -> bool:
+        return urlsplit(url)[:2] == urlsplit(self._url)[:2]
 
 
 def fetch_whole(repo: str, path: str, revision: str, *, timeout_s: float) -> Path:

@@ -2,14 +2,20 @@
 
 Planning reads the footer and the metadata columns of each row group. Only if a corpus has no column of durations are
 the recordings read, since their headers then give them. Audio is read page by page, so memory does not depend on the
-size of a row group. A source_id is "split:file:row group:row", the last three being numbers.
+size of a row group. Where two shards divide a row group on the hub, its reading stops and is continued for the second
+one, and footers are kept, so that nothing is fetched twice by one process.
+
+A source_id is "split:file:row group:row", the last three being numbers.
 """
 
 import contextlib
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,19 +33,77 @@ from pipelines.recipes.recipe import Columns, CorpusSection
 
 READ_BYTES = 8 << 20  # of a column at once
 READ_ROWS = 32
-SCAN_THREADS = 8  # files on the hub whose metadata is read at the same time
+SCAN_THREADS = 16  # files on the hub whose metadata is read at the same time
+
+FOOTERS_KEPT = 64  # of files; about 100 kB each
+GROUPS_KEPT = 4  # row groups whose reading stopped in the middle; at most READ_BYTES and READ_ROWS recordings each
 
 _HUB_PATH = re.compile(r"^hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)$")
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A row group that is being read, or whose reading stopped behind the last row that a shard needed."""
+
+    rows: Iterator[bytes] | None = None
+    next_row: int = 0
+    num_rows: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)  # the next shard waits for the one before it
+
+
+class _Kept:
+    """What a process keeps of the files that it reads, for as long as it is among the last that were needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
+
+    def footer(self, file: str, stream: BinaryIO) -> pq.FileMetaData:
+        """Return the footer of a file, read now if it is not kept; errors as `read_footer`."""
+        with self._lock:
+            footer = self._footers.get(file)
+        footer = read_footer(stream) if footer is None else footer
+        with self._lock:
+            self._footers[file] = footer
+            self._footers.move_to_end(file)
+            if len(self._footers) > FOOTERS_KEPT:
+                self._footers.popitem(last=False)
+        return footer
+
+    @contextlib.contextmanager
+    def reading(self, file: str, group: int) -> Iterator[_Reading]:
+        """Give one thread a row group to read on; it is kept unless the body fails."""
+        with self._lock:
+            reading = self._readings.setdefault((file, group), _Reading())
+            self._readings.move_to_end((file, group))
+            if len(self._readings) > GROUPS_KEPT:
+                self._readings.popitem(last=False)  # a thread that is reading it has its own reference
+        with reading.lock:
+            try:
+                yield reading
+            except BaseException:
+                reading.rows = None
+                raise
 
 
 class ParquetCorpus:
     """Splits of Parquet files, in any place that a subclass can open."""
 
     scan_threads = 1
+    is_remote = False  # whether what was read is worth keeping
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
+        self._kept = _Kept()
         self._audio_sizes: dict[str, int] = {}  # bytes by file, for files whose footer has been read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kept = _Kept()
 
     def files(self, split: str) -> list[str]:
         """List the files of a split, in order. Raises CorpusError if there is no such split."""
@@ -69,7 +133,7 @@ class ParquetCorpus:
         options: dict[str, Any] = {"buffer_size": READ_BYTES} if whole else {"pre_buffer": True}
         with self.open(file, whole=whole) as stream:
             try:
-                footer = read_footer(stream)
+                footer = self._kept.footer(file, stream) if self.is_remote else read_footer(stream)
                 stream.seek(0)
                 yield pq.ParquetFile(stream, metadata=footer, **options)
             except (FetchError, CorpusError):  # the network's fault, or one with its own message
@@ -177,12 +241,20 @@ class ParquetCorpus:
             wanted = {_place(source_id)[3]: source_id for source_id in piece}
             last = max(wanted)
             file = self.files(split)[number]
-            with self._opened(file, whole=True) as parquet:
-                for row, audio in enumerate(self._iter_group(parquet, group, file)):
+            with self._kept.reading(file, group) if self.is_remote else contextlib.nullcontext(_Reading()) as reading:
+                if reading.rows is None or reading.next_row > min(wanted):
+                    reading.rows, reading.next_row = self._read_group(file, group, reading), 0
+                while reading.next_row <= last and (audio := next(reading.rows, None)) is not None:
+                    row, reading.next_row = reading.next_row, reading.next_row + 1
                     if row in wanted:
                         yield wanted[row], audio
-                    if row == last:
-                        break
+                if reading.next_row == reading.num_rows:
+                    reading.rows = None
+
+    def _read_group(self, file: str, group: int, reading: _Reading) -> Iterator[bytes]:
+        with self._opened(file, whole=True) as parquet:
+            reading.num_rows = parquet.metadata.row_group(group).num_rows
+            yield from self._iter_group(parquet, group, file)
 
 
 def _by_name(array: pa.Array, column: str | None, schema: pa.Schema) -> pa.Array:
@@ -248,6 +320,7 @@ class HubCorpus(ParquetCorpus):
     """A data set of the hub at one commit. `datasets` resolves config and split to files, read by byte ranges."""
 
     scan_threads = SCAN_THREADS
+    is_remote = True
 
     def __init__(self, section: CorpusSection) -> None:
         super().__init__(section.columns)
@@ -261,7 +334,7 @@ class HubCorpus(ParquetCorpus):
 
     def __getstate__(self) -> dict[str, Any]:
         """Resolve the data set before a copy goes to another process, so that decoding workers need not ask the hub."""
-        return {**self.__dict__, "_data_files": self._data_files}
+        return {**super().__getstate__(), "_data_files": self._data_files}
 
     def files(self, split: str) -> list[str]:
         if split not in self._data_files:

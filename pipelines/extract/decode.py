@@ -26,6 +26,7 @@ from pipelines.errors import PipelineError, SourceError
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, iter_audio
 from tinyaudio.model.errors import AudioError
 
+HUB_PROCESSES = 16  # at most, for a corpus on the hub: they wait for the network too
 THREADS = 4  # libsndfile and soxr release the interpreter lock
 MAX_PROCESSES = 8
 WARM_UP_S = 0.2  # keeps each worker busy, so that the pool starts all of them
@@ -41,40 +42,62 @@ class Piece:
     seconds: float
 
 
-def default_workers(is_gpu: bool) -> int:
+def default_workers(is_gpu: bool, is_hub: bool = False) -> int:
     """Choose the number of decoding processes; 0 (threads) if the encoder itself runs on the CPU."""
-    return min(MAX_PROCESSES, max(1, len(os.sched_getaffinity(0)) - 1)) if is_gpu else 0
+    limit = HUB_PROCESSES if is_hub else MAX_PROCESSES
+    return min(limit, max(1, len(os.sched_getaffinity(0)) - 1)) if is_gpu else 0
 
 
 class Decoder:
     """A pool of workers over one corpus; a context manager."""
 
-    def __init__(self, corpus: Corpus, num_processes: int, limit_s: float) -> None:
+    def __init__(self, corpus: Corpus, num_processes: int, limit_s: float, *, is_hub: bool = False) -> None:
         """Open the pool.
 
         Args:
             num_processes: 0 decodes in threads.
             limit_s: seconds after which decoding of a recording stops.
+            is_hub: let the process that read the last piece of a shard read the first piece of the next one, since
+                both may be of the same row group.
         """
         self._corpus, self._num_processes, self._limit_s = corpus, num_processes, limit_s
-        self._pool: Executor = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+        self._pools: list[Executor] = [ThreadPoolExecutor(THREADS, thread_name_prefix="decode")]
         if num_processes:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(num_processes, context, _start_worker, (corpus, limit_s))
+            sizes = [1] * num_processes if is_hub else [num_processes]
+            self._pools = [ProcessPoolExecutor(size, context, _start_worker, (corpus, limit_s)) for size in sizes]
+        self._unfinished: list[set[Future[Piece]]] = [set() for _ in self._pools]
+        self._last_pool = 0
 
     def warm_up(self) -> None:
         """Start every worker and wait until all of them have started."""
-        for ready in [self._pool.submit(time.sleep, WARM_UP_S) for _ in range(self._num_processes)]:
+        num_each = self._num_processes // len(self._pools)
+        for ready in [pool.submit(time.sleep, WARM_UP_S) for pool in self._pools for _ in range(num_each)]:
             ready.result()
 
     def submit(self, source_ids: Sequence[str]) -> list[Future[Piece]]:
         """Start to fetch and decode utterances."""
         silent = [source_id for source_id in source_ids if is_no_speech(source_id)]
         pieces = self._corpus.pieces(source_id for source_id in source_ids if not is_no_speech(source_id))
-        pieces += [silent] if silent else []
+        futures = [self._submit(piece, number == 0) for number, piece in enumerate(pieces)]
+        if silent:
+            last_pool = self._last_pool
+            futures.append(self._submit(silent, False))
+            self._last_pool = last_pool
+        return futures
+
+    def _submit(self, piece: list[str], is_first: bool) -> Future[Piece]:
+        """Give the first piece of a shard to the pool that had the last one, and any other to the least busy pool."""
+        self._unfinished = [{future for future in futures if not future.done()} for futures in self._unfinished]
+        if not is_first:
+            self._last_pool = min(range(len(self._pools)), key=lambda number: len(self._unfinished[number]))
+        pool = self._pools[self._last_pool]
         if self._num_processes:
-            return [self._pool.submit(_decode_in_worker, piece) for piece in pieces]
-        return [self._pool.submit(decode_piece, self._corpus, piece, self._limit_s) for piece in pieces]
+            future = pool.submit(_decode_in_worker, piece)
+        else:
+            future = pool.submit(decode_piece, self._corpus, piece, self._limit_s)
+        self._unfinished[self._last_pool].add(future)
+        return future
 
     def collect(self, futures: Sequence[Future[Piece]]) -> tuple[list[Decoded], float]:
         """Wait for pieces.
@@ -109,7 +132,8 @@ class Decoder:
     ) -> None:
         if kind is not None:
             self.terminate()
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=kind is None, cancel_futures=True)
 
 
 def decode_piece(corpus: Corpus, source_ids: Sequence[str], limit_s: float) -> Piece:

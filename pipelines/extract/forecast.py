@@ -206,5 +206,5 @@ def _probe_decoding(recipe: Recipe, is_gpu: bool) -> float:
     load_audio(encoded.getvalue())
     speed = PROBE_DECODE_S / (time.perf_counter() - started)
     workers = recipe.extract.decode_workers
-    workers = default_workers(is_gpu) if workers is None else workers
+    workers = default_workers(is_gpu, recipe.corpus.name is not None) if workers is None else workers
     return speed * min(workers or THREADS, len(os.sched_getaffinity(0)))

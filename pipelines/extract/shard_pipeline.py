@@ -93,8 +93,9 @@ class ShardPipeline:
 
     def __enter__(self) -> Self:
         workers = self.recipe.extract.decode_workers
-        workers = default_workers(self._is_gpu) if workers is None else workers
-        self._decoder = Decoder(self.corpus, workers, self.recipe.corpus.max_duration_s)
+        is_hub = self.recipe.corpus.name is not None
+        workers = default_workers(self._is_gpu, is_hub) if workers is None else workers
+        self._decoder = Decoder(self.corpus, workers, self.recipe.corpus.max_duration_s, is_hub=is_hub)
         return self
 
     def __exit__(

@@ -124,13 +124,11 @@ class HubFile(io.RawIOBase):
 
     def _ask(self, range_: str) -> Any:
         """Request a range at the address that is kept; ask the hub if there is none, or if it is refused."""
-        kept, response = self._known.address, None
+        kept, self._known.address = self._known.address, None  # kept again once it has answered
         if kept is not None:
-            try:
-                response = self._request(kept, range_)
-            finally:
-                if response is None or response.status_code != 206:
-                    self._known.address = None
+            response = self._request(kept, range_)
+            if response.status_code == 206:
+                self._known.address = kept
             if response.status_code not in REFUSED:
                 return response
         url = self._url

@@ -9,13 +9,19 @@ runs/<name>/tensorboard/       the metrics for TensorBoard
 runs/<name>/checkpoints/       what --resume continues from
 runs/<name>/eval/              evaluations
 runs/<name>/config.json, model.safetensors, ...    the newest model
+runs/<name>/.lock              locked while a process trains here; names the process
 runs/latest                    link to the newest run
 """
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,8 @@ from pipelines.files import replacing, write_text
 from pipelines.recipes import Recipe, load_recipe
 
 RUNS = Path("runs")
-LATEST, LOG = "latest", "log.txt"
+LATEST, LOG, LOCK = "latest", "log.txt", ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of the file system
 SECTIONS = {"corpus", "encoder", "decoder", "store", "projector", "train"}  # of a recipe, those that concern a run
 # Settings of [train] that may change when a run resumes: they affect how often it reports, not what it computes.
 _FREE_TO_CHANGE = {"log_every", "eval_every", "eval_utterances", "save_every", "keep_checkpoints", "report_to"}
@@ -62,6 +69,48 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training here; creates the folder, and removes it if no run began.
+
+        The kernel holds the lock for this process alone: it ends with the process, however that ends, and no child
+        inherits it. A file system without locks is left as it is.
+
+        Raises:
+            RunError: another process trains here, with its number, its machine and since when.
+        """
+        is_new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise self._in_use(os.read(descriptor, 4096)) from error
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+            try:
+                yield
+            finally:
+                if not self.state:  # no run began
+                    path.unlink(missing_ok=True)
+                    if is_new and not any(self.folder.iterdir()):
+                        self.folder.rmdir()
+        finally:
+            os.close(descriptor)
+
+    def _in_use(self, content: bytes) -> RunError:
+        who = "another process"
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # it has just begun to write it
+            holder = json.loads(content)
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        return RunError(
+            f"{str(self.folder)!r} is in use: {who} trains here. Wait for it or stop it, or use another --run"
+        )
 
     def check_free(self) -> None:
         """Check that a run may begin here.

@@ -4,6 +4,7 @@ transformers' Trainer runs the loop, the optimizer and the schedule (`trainer`);
 number (`batches`); `callback` records metrics and word errors. The encoder is never loaded.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,10 +93,37 @@ def train(
 
     Raises:
         StoreNotFoundError, StoreMismatchError: no store, or one made by another encoder.
-        RunError: the folder is not free, settings that changed or cannot be used here, a loss or a weight that is not
-            finite, or an overfit check that failed.
+        RunError: another process trains in the folder, the folder is not free, settings that changed or cannot be used
+            here, a loss or a weight that is not finite, or an overfit check that failed.
         ModelError: a frozen part cannot be loaded.
     """
+    with run.held() if is_main_process() and not run.is_finished else contextlib.nullcontext():
+        return _train(
+            recipe,
+            store_path,
+            run,
+            resume=resume,
+            device=device,
+            say=say,
+            overrides=overrides,
+            stop_after=stop_after,
+            is_dev_run=is_dev_run,
+        )
+
+
+def _train(
+    recipe: Recipe,
+    store_path: Path,
+    run: Run,
+    *,
+    resume: bool,
+    device: str,
+    say: Callable[[str], None],
+    overrides: Sequence[str],
+    stop_after: int | None,
+    is_dev_run: bool,
+) -> TrainReport:
+    """Do the work of `train`."""
     is_main, settings = is_main_process(), recipe.train
     if not is_main:
         say = lambda _: None  # noqa: E731

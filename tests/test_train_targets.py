@@ -5,13 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from cache_stores import create, fill, make_features
 
 from cache import FeatureReader, FeatureStore
 from pipelines.train import targets as targets_module
+from pipelines.train.model import load_tokenizer
 from pipelines.train.targets import stored_targets, tokenize
-from tinyaudio.model.prompt import transcript_ids
+from tinyaudio.model.prompt import many_transcript_ids, transcript_ids
 
 LENGTHS = [5, 60, 17, 33, 1, 48, 25, 9] * 4
 
@@ -114,3 +116,23 @@ def test_batched_tokens_are_those_of_one_transcript_at_a_time(tokenizer, monkeyp
     texts = ["the cat sat", "", "  on the mat ", "a dog", "\n", "the dog", "a cat and a dog"]
     targets = tokenize(tokenizer, texts)
     assert [targets[i].tolist() for i in range(len(texts))] == [transcript_ids(tokenizer, text) for text in texts]
+
+
+def test_the_text_of_a_special_token_is_text(tokenizer):
+    """It would end the target in its middle, and never be written."""
+    end = tokenizer.eos_token_id
+    for text in ("<|end_of_text|>", "he said <|end_of_text|> twice <|end_of_text|>", "<|finetune_right_pad_id|> x"):
+        ids = transcript_ids(tokenizer, text)
+        assert ids.index(end) == len(ids) - 1
+        assert tokenizer.pad_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        assert tokenize(tokenizer, [text])[0].tolist() == ids
+
+
+def test_ordinary_transcripts_keep_their_ids(tokenizer):
+    real = load_tokenizer("pipelines/demo/decoder")
+    rows = pq.read_table(next(Path("pipelines/demo/corpus").glob("test-0*.parquet")), columns=["text"])
+    texts = [*rows["text"].to_pylist(), "", "It's 3.5 % <i>of</i> x|y <| end >", "caf\u00e9 \u4f60\u597d\U0001f600"]
+    for one in (tokenizer, real):
+        plain = one([" " + text if text else "" for text in texts], add_special_tokens=False)["input_ids"]
+        assert many_transcript_ids(one, texts) == [[*ids, one.eos_token_id] for ids in plain]

@@ -83,7 +83,7 @@ def stored_targets(reader: FeatureReader, tokenizer: Any, say: Callable[[str], N
         "content": content,
         "split": reader.split,
         "tokenizer": hashlib.sha256(tokenizer_state.encode()).hexdigest(),
-        "targets": 1,
+        "targets": 2,  # 1 parsed special tokens in transcripts
     }
     key = hashlib.sha256(canonical_json(depends_on)).hexdigest()[:24]
     path = store.path / "derived" / f"token-ids-{key}.npz"

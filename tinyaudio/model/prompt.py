@@ -34,9 +34,14 @@ def transcript_ids(tokenizer: Any, transcript: str) -> list[int]:
 
 
 def many_transcript_ids(tokenizer: Any, transcripts: Sequence[str]) -> list[list[int]]:
-    """Tokenise training targets in one call; tokenizers in Rust use several threads for it."""
+    """Tokenise training targets in one call; tokenizers in Rust use several threads for it.
+
+    A transcript that contains the text of a special token, such as "<|end_of_text|>", is text: it gets the ids of its
+    letters, and only the last id of a target ends it.
+    """
     words = [transcript.strip() for transcript in transcripts]
-    found = tokenizer([" " + one if one else "" for one in words], add_special_tokens=False)["input_ids"]
+    texts = [" " + one if one else "" for one in words]
+    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     end = end_of_text_id(tokenizer)
     return [[*map(int, ids), end] for ids in found]
 

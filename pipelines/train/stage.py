@@ -35,7 +35,7 @@ from pipelines.train.trainer import (
     tensorboard,
     training_arguments,
 )
-from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.frozen import check_files, weights_digest
 
 OVERFIT_WER = 0.05  # the most that `train.overfit_utterances` may end with
 
@@ -164,6 +164,8 @@ def _train(
 
     # Load the model, plan the batches, choose the dev set.
     checkpoint = last_checkpoint(run) if resume else None
+    if checkpoint is not None:
+        check_files(checkpoint)
     model, processor = build_model(recipe, store, torch_device)
     reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
     targets = stored_targets(reader, processor.tokenizer, say)

@@ -20,6 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from pipelines.errors import RunError
+from pipelines.files import full_disk
 from pipelines.processes import is_main_process, num_processes
 from pipelines.recipes import Recipe
 from pipelines.train.batches import Dequantizer, TrainingBatches
@@ -125,25 +126,42 @@ class ProjectorTrainer(Trainer):
         return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint into a staging folder, then move it into place (transformers 5.23 writes in place)."""
+        """Write a checkpoint into a staging folder, then move it into place (transformers 5.23 writes in place).
+
+        Raises:
+            RunError: the disk is full; the unfinished checkpoint is removed.
+        """
         name = f"checkpoint-{self.state.global_step}"
         folder, staging = Path(self.args.output_dir), Path(self._get_output_dir(trial))
         if (folder / name).is_dir():
             return
         self._check_weights()
+        try:
+            self._write_checkpoint(model, trial, staging / name, folder / name)
+        except Exception as error:
+            reason = full_disk(error)
+            if reason is None:
+                raise
+            shutil.rmtree(staging, ignore_errors=True)
+            raise RunError(
+                f"{str(folder / name)!r} cannot be written: {reason}. Earlier checkpoints are whole. Free some space, "
+                f"and run the same command with --run {folder.parent} --resume"
+            ) from error
+
+    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         with self.meter.paused():
             totals = self.meter.totals()
             if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
+                shutil.rmtree(staged.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 progress = {**totals, **self.batches.progress()}
-                (staging / name / PROGRESS).write_text(json.dumps(progress) + "\n")
-                _flush(staging / name)
-                (staging / name).rename(folder / name)
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
+                (staged / PROGRESS).write_text(json.dumps(progress) + "\n")
+                _flush(staged)
+                staged.rename(target)
+                rotate_checkpoints(str(target.parent), self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -33,7 +33,6 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
 }
 _UNUSABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _UNUSABLE |= {errno.EIO}  # the user can change these; a missing file (ENOENT) is a bug unless an error of ours says so
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Root(CommandGroup):
@@ -121,11 +120,14 @@ def _one_line(error: Exception) -> str | None:
     """Describe an error that the user can act on; None for anything else, which is a bug."""
     if type(error).__module__.split(".")[0] in ("tinyaudio", "cache", "pipelines"):
         return " ".join(str(error).split())
+    from pipelines.files import full_disk
+
+    if reason := full_disk(error):
+        text = str(error).split("] ", 1)[-1] if isinstance(error, OSError) else reason  # without [Errno 28]
+        return f"{text}. Free some space and run the same command again."
     if not isinstance(error, OSError):
         return None
-    text = str(error).split("] ", 1)[-1]  # without [Errno 28]
-    if error.errno in _FULL:
-        return f"{text}. Free some space and run the same command again."
+    text = str(error).split("] ", 1)[-1]
     if error.errno in _UNUSABLE and error.filename is not None:
         return f"{text}. Name another path, or make this one accessible."
     return None

@@ -4,13 +4,20 @@ A part is named by its hub id, or a local folder, and a revision. Errors of the 
 digest of the weights lets a store, a run and a checkpoint check that they were made with the same part.
 """
 
+import contextlib
+import functools
 import hashlib
+import json
 import os
+import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +28,90 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # facebook/hubert-large-ls960-ft ships only pytorch_model.bin on its main branch; transformers v5 would then start a
 # background thread that asks the network for a converted copy.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SETTINGS = "config generation_config preprocessor_config processor_config tokenizer_config tokenizer vocab".split()
+# In order of precedence, as transformers looks for them. An index names the files that it needs.
+_WEIGHTS = "model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json".split()
+_TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # in a checkpoint of a run
+# What damaged weights in a format without checks raise.
+_DAMAGE = (SafetensorError, pickle.UnpicklingError, EOFError)
+
+
+def check_files(folder: Path) -> None:
+    """Check that the files of a local model are files, and whole: weights, settings, and the state of a training.
+
+    Reads the headers of weights, so it costs milliseconds. A folder without some of the files passes.
+
+    Raises:
+        ModelError: a Git LFS pointer, a file that was cut, or settings that are not JSON.
+    """
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    found = [folder / f"{name}.json" for name in _SETTINGS] + [folder / name for name in _TRAINING]
+    for path in [*([weights] if weights else []), *found]:
+        if path.is_file():
+            _check_file(path)
+    if weights is not None and weights.suffix == ".json":
+        for name in sorted(set(json.loads(weights.read_text())["weight_map"].values())):
+            if (folder / name).is_file():
+                _check_file(folder / name)
+
+
+def _check_file(path: Path) -> None:
+    status = path.stat()
+    fault = _fault(path, status.st_size, status.st_mtime_ns)
+    if fault is not None:
+        raise ModelError(f"{str(path)!r} {fault}")
+
+
+@functools.lru_cache(maxsize=256)
+def _fault(path: Path, size: int, _: int) -> str | None:
+    """Find what is wrong with a file, for the second half of a sentence."""
+    with path.open("rb") as stream:
+        first = stream.read(len(_POINTER))
+        if first == _POINTER:
+            return "is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder, or download it again"
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(first[:8], "little")
+            try:
+                header = json.loads(first[8:] + stream.read(min(max(0, length + 8 - len(first)), size)))
+                ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+                expected = 8 + length + max(ends, default=0)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                return f"is damaged: its {size:,} bytes do not begin with a header. Download or copy it again"
+            if size != expected:
+                return f"is damaged: expected {expected:,} bytes, found {size:,}. Download or copy it again"
+    # Before version 1.6, torch wrote plain pickles, which have no length to check.
+    if path.suffix in (".bin", ".pt", ".pth") and first[:1] != b"\x80" and not zipfile.is_zipfile(path):
+        return f"is damaged: its {size:,} bytes are not a file of torch. Download or copy it again"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            return f"is damaged: it is not JSON ({one_line(error)}). Download or copy it again"
+    return None
+
+
+@contextlib.contextmanager
+def naming_damage(name: str) -> Iterator[None]:
+    """Turn what damaged weights raise into one line.
+
+    Raises:
+        ModelError: with the name of the model.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("PytorchStreamReader", "unexpected EOF")):
+            raise
+        raise _damaged(name, error) from error
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ModelError:
+    return ModelError(f"{name!r} has damaged weights ({one_line(error)}). Download or copy it again")
 
 
 def is_hub_id(name: str) -> bool:
@@ -38,12 +129,17 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
 
     Raises:
         MissingModelError: no such folder, or the hub cannot be reached and its cache holds no copy.
-        ModelError: the files are not a model of this class.
+        ModelError: the files are not a model of this class, or damaged.
     """
     if not Path(model_id).is_dir() and not is_hub_id(model_id):
         raise MissingModelError(f"expected a model folder or a hub id such as 'owner/name', found {model_id!r}")
+    if Path(model_id).is_dir():
+        check_files(Path(model_id))
     try:
-        return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
+        with naming_damage(model_id):
+            return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
+    except ModelError:
+        raise
     except OSError as error:
         if revision and is_missing_revision(error):
             raise MissingModelError(

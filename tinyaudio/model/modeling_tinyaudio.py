@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from .configuration_tinyaudio import TinyAudioConfig
 from .encoder import encode, load_encoder
 from .errors import MissingModelError, ModelError, one_line
-from .frozen import check_digest, freeze, is_hub_id, load_decoder, place
+from .frozen import check_digest, check_files, freeze, is_hub_id, load_decoder, naming_damage, place
 from .loss import summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
@@ -361,7 +361,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             MissingModelError: there is no such checkpoint, or a frozen part cannot be found.
-            ModelError: no projector weights, or a frozen part other than the one that the projector was trained with.
+            ModelError: no projector weights, damaged files, or a frozen part other than the one that the projector was
+                trained with.
         """
         name = str(pretrained_model_name_or_path)
         if not Path(name).is_dir() and not is_hub_id(name):
@@ -371,8 +372,13 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
         device = _one_device(device_map)  # an error before anything is loaded
         kwargs["output_loading_info"] = True
+        if Path(name).is_dir():
+            check_files(Path(name))
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs)
+            with naming_damage(name):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs
+                )
         except OSError as error:
             raise MissingModelError(
                 f"no tinyaudio model at {name!r} ({one_line(error)}). Check the id and the network, or name a folder"

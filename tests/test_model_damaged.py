@@ -1,0 +1,105 @@
+"""Weights and settings on disk that are a Git LFS pointer or half a file: one line with the file and what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import HubertModel
+
+from tinyaudio.model.encoder import load_encoder
+from tinyaudio.model.errors import ModelError
+from tinyaudio.model.frozen import check_files, load_decoder, naming_damage
+from tinyaudio.transcribe import Transcriber
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
+FAULTS = {
+    "pointer": (lambda data: POINTER, "is a Git LFS pointer.*git lfs pull"),
+    "half": (lambda data: data[: len(data) // 2], "is damaged: .*again"),
+    "one byte less": (lambda data: data[:-1], "is damaged: .*again"),
+    "empty": (lambda data: b"", "is damaged: .*again"),
+    "five bytes": (lambda data: data[:5], "is damaged: .*again"),
+    "a page of the web": (lambda data: b"<!DOCTYPE html><html><body>404</body></html>", "is damaged: .*again"),
+    "zeros": (lambda data: bytes(len(data)), "is damaged: .*again"),
+}
+
+
+def refused(path: Path, load) -> None:
+    """Check that every fault of a file is one line with its name."""
+    whole = path.read_bytes()
+    for spoil, message in FAULTS.values():
+        spoiled = spoil(whole)
+        if path.suffix == ".json" and spoiled == whole[:-1]:
+            continue  # a file of JSON may lack its last line end
+        path.write_bytes(spoiled)
+        with pytest.raises(ModelError, match=message) as raised:
+            load()
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(whole)
+
+
+def test_a_checkpoint_names_the_damaged_file(checkpoint):
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "processor_config.json",
+        "tokenizer_config.json",
+    ):
+        refused(checkpoint / name, lambda: Transcriber.load(checkpoint, device="cpu"))
+    assert Transcriber.load(checkpoint, device="cpu")
+
+
+def test_frozen_parts_name_the_damaged_file(encoder_folder, decoder_folder, tmp_path):
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    shutil.copytree(decoder_folder, tmp_path / "decoder")
+    for name in ("model.safetensors", "config.json"):
+        refused(tmp_path / "encoder" / name, lambda: load_encoder(str(tmp_path / "encoder")))
+        refused(tmp_path / "decoder" / name, lambda: load_decoder(str(tmp_path / "decoder"), None, torch.float32))
+    assert load_encoder(str(tmp_path / "encoder"))
+
+
+def test_weights_of_torch_are_checked_in_both_formats(encoder_folder, tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder_folder, folder)
+    weights = HubertModel.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert load_encoder(str(folder))
+    refused(folder / "pytorch_model.bin", lambda: load_encoder(str(folder)))
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for length in (len(whole) // 2, 40):
+        (folder / "pytorch_model.bin").write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"encoder' has damaged weights .*again"):
+            load_encoder(str(folder))
+
+
+def test_every_shard_of_weights_is_checked(tmp_path):
+    files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    for key, name in files.items():
+        save_file({key: torch.zeros(1000)}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    check_files(tmp_path)
+    refused(tmp_path / "model-2.safetensors", lambda: check_files(tmp_path))
+
+
+def test_files_that_are_not_read_may_be_pointers(checkpoint):
+    for name in ("pytorch_model.bin", "tf_model.h5", "README.md", "metrics.jsonl", "demo.json"):
+        (checkpoint / name).write_bytes(POINTER)
+    assert Transcriber.load(checkpoint, device="cpu")
+
+
+def test_the_state_of_a_training_is_checked(tmp_path):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"a": torch.zeros(1000)}, tmp_path / name)
+        check_files(tmp_path)
+        refused(tmp_path / name, lambda: check_files(tmp_path))
+
+
+def test_other_errors_are_not_called_damage():
+    with pytest.raises(RuntimeError, match="out of memory"), naming_damage("x"):
+        raise RuntimeError("out of memory")

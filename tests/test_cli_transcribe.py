@@ -1,8 +1,11 @@
 """`tinyaudio transcribe` as a Unix tool: where text goes, what is skipped, exit codes."""
 
+import functools
+import http.server
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -310,3 +313,25 @@ def test_help_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_address_is_a_recording(run, talk, expected, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(talk.parent))
+    (talk.parent / "empty").mkdir()
+    monkeypatch.chdir(talk.parent / "empty")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        one = run(f"{host}/talk.wav?x=1")
+        more = run(f"{host}/talk.wav", f"{host}/gone.wav", f"{host}/", "http://[::", talk)
+        server.shutdown()
+    assert (one.exit_code, one.stdout) == (0, expected + "\n")
+    assert more.exit_code == 1
+    assert f"'{host}/gone.wav' cannot be fetched: the server answered 404" in more.stderr
+    assert "'http://[::' cannot be fetched" in more.stderr
+    assert "5 inputs: 2 transcribed, 3 failed" in more.stderr
+    assert [path.name for path in (talk.parent / "empty").iterdir()] == ["talk.txt"]

@@ -6,10 +6,11 @@ Folders and patterns become files, sorted and without duplicates. Every output h
 import contextlib
 import glob
 import os
+import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tinyaudio.model.errors import TinyAudioError
 
@@ -33,7 +34,8 @@ class FoundInput:
     """One recording to transcribe.
 
     Args:
-        path: the file; None for stdin.
+        path: the file; None for stdin. Of an address, its last part, after which the transcript is named.
+        url: the address of a recording on the web.
         below: its folder, relative to the folder given on the command line; "" for other files.
         is_named: the command line names this file itself, not a folder or pattern that contains it.
         problem: one line that says why the input cannot be used; None for a file to try.
@@ -43,10 +45,11 @@ class FoundInput:
     below: Path = Path()
     is_named: bool = False
     problem: str | None = None
+    url: str | None = None
 
     @property
     def name(self) -> str:
-        return "stdin" if self.path is None else str(self.path)
+        return self.url or ("stdin" if self.path is None else str(self.path))
 
 
 def find_inputs(arguments: Sequence[str], recursive: bool) -> list[FoundInput]:
@@ -54,7 +57,7 @@ def find_inputs(arguments: Sequence[str], recursive: bool) -> list[FoundInput]:
     found: dict[str, FoundInput] = {}
     for argument in arguments:
         for item in _expand(argument, recursive):
-            key = item.name if item.path is None or item.problem else os.path.realpath(item.path)
+            key = item.name if item.path is None or item.problem or item.url else os.path.realpath(item.path)
             found.setdefault(key, item)
     return list(found.values())
 
@@ -63,6 +66,8 @@ def _expand(argument: str, recursive: bool) -> Iterator[FoundInput]:
     path = Path(argument)
     if argument == STDIN:
         yield FoundInput(path=None, is_named=True)
+    elif argument.lower().startswith(("http://", "https://")):
+        yield FoundInput(path=Path(_name_of_address(argument)), is_named=True, url=argument)
     elif _is_folder(path):
         yield from _list_folder(path, recursive)
     elif glob.has_magic(argument) and not os.path.lexists(argument):
@@ -76,6 +81,14 @@ def _expand(argument: str, recursive: bool) -> Iterator[FoundInput]:
             yield FoundInput(path=path, problem=f"{argument!r} matches no file; check the pattern")
     else:
         yield FoundInput(path=path, is_named=True)
+
+
+def _name_of_address(url: str) -> str:
+    """Return the last part of an address, or its host."""
+    with contextlib.suppress(ValueError):  # it is no address: fetching it gives the reason
+        parts = urllib.parse.urlsplit(url)
+        return PurePosixPath(urllib.parse.unquote(parts.path)).name.replace("\0", "") or parts.hostname or "address"
+    return "address"
 
 
 def exists(path: Path) -> bool:

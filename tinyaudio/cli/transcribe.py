@@ -36,7 +36,7 @@ BROKEN_PIPE = 141  # exit code that a shell reports for a process ended by SIGPI
 
 
 def transcribe(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH|DIR|GLOB|-...", help="Recordings; - is stdin.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH|DIR|GLOB|URL|-...", help="Recordings; - is stdin.")],
     model: ModelOption = None,
     formats: Annotated[
         list[str] | None,
@@ -182,10 +182,10 @@ def _run(
             transcriber = Transcriber.load(**load)
             total_s: float | None = None
             if bar.is_drawn:
-                lengths = [None if item.path is None else probe_duration_s(item.path) for item in usable]
+                lengths = [None if item.path is None or item.url else probe_duration_s(item.path) for item in usable]
                 known = [length for length in lengths if length is not None]
                 total_s = round(sum(known), 1) if len(known) == len(lengths) else None
-            sources = (sys.stdin.buffer if item.path is None else item.path for item in usable)
+            sources = (sys.stdin.buffer if item.path is None else item.url or item.path for item in usable)
             transcripts = transcriber.stream(
                 sources, on_progress=lambda progress: bar.update(round(progress.done_s, 1), total_s), **decoding
             )

@@ -239,7 +239,7 @@ def test_formats_given_one_by_one_add_up(run, talk):
         (["--language", "fr"], "transcribes English only"),
         (["--task", "translate"], "does not translate; expected transcribe"),
         (["--temperature", "0.7"], "does not sample"),
-        (["--word_timestamps", "True"], "only segments have times"),
+        (["--highlight-words"], "expected --word-timestamps with it"),
         (["--chunk-length", "-1"], "expected seconds above 0"),
         (["--chunk-length", "nan"], "expected seconds above 0"),
         (["--chunk-length", "inf"], "expected seconds above 0"),
@@ -263,6 +263,50 @@ def test_command_line_made_for_whisper_works(run, talk, expected):
     assert (done.exit_code, done.stdout) == (0, expected + "\n")
     assert "truncated" not in done.stderr, "--verbose False is --quiet"
     assert run("-h").exit_code == 0
+
+
+@pytest.fixture
+def run_with_head(checkpoint, ctc_folder):
+    """`run`, with a copy of the checkpoint whose encoder has a CTC head."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "encoder_id": str(ctc_folder)}))
+
+    def go(*words):
+        return CliRunner().invoke(app, ["transcribe", "-m", str(checkpoint), *FEW, *map(str, words)])
+
+    return go
+
+
+def test_word_timestamps_are_in_json_and_subtitles(run_with_head, talk):
+    out = talk.parent / "out"
+    done = run_with_head(talk, "--word-timestamps", "--highlight-words", "-f", "json,vtt,srt", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    (segment,) = json.loads((out / "talk.json").read_text())["segments"]
+    assert [word["word"].strip() for word in segment["words"]] == segment["text"].split()
+    assert (out / "talk.vtt").read_text().count("<u>") == len(segment["words"]) > 0
+    assert (out / "talk.srt").read_text().count("<u>") == len(segment["words"])
+
+
+@pytest.mark.parametrize(
+    ("words", "has_words"),
+    [
+        (["--word-timestamps"], True),
+        (["--word_timestamps", "True"], True),
+        (["--word_timestamps", "False"], False),
+        (["--word_timestamps", "True", "--highlight_words", "False"], True),
+        ([], False),
+    ],
+)
+def test_word_timestamps_take_the_values_of_whisper(run_with_head, talk, words, has_words):
+    done = run_with_head(*words, talk, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert ("words" in json.loads(done.stdout)["segments"][0]) == has_words
+
+
+def test_word_timestamps_without_a_head_are_one_line(run, talk):
+    done = run(talk, "--word-timestamps")
+    assert done.exit_code == 1
+    assert "expected an encoder with a CTC head" in str(done.exception)
 
 
 def test_names_too_long_for_any_output_are_one_line(run, talk, tmp_path):

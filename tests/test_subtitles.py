@@ -1,6 +1,7 @@
 """Subtitles and the other formats: golden files, read back by independent parsers; line lengths as properties."""
 
 import csv
+import html
 import json
 import os
 from itertools import pairwise
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.model.transcript import Segment, Transcript, Word
 from tinyaudio.subtitles import WRITERS, Layout, cues
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -70,6 +71,60 @@ def test_json_and_tsv_read_back():
     rows = list(csv.DictReader(WRITERS["tsv"](example(), LAYOUT).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
     assert [int(row["start"]) for row in rows] == [0, 3000, 3600000, 3700000]
     assert rows[2]["text"] == "a tag <b> & an arrow --> here and a line break"
+
+
+def timed_example() -> Transcript:
+    """Two segments with word times: a pause of a second inside the first, a word between its neighbours, markup."""
+    first = [("Good", 0.1, 0.4), ("morning.", 0.4, 1.0), ("It", 2.0, 2.2), ("is", 2.2, 2.3), ("9:30,", 2.3, 2.9)]
+    first += [("so", 2.9, 3.1), ("<we>", 3.1, 3.3), ("begin", 3.3, 3.7), ("&", 3.7, 3.8), ("look.", 3.8, 4.25)]
+    words = [
+        Word(word=w, start=a, end=b, probability=0.0 if w == "9:30," else 0.875, is_estimated=w == "9:30,")
+        for w, a, b in first
+    ]
+    segments = (
+        Segment(id=0, start=0.1, end=4.25, text=" ".join(word.word for word in words), words=tuple(words)),
+        Segment(id=1, start=5.0, end=5.5, text="", words=()),
+    )
+    return Transcript(source="talk.wav", text=segments[0].text, segments=segments, duration_s=6.0, version="0.1.0")
+
+
+@pytest.mark.parametrize("kind", ["json", "srt", "vtt"])
+@pytest.mark.parametrize("name", ["words", "highlighted"])
+def test_formats_with_word_times_equal_their_golden_files(kind, name):
+    """Remade as above."""
+    path = GOLDEN / f"{name}.{kind}"
+    written = WRITERS[kind](timed_example(), Layout(max_line_width=20, highlight_words=name == "highlighted"))
+    if os.environ.get("TINYAUDIO_REMAKE_GOLDEN"):
+        path.write_text(written)
+    assert written == path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["srt", "vtt"])
+def test_an_independent_parser_reads_word_times_back(kind):
+    """Cues begin and end with their words, and with --highlight-words each word is underlined in its own time."""
+    pysubs2 = pytest.importorskip("pysubs2")
+    words = timed_example().segments[0].words
+    plain_cues = pysubs2.SSAFile.from_string((GOLDEN / f"words.{kind}").read_text(), format_=kind)
+    starts, ends = {round(word.start * 1000) for word in words}, {round(word.end * 1000) for word in words}
+    assert len(plain_cues) > 1
+    assert all(cue.start in starts and cue.end in ends for cue in plain_cues)
+    highlighted = pysubs2.SSAFile.from_string((GOLDEN / f"highlighted.{kind}").read_text(), format_=kind)
+    assert [(cue.start, cue.end) for cue in highlighted] == [
+        (round(w.start * 1000), round(w.end * 1000)) for w in words
+    ]
+    text = (GOLDEN / f"highlighted.{kind}").read_text()
+    underlined = [part.split("</u>")[0] for part in text.split("<u>")[1:]]
+    if kind == "vtt":
+        underlined = [html.unescape(word) for word in underlined]
+    assert underlined == [word.word for word in words]
+
+
+def test_json_has_words_as_whisper_writes_them():
+    segments = json.loads((GOLDEN / "words.json").read_text())["segments"]
+    assert "".join(word["word"] for word in segments[0]["words"]).strip() == segments[0]["text"]
+    assert all({"word", "start", "end", "probability"} <= word.keys() for word in segments[0]["words"])
+    assert [word["is_estimated"] for word in segments[0]["words"]] == [False] * 4 + [True] + [False] * 5
+    assert segments[1]["words"] == []
 
 
 words = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=60), max_size=60)

@@ -1,8 +1,8 @@
 """Transcripts as files: txt, srt, vtt, tsv and json.
 
 Subtitles are sized for reading (42 characters, two lines, seven seconds, as in Netflix's English timed text guide). A
-long segment is split after a sentence, else after a clause, else after a word, and its time is divided by the number of
-characters. So cue times are estimates; json and tsv have the measured times of the segments.
+long segment is split after a sentence, else after a clause, else after a word. A cue has the times of its words if they
+are known; otherwise the segment's time is divided by the number of characters, which is an estimate.
 """
 
 import json
@@ -25,11 +25,13 @@ class Layout:
         max_line_width: characters. A longer word has its own line and is never broken.
         max_line_count: lines.
         max_cue_s: seconds.
+        highlight_words: show a cue once for each of its words, with that word underlined, as Whisper does.
     """
 
     max_line_width: int = 42
     max_line_count: int = 2
     max_cue_s: float = 7.0
+    highlight_words: bool = False
 
     def __post_init__(self) -> None:
         if min(self.max_line_width, self.max_line_count, self.max_cue_s) <= 0:
@@ -38,11 +40,12 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Cue:
-    """One subtitle: from start to end, in milliseconds."""
+    """One subtitle: from start to end, in milliseconds; `underlined` is the number of a word, counted from 0."""
 
     start_ms: int
     end_ms: int
     lines: tuple[str, ...]
+    underlined: int | None = None
 
 
 def cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
@@ -50,15 +53,29 @@ def cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
     floor = 0
     for segment in segments:
         words = plain(segment.text).split()
+        timed = segment.words or ()
+        if [plain(word.word) for word in timed] != words:  # not asked for, or with control characters inside
+            timed = ()
+        num_shown = 0
         seconds_per_character = (segment.end - segment.start) / max(1, len(" ".join(words)))
         start = segment.start
         for taken in _split(words, layout, layout.max_cue_s / seconds_per_character if seconds_per_character else 1e9):
+            lines = tuple(_wrap(taken, layout.max_line_width))
             end = start + seconds_per_character * (len(" ".join(taken)) + 1)
-            start_ms = max(floor, round(start * 1000))
             shown_until = min(end, segment.end, start + layout.max_cue_s)
-            floor = max(start_ms + 1, round(shown_until * 1000))
-            yield Cue(start_ms=start_ms, end_ms=floor, lines=tuple(_wrap(taken, layout.max_line_width)))
-            start = end
+            own = timed[num_shown : num_shown + len(taken)]
+            if own:
+                start, shown_until = own[0].start, min(own[-1].end, own[0].start + layout.max_cue_s)
+            if own and layout.highlight_words:
+                for i, word in enumerate(own):
+                    start_ms = max(floor, round(word.start * 1000))
+                    floor = max(start_ms + 1, round(word.end * 1000))
+                    yield Cue(start_ms=start_ms, end_ms=floor, lines=lines, underlined=i)
+            else:
+                start_ms = max(floor, round(start * 1000))
+                floor = max(start_ms + 1, round(shown_until * 1000))
+                yield Cue(start_ms=start_ms, end_ms=floor, lines=lines)
+            start, num_shown = end, num_shown + len(taken)
 
 
 def _split(words: list[str], layout: Layout, max_characters: float) -> Iterator[list[str]]:
@@ -83,6 +100,17 @@ def _wrap(words: list[str], width: int) -> list[str]:
     return textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
 
 
+def _underline(lines: Sequence[str], number: int | None) -> list[str]:
+    """Put <u> around the word of that number."""
+    words = [line.split(" ") for line in lines]
+    first = 0
+    for line in words:
+        if number is not None and first <= number < first + len(line):
+            line[number - first] = f"<u>{line[number - first]}</u>"
+        first += len(line)
+    return [" ".join(line) for line in words]
+
+
 def plain(text: str) -> str:
     """Put text on one line: no control characters, line breaks or repeated spaces."""
     return " ".join(_CONTROL.sub(" ", text).split())
@@ -98,7 +126,8 @@ def to_srt(transcript: Transcript, layout: Layout) -> str:
     blocks = []
     for number, cue in enumerate(cues(transcript.segments, layout), 1):
         times = f"{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}"
-        blocks.append("\n".join([str(number), times, *(line.replace("-->", "->") for line in cue.lines)]) + "\n")
+        lines = [line.replace("-->", "->") for line in cue.lines]
+        blocks.append("\n".join([str(number), times, *_underline(lines, cue.underlined)]) + "\n")
     return "\n".join(blocks)
 
 
@@ -106,8 +135,9 @@ def to_vtt(transcript: Transcript, layout: Layout) -> str:
     """WebVTT, https://www.w3.org/TR/webvtt1/: & < > are escaped, so that --> is never in the text."""
     blocks = ["WEBVTT\n"]
     for cue in cues(transcript.segments, layout):
-        escaped = (line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in cue.lines)
-        blocks.append("\n".join([f"{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}", *escaped]) + "\n")
+        escaped = [line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in cue.lines]
+        times = f"{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}"
+        blocks.append("\n".join([times, *_underline(escaped, cue.underlined)]) + "\n")
     return "\n".join(blocks)
 
 

@@ -11,7 +11,8 @@ from cache import FeatureReader, FeatureStore
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.encoder import load_feature_extractor
+from tinyaudio.model.ctc_head import load_alphabet
+from tinyaudio.model.encoder import load_encoder_with_head, load_feature_extractor
 from tinyaudio.model.frozen import load_decoder, load_frozen, place, resolved_revision, weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
@@ -47,12 +48,17 @@ def build_model(
     tokenizer = load_tokenizer(recipe.decoder.id, commit)
     prefix, suffix = prompt_ids(tokenizer)
     made_by = store.fingerprint["encoder"]
+    head = None
+    if Path(recipe.encoder.id).is_dir():  # a hub revision pins the head, which would be 1.3 GB to read
+        _, head = load_encoder_with_head(recipe.encoder.id)
     config = TinyAudioConfig(
         encoder_id=recipe.encoder.id,
         encoder_revision=made_by["revision"],
         encoder_digest=made_by["weights"],
         encoder_dim=store.dim,
         encoder_precision=made_by["precision"],
+        ctc_alphabet=load_alphabet(recipe.encoder.id, made_by["revision"]),
+        ctc_head_digest=None if head is None else weights_digest(head),
         decoder_id=recipe.decoder.id,
         decoder_revision=commit,
         decoder_digest=weights_digest(decoder),

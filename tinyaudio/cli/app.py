@@ -35,10 +35,24 @@ _UNUSABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR
 _UNUSABLE |= {errno.EIO}  # the user can change these; a missing file (ENOENT) is a bug unless an error of ours says so
 
 
+_WHISPER_SWITCHES = ("--word-timestamps", "--highlight-words")
+_BOOLEANS = {"true": True, "false": False}
+
+
 class _Root(CommandGroup):
     """All commands. Ctrl-C prints a line; typer by itself exits with 130 and prints nothing."""
 
     headings: ClassVar = COMMANDS
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Accept True and False behind switches that have a value on Whisper's command line and none here."""
+        kept: list[str] = []
+        for i, word in enumerate(args):
+            name, following = word.replace("_", "-"), args[i + 1].lower() if i + 1 < len(args) else ""
+            is_value = i > 0 and args[i - 1].replace("_", "-") in _WHISPER_SWITCHES and word.lower() in _BOOLEANS
+            if not is_value and not (name in _WHISPER_SWITCHES and _BOOLEANS.get(following) is False):
+                kept.append(word)
+        return super().parse_args(ctx, kept)
 
     def invoke(self, ctx: Any) -> Any:
         try:

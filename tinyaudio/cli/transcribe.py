@@ -92,6 +92,12 @@ def transcribe(
     decoder_id: Annotated[
         str | None, typer.Option(help="Another copy of the decoder: folder, hub id, or id@revision.")
     ] = None,
+    word_timestamps: Annotated[
+        bool, typer.Option("--word-timestamps", help="Time every word, for json and subtitles.")
+    ] = False,
+    highlight_words: Annotated[
+        bool, typer.Option("--highlight-words", help="Underline each word of srt and vtt as it is spoken.")
+    ] = False,
     max_line_width: Annotated[int, typer.Option(min=1, help="Maximum characters in a line of subtitles.")] = 42,
     max_line_count: Annotated[int, typer.Option(min=1, help="Maximum lines in a subtitle.")] = 2,
     language: Annotated[str, typer.Option(help="Must be en: the model transcribes English only.")] = "en",
@@ -102,7 +108,6 @@ def transcribe(
     fp16: Annotated[str | None, typer.Option(hidden=True)] = None,
     verbose: Annotated[str | None, typer.Option(hidden=True)] = None,
     temperature: Annotated[str, typer.Option(hidden=True)] = "0",
-    word_timestamps: Annotated[str, typer.Option(hidden=True)] = "False",
 ) -> None:
     """Turn recordings into text.
 
@@ -110,10 +115,12 @@ def transcribe(
     .txt beside each recording; existing files are replaced only with --overwrite. With --format or --output-dir: writes
     those files only, and replaces them. With --json: prints objects, and writes no other files unless asked.
 
-    Whisper's options have the same names here; --fp16, --verbose, --temperature 0 and --word_timestamps False are
+    Whisper's options have the same names here; --fp16, --verbose, --temperature 0 and --word_timestamps True are
     accepted too.
     """
-    _check_whisper_options(language, task, temperature, word_timestamps)
+    _check_whisper_options(language, task, temperature)
+    if highlight_words and not word_timestamps:
+        usage("--highlight-words: expected --word-timestamps with it; add that")
     if length_penalty is not None and not math.isfinite(length_penalty):
         usage(f"--length-penalty {length_penalty:g}: expected a number")
     if chunk_length is not None and not (math.isfinite(chunk_length) and chunk_length > 0):
@@ -121,13 +128,13 @@ def transcribe(
     load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
     decoding = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-    decoding |= {"batch_size": batch_size, "window_s": chunk_length}
+    decoding |= {"batch_size": batch_size, "window_s": chunk_length, "word_timestamps": word_timestamps}
 
     inputs = find_inputs(paths, recursive)
     _check_streams(inputs)
     sink = Sink(
         **_destination(inputs, formats, output_dir, as_json),
-        layout=Layout(max_line_width=max_line_width, max_line_count=max_line_count),
+        layout=Layout(max_line_width=max_line_width, max_line_count=max_line_count, highlight_words=highlight_words),
         quiet=quiet or _is_false(verbose),
     )
     todo = []
@@ -336,15 +343,13 @@ def _discard_stdout() -> None:
 # ------------------------------------------------------------------------------------------- checks of options
 
 
-def _check_whisper_options(language: str, task: str, temperature: str, word_timestamps: str) -> None:
+def _check_whisper_options(language: str, task: str, temperature: str) -> None:
     if language.strip().lower() not in ("en", "english"):
         usage(f"--language {language!r}: the model transcribes English only; expected en")
     if task != "transcribe":
         usage(f"--task {task!r}: the model does not translate; expected transcribe")
     if temperature not in ("0", "0.0"):
         usage(f"--temperature {temperature!r}: the model does not sample; expected 0, or omit it")
-    if not _is_false(word_timestamps):
-        usage("--word-timestamps: only segments have times, which srt, vtt, tsv and json contain; omit it")
 
 
 def _is_false(value: str | None) -> bool:

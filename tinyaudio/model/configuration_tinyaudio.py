@@ -20,6 +20,8 @@ class TinyAudioConfig(PreTrainedConfig):
         encoder_digest: `frozen.weights_digest` of the encoder in float32; checked when loading. None: unknown.
         encoder_dim: D, width of the encoder's features.
         encoder_precision: "float32" or "bfloat16" (autocast on a GPU; a CPU always runs float32).
+        ctc_alphabet: symbols of the encoder's CTC head, see `ctc_head.CTCHead`; None: as the encoder's tokenizer says.
+        ctc_head_digest: `frozen.weights_digest` of that head; None: unknown.
         decoder_id, decoder_revision, decoder_digest: the same for the frozen decoder, in `decoder_dtype`.
         decoder_dim: H, width of the decoder's embeddings.
         decoder_dtype: precision of the decoder's weights.
@@ -41,6 +43,8 @@ class TinyAudioConfig(PreTrainedConfig):
         encoder_digest: str | None = None,
         encoder_dim: int = 1024,
         encoder_precision: str = "float32",
+        ctc_alphabet: dict[str, int] | None = None,
+        ctc_head_digest: str | None = None,
         decoder_id: str = DEFAULT_DECODER,
         decoder_revision: str | None = None,
         decoder_digest: str | None = None,
@@ -60,6 +64,7 @@ class TinyAudioConfig(PreTrainedConfig):
     ) -> None:
         self.encoder_id, self.encoder_revision, self.encoder_digest = encoder_id, encoder_revision, encoder_digest
         self.encoder_dim, self.encoder_precision = encoder_dim, encoder_precision
+        self.ctc_alphabet, self.ctc_head_digest = ctc_alphabet, ctc_head_digest
         self.decoder_id, self.decoder_revision, self.decoder_digest = decoder_id, decoder_revision, decoder_digest
         self.decoder_dim, self.decoder_dtype = decoder_dim, decoder_dtype
         self.projector_kind, self.stack_factor = projector_kind, stack_factor

@@ -9,15 +9,16 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from .audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames, pad_to_window
+from .ctc_head import CTCHead, load_alphabet
 from .errors import ModelError
 from .frozen import freeze, load_frozen
 
@@ -37,7 +38,33 @@ def load_encoder(encoder_id: str, revision: str | None = None) -> PreTrainedMode
         ModelError: its convolutions do not give `audio.num_frames`: a window of 400 and a hop of 320 samples.
     """
     with _without_report_of_heads():
-        encoder = freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32))
+        return _checked(freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32)))
+
+
+def load_encoder_with_head(
+    encoder_id: str, revision: str | None = None, alphabet: Mapping[str, int] | None = None
+) -> tuple[PreTrainedModel, CTCHead | None]:
+    """Load a frozen encoder as `load_encoder` does, and its CTC head from the same files.
+
+    Args:
+        alphabet: of the head; None to read it from the encoder's tokenizer.
+
+    Returns:
+        The encoder, with the same weights as without its head; and the head, None where the checkpoint has none or
+        nobody knows its alphabet.
+    """
+    alphabet = alphabet or load_alphabet(encoder_id, revision)
+    if alphabet is None:
+        return load_encoder(encoder_id, revision), None
+    whole, info = load_frozen(AutoModelForCTC, encoder_id, revision, dtype=torch.float32, output_loading_info=True)
+    encoder = _checked(freeze(whole.base_model))
+    is_lost = any(key.startswith("lm_head.") for key in info["missing_keys"])
+    offset_s = float(getattr(encoder.config, "ctc_offset_s", 0.0))  # no field of transformers' own configurations
+    return encoder, None if is_lost else CTCHead(whole.lm_head, alphabet, offset_s)
+
+
+def _checked(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Return an encoder whose convolutions give `audio.num_frames`; errors as `load_encoder`."""
     config = encoder.config
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if kernels is None or strides is None:

@@ -207,7 +207,7 @@ def check_digest(part: str, model_id: str, expected: str | None, module: nn.Modu
     """Check a frozen part's weights against the digest recorded at training time. Skipped if `expected` is None.
 
     Args:
-        part: "encoder" or "decoder", for the message.
+        part: "encoder", "decoder" or "ctc_head", for the message.
 
     Raises:
         ModelError: the weights differ.

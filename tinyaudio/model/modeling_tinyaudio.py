@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.utils import ModelOutput
 
 from .configuration_tinyaudio import TinyAudioConfig
-from .encoder import encode, load_encoder
+from .ctc_head import CTCHead
+from .encoder import encode, load_encoder_with_head
 from .errors import MissingModelError, ModelError, one_line
 from .frozen import check_digest, check_files, freeze, is_hub_id, load_decoder, naming_damage, place
 from .loss import summed_cross_entropy
@@ -109,6 +110,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.projector_hidden_size,
         )
         self.register_module("decoder", None)
+        self.register_module("ctc_head", None)
         # Otherwise Trainer counts labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
         self._checkpoints_activations = False
@@ -124,15 +126,20 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Keep PyTorch's initialisation: the frozen parts are loaded, and the projector initialises itself."""
 
-    def attach(self, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None) -> None:
-        """Attach frozen parts, and freeze them.
+    def attach(
+        self,
+        encoder: PreTrainedModel | None = None,
+        decoder: PreTrainedModel | None = None,
+        ctc_head: CTCHead | None = None,
+    ) -> None:
+        """Attach frozen parts, and freeze them. A new encoder takes the place of the old one's head too.
 
         Raises:
             ModelError: a part's width is not the configured one.
         """
         if encoder is not None:
             _check_width("encoder", encoder.config.hidden_size, self.config.encoder_dim)
-            self.encoder = freeze(encoder)
+            self.encoder, self.ctc_head = freeze(encoder), ctc_head
         if decoder is not None:
             _check_width("decoder", decoder.get_input_embeddings().embedding_dim, self.config.decoder_dim)
             self.decoder = freeze(decoder)
@@ -397,9 +404,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def load_frozen_parts(self, dtype: Any = None) -> None:
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
         config = self.config
-        encoder = load_encoder(config.encoder_id, config.encoder_revision)
+        encoder, head = load_encoder_with_head(config.encoder_id, config.encoder_revision, config.ctc_alphabet)
         check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
-        self.attach(encoder=encoder)
+        if head is not None:
+            check_digest("ctc_head", config.encoder_id, config.ctc_head_digest, head)
+        self.attach(encoder=encoder, ctc_head=head)
         dtype = config.decoder_dtype if dtype in (None, "auto") else dtype
         if isinstance(dtype, str):
             name, dtype = dtype, getattr(torch, dtype, None)
@@ -423,6 +432,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 _OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
+_OVERRIDABLE |= {"ctc_alphabet", "ctc_head_digest"}
 
 
 def _one_device(device_map: Any) -> torch.device:

@@ -23,9 +23,10 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     """Transcribes one recording, in any form that `inputs.as_input` knows, or many.
 
     Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
-    seconds; and "warnings" if there are any. A list gives a list; a generator or dataset an iterator. Options, for a
-    call or at construction: batch_size, num_beams, max_new_tokens, length_penalty, chunk_length_s (the longest piece
-    decoded at once), return_timestamps, and all other options of `generate`, directly or as generate_kwargs={...}.
+    seconds, and with return_timestamps="word" one per word; and "warnings" if there are any. A list gives a list; a
+    generator or dataset an iterator. Options, for a call or at construction: batch_size, num_beams, max_new_tokens,
+    length_penalty, chunk_length_s (the longest piece decoded at once), return_timestamps, and all other options of
+    `generate`, directly or as generate_kwargs={...}.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,9 +46,10 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         for name, reason in unsupported.items():
             if options.pop(name, None):
                 raise ValueError(f"{name} is not supported: {reason}")
-        if options.get("return_timestamps") not in (None, True, False):
+        if options.get("return_timestamps") not in (None, True, False, "word"):
             raise ValueError(
-                f"return_timestamps={options['return_timestamps']!r} is not supported; expected True (segment times)"
+                f"return_timestamps={options['return_timestamps']!r} is not supported; expected True (segment times) "
+                "or 'word'"
             )
         if options.pop("stride_length_s", None) is not None:
             python_warnings.warn(
@@ -88,14 +90,24 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         with_times = settings.pop("return_timestamps", None)
         own = {name: settings.pop(name) for name in _OWN if name in settings}
         options = Options(
-            batch_size=batch_size, window_s=settings.pop("chunk_length_s", None) or None, generate=settings, **own
+            batch_size=batch_size,
+            window_s=settings.pop("chunk_length_s", None) or None,
+            word_timestamps=with_times == "word",
+            generate=settings,
+            **own,
         )
         recognizer = Recognizer(self.model, self.feature_extractor, self.tokenizer)
         for transcript in recognizer.stream(inputs, options):
             if transcript.error is not None:
                 raise AudioError(transcript.error)
             output: dict[str, Any] = {"text": transcript.text}
-            if with_times:
+            if with_times == "word":
+                output["chunks"] = [
+                    {"text": word.word, "timestamp": (word.start, word.end)}
+                    for segment in transcript.segments
+                    for word in segment.words or ()
+                ]
+            elif with_times:
                 output["chunks"] = [{"text": s.text, "timestamp": (s.start, s.end)} for s in transcript.segments]
             if transcript.warnings:
                 output["warnings"] = list(transcript.warnings)

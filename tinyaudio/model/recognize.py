@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from .align import word_times
 from .audio import SAMPLING_RATE, num_frames
 from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
 from .guard import RETRIED, cut_loop, judge, token_budget
 from .reader import End, Event, Input, PieceReader
 from .segments import Piece, join_texts
-from .transcript import Segment, Transcript
+from .transcript import Segment, Transcript, Word
 
 # How a faulty output is decoded again. Penalties count generated tokens only, never the prompt.
 RETRY = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4}
@@ -36,8 +37,10 @@ ENCODER_BATCH_S = (
 # A step of generation on a GPU costs the start of its kernels, 20 to 30 ms, whether it has 8 rows or 64.
 BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
 CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
+WORD_END_LEVEL = 0.01  # of a piece's peak: the last word ends there, 40 dB below it; its segment may end in an echo
 
-Output = tuple[str, tuple[str, ...]]  # the text of a piece and its warnings, codes of `guard.CODES`
+# The text of a piece, its warnings (codes of `guard.CODES`) and, if they were asked for, its words.
+Output = tuple[str, tuple[str, ...], tuple[Word, ...] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class Options:
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
+        word_timestamps: find out when each word was said; needs an encoder with a CTC head.
         generate: any other options of `generate`.
     """
 
@@ -58,6 +62,7 @@ class Options:
     max_new_tokens: int | None = None
     length_penalty: float | None = None
     window_s: float | None = None
+    word_timestamps: bool = False
     generate: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,8 +120,13 @@ class Recognizer:
         An input that cannot be read gives a transcript with `error` set; nothing is raised for it.
 
         Raises:
-            ModelError: a batch does not fit into the GPU's memory.
+            ModelError: a batch does not fit into the GPU's memory; or word times without a CTC head.
         """
+        if options.word_timestamps and self.model.ctc_head is None:
+            raise ModelError(
+                f"expected an encoder with a CTC head and its letters, found none in {self.model.config.encoder_id!r}: "
+                "words have no times. Omit --word-timestamps (word_timestamps), or use a model with another encoder"
+            )
         window_s = options.window_s or self.model.config.window_s
         if options.batch_size is None:
             options = replace(options, batch_size=default_batch_size(self.model, options))
@@ -177,14 +187,39 @@ class Recognizer:
 
         first = self._write(features, num_frames, durations, config, options.generate)
         faults = [find_fault(i, *output) for i, output in enumerate(first)]
-        outputs: list[Output] = [(text, ()) for text, _ in first]
+        outputs: list[tuple[str, tuple[str, ...]]] = [(text, ()) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
         if again:
             settings = {**options.generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
             second = self._write(features[again], num_frames[again], [durations[i] for i in again], config, settings)
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
-        return outputs
+        if not options.word_timestamps:
+            return [(text, codes, None) for text, codes in outputs]
+        words = self._time_words(pieces, [text for text, _ in outputs], features, num_frames)
+        return [(text, codes, timed) for (text, codes), timed in zip(outputs, words, strict=True)]
+
+    def _time_words(
+        self, pieces: Sequence[Piece], texts: Sequence[str], features: Tensor, num_frames: Tensor
+    ) -> list[tuple[Word, ...]]:
+        """Find when the words of each piece were said, seconds from the beginning of its recording."""
+        head, spans = self.model.ctc_head, []
+        for piece in pieces:
+            begins, ends = 0.0, len(piece.samples) / SAMPLING_RATE
+            if not piece.overlap_s:
+                begins = piece.start_s - piece.begin_s
+            if not piece.overlap_after_s:
+                levels = np.abs(piece.samples)
+                loud = np.flatnonzero(levels > WORD_END_LEVEL * levels.max())
+                ends = min(piece.end_s - piece.begin_s, (loud[-1] + 1) / SAMPLING_RATE if len(loud) else ends)
+            spans.append((begins, max(begins, ends)))
+        rows = word_times(
+            texts, head(features), num_frames.tolist(), head.alphabet, offset_s=head.offset_s, spans=spans
+        )
+        return [
+            tuple(replace(word, start=word.start + piece.begin_s, end=word.end + piece.begin_s) for word in row)
+            for piece, row in zip(pieces, rows, strict=True)
+        ]
 
     def _encode(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """Run the encoder, over a part of a large batch at a time; shapes as `encoder.encode`."""
@@ -277,13 +312,18 @@ def _ended(tokens: Tensor, eos_token_id: int, budgets: Tensor) -> Tensor:
     return (num_written < tokens.shape[1]) & (num_written != budgets)
 
 
-def _choose(first: str, fault: str, second: str, new_fault: str | None) -> Output:
+def _choose(first: str, fault: str, second: str, new_fault: str | None) -> tuple[str, tuple[str, ...]]:
     """Choose between a faulty output and its second decoding. An empty text is no better than a loop that was cut."""
     if new_fault is None and (second or fault in ("refusal", "implausible_rate")):
         return second, (fault + RETRIED,)
     if fault == "repetition":  # cut the first output: penalties distort the text of a loop that did not end
         return cut_loop(first), (fault,)
     return first, (fault,)
+
+
+def _not_before(words: Sequence[Word], second: float) -> tuple[Word, ...]:
+    """Move the times of words behind a second: where windows overlap, each has its own times of the same words."""
+    return tuple(replace(word, start=max(word.start, second), end=max(word.end, second)) for word in words)
 
 
 @dataclass
@@ -322,15 +362,28 @@ class OpenInput:
         for piece in self.pieces:
             if piece.index not in self.outputs:
                 return segments[:-1] if piece.overlap_s else segments
-            output, codes = self.outputs[piece.index]
+            output, codes, words = self.outputs[piece.index]
             text = output
             if piece.overlap_s and segments:
                 before, text, agreed = join_texts(previous, output, piece.overlap_s)
-                segments[-1] = replace(segments[-1], text=" ".join(before.split()[num_skipped:]))
+                kept = before.split()[num_skipped:]
+                words_before = segments[-1].words
+                if words is not None and words_before is not None:
+                    words_before = words_before[: len(kept)]
+                    words = _not_before(words, words_before[-1].end if words_before else 0.0)
+                segments[-1] = replace(segments[-1], text=" ".join(kept), words=words_before)
                 codes = (*codes, *(() if agreed else ("seam",)))
             previous, num_skipped = output, len(output.split()) - len(text.split())
-            codes = (*piece.warnings, *codes)
-            segments.append(Segment(id=piece.index, start=piece.start_s, end=piece.end_s, text=text, warnings=codes))
+            segments.append(
+                Segment(
+                    id=piece.index,
+                    start=piece.start_s,
+                    end=piece.end_s,
+                    text=text,
+                    warnings=(*piece.warnings, *codes),
+                    words=None if words is None else words[num_skipped:],
+                )
+            )
         return segments if self.end is not None else segments[:-1]
 
     def transcript(self, end: End) -> Transcript:

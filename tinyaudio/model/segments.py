@@ -40,18 +40,22 @@ class Piece:
 
     Args:
         samples: (n,) at 16 kHz.
+        begin_s: where its samples begin, seconds from the beginning of the recording.
         start_s, end_s: where its speech begins and ends, seconds from the beginning of the recording.
         advance_s: seconds of the recording that are done when this piece is.
         overlap_s: seconds at its beginning that the piece before holds as well; 0 after a gap.
+        overlap_after_s: seconds at its end that the next piece holds as well; 0 before a gap.
         warnings: codes of `guard.CODES`.
         input, index, name: number and name of its input, and its number within the input; set by `reader`.
     """
 
     samples: Samples
+    begin_s: float = 0.0
     start_s: float
     end_s: float
     advance_s: float
     overlap_s: float = 0.0
+    overlap_after_s: float = 0.0
     warnings: tuple[str, ...] = ()
     input: int = 0
     index: int = 0
@@ -115,10 +119,12 @@ def cut_steps(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity |
                 begin = max(speech_start - margin, done)
             yield Piece(
                 samples=held.read(begin, end),
+                begin_s=begin / SAMPLING_RATE,
                 start_s=speech_start / SAMPLING_RATE,
                 end_s=speech_end / SAMPLING_RATE,
                 advance_s=(end - done) / SAMPLING_RATE,
                 overlap_s=first.overlap_before * FRAME_S,
+                overlap_after_s=last.overlap_after * FRAME_S,
                 warnings=("no_pause",) if first.overlap_before else (),
             )
             done = end

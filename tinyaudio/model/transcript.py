@@ -8,6 +8,25 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class Word:
+    """One word of a segment.
+
+    Args:
+        word: as in the segment's text, without spaces.
+        start, end: seconds from the beginning of the recording.
+        probability: of its letters where they were heard, by the encoder's CTC head: their geometric mean, 0 to 1.
+        is_estimated: whether its time is that between its neighbours, since the head cannot spell it; its probability
+            is then 0.
+    """
+
+    word: str
+    start: float
+    end: float
+    probability: float
+    is_estimated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """One stretch of speech between two pauses.
 
@@ -16,6 +35,7 @@ class Segment:
         start, end: seconds from the beginning of the recording, where its speech begins and ends.
         text: may be empty.
         warnings: codes, see `Transcript`.
+        words: its words with their times, if they were asked for.
     """
 
     id: int
@@ -23,6 +43,28 @@ class Segment:
     end: float
     text: str
     warnings: tuple[str, ...] = ()
+    words: tuple[Word, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return Whisper's keys and ours; `words` only if they were asked for, each with a space before it."""
+        values = asdict(self) | {
+            "start": round(self.start, 3),
+            "end": round(self.end, 3),
+            "warnings": list(self.warnings),
+            "words": [
+                {
+                    "word": f" {word.word}",
+                    "start": round(word.start, 3),
+                    "end": round(word.end, 3),
+                    "probability": round(word.probability, 4),
+                    "is_estimated": word.is_estimated,
+                }
+                for word in self.words or ()
+            ],
+        }
+        if self.words is None:
+            del values["words"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +93,11 @@ class Transcript:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that `--json` prints: Whisper's keys (text, language, segments) and ours."""
-        segments = [
-            {**asdict(s), "start": round(s.start, 3), "end": round(s.end, 3), "warnings": list(s.warnings)}
-            for s in self.segments
-        ]
         return {
             "source": self.source,
             "text": self.text,
             "language": "en",
-            "segments": segments,
+            "segments": [segment.to_dict() for segment in self.segments],
             "duration": round(self.duration_s, 3),
             "warnings": list(self.warnings),
             "error": self.error,

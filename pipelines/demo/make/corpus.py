@@ -190,6 +190,22 @@ def synthesise(sentence: str, voice: Voice) -> Samples:
     Returns:
         (S,), float32, 16 kHz, peak 0.5, with `EDGE_SILENCE_S` around the speech.
 
+    Raises: as `speak`.
+    """
+    samples = speak(sentence, voice)
+    return samples[speech_of(samples)]
+
+
+def speech_of(samples: Samples) -> slice:
+    """Return where the speech is, with `EDGE_SILENCE_S` around it."""
+    loud = np.flatnonzero(np.abs(samples) > 0.005)
+    edge = int(EDGE_SILENCE_S * SAMPLING_RATE)
+    return slice(max(0, int(loud[0]) - edge), int(loud[-1]) + edge)
+
+
+def speak(sentence: str, voice: Voice) -> Samples:
+    """Speak one sentence with espeak-ng, with all the silence around it; (S,), float32, 16 kHz, peak 0.5.
+
     Raises:
         FileNotFoundError: espeak-ng is not installed.
         subprocess.CalledProcessError: espeak-ng does not know the voice.
@@ -201,9 +217,7 @@ def synthesise(sentence: str, voice: Voice) -> Samples:
     raw = np.frombuffer(wav[44:], dtype="<i2").astype(np.float32)
     samples = np.asarray(soxr.resample(raw, rate, SAMPLING_RATE), dtype=np.float32)
     samples *= 0.5 / max(float(np.abs(samples).max()), 1.0)
-    loud = np.flatnonzero(np.abs(samples) > 0.005)
-    edge = int(EDGE_SILENCE_S * SAMPLING_RATE)
-    return samples[max(0, loud[0] - edge) : loud[-1] + edge]
+    return samples
 
 
 def encode_opus(samples: Samples, name: str) -> bytes:

@@ -24,6 +24,7 @@ from servers import running
 from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app as cli
+from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import MissingModelError
 from tinyaudio.model.recognize import Options
 from tinyaudio.request_queue import RequestQueue
@@ -152,10 +153,22 @@ def test_a_bad_parameter_is_named(server, three, fields, status, param):
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_word_times_are_refused_until_segments_have_them(server, three):
+def test_word_times_are_refused_where_the_encoder_has_no_head(server, three):
     answer = server.post(three, response_format="verbose_json", timestamp_granularities="word")
     assert answer.status_code == 400
     assert "word times" in answer.json()["error"]["message"]
+
+
+def test_word_times_are_those_of_the_command_line(transcriber, ctc_folder, three):
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    transcriber.model.attach(encoder=encoder, ctc_head=head)
+    (expected,) = transcriber.transcribe([three], word_timestamps=True, **FEW)
+    with running(transcriber, options=Options(**FEW)) as server:
+        words = server.post(three, response_format="verbose_json", timestamp_granularities="word").json()["words"]
+        assert "words" not in server.post(three, response_format="verbose_json").json()
+    said = [word for segment in expected.segments for word in segment.words]
+    assert [word["word"] for word in words] == [word.word for word in said] != []
+    assert [word["start"] for word in words] == pytest.approx([word.start for word in said], abs=0.001)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tinyaudio.model.audio import SAMPLING_RATE, describe
@@ -78,13 +78,15 @@ class Ticket:
         self.is_too_long = self.is_open = False
         self._has_place = True
 
-    def submit(self, source: Input, on_update: OnUpdate) -> None:
+    def submit(self, source: Input, on_update: OnUpdate, *, word_timestamps: bool = False) -> None:
         """Transcribe a recording.
 
         Args:
             source: as `Transcriber.stream`; a file object must stay open until the ticket has left.
             on_update: called in threads of the queue; must return at once.
+            word_timestamps: see `recognize.Options`; the model must have a CTC head.
         """
+        self.word_timestamps = word_timestamps
         self.source, self.on_update, self.num_samples, self.num_sent = source, on_update, 0, 0
         self.input = OpenInput(describe(source))
         self.pending: deque[Piece] = deque()
@@ -157,6 +159,11 @@ class RequestQueue:
         if self.transcriber is None:
             raise NotReadyError("the model is still being loaded. Try again in a few seconds")
         return self.options.window_s or float(self.transcriber.model.config.window_s)
+
+    @property
+    def has_word_times(self) -> bool:
+        """Whether the model is loaded and its encoder has a CTC head."""
+        return self.transcriber is not None and self.transcriber.model.ctc_head is not None
 
     @property
     def is_closed(self) -> bool:
@@ -323,7 +330,8 @@ class RequestQueue:
         pieces = [piece for _, piece in batch]
         started = time.monotonic()
         try:
-            outputs = self.transcriber.recognizer.decode(pieces, self.options)
+            options = replace(self.options, word_timestamps=any(ticket.word_timestamps for ticket, _ in batch))
+            outputs = self.transcriber.recognizer.decode(pieces, options)
         except Exception as error:
             if not isinstance(error, TinyAudioError):
                 logger.exception("a batch failed")
@@ -334,8 +342,8 @@ class RequestQueue:
         audio_s = sum(len(piece.samples) for piece in pieces) / SAMPLING_RATE
         self.on_batch(len(pieces), audio_s, time.monotonic() - started)
         with self._changed:
-            for (ticket, piece), output in zip(batch, outputs, strict=True):
-                ticket.input.finish(piece, output)
+            for (ticket, piece), (text, codes, words) in zip(batch, outputs, strict=True):
+                ticket.input.finish(piece, (text, codes, words if ticket.word_timestamps else None))
             for ticket in {ticket.number: ticket for ticket, _ in batch}.values():
                 self._report(ticket)
 

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from tinyaudio.model.errors import TinyAudioError
-from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.model.transcript import Transcript
 from tinyaudio.request_queue import NotReadyError, QueueFullError, RequestQueue, Ticket, Update
 from tinyaudio.subtitles import WRITERS, Layout
 from tinyaudio.version import __version__
@@ -41,7 +41,6 @@ MAX_FIELDS, MAX_FIELD_BYTES = 32, 64 << 10  # of a form, beside its file
 DRAIN_S = 3.0  # how long the rest of a refused body is read and dropped, so that the client sees the answer
 STREAM_END_S = 10  # seconds that open connections may take after the last request is done, at shutdown
 OPEN_PATHS = ("/health", "/ready")  # need no key: probes of containers send none, and nothing is revealed
-HAS_WORDS = "words" in {field.name for field in fields(Segment)}
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -177,9 +176,6 @@ def check_form(form: FormData, model_name: str) -> tuple[Parameters, UploadFile]
     if granularities and parameters.response_format != "verbose_json":
         message = "timestamp_granularities[] needs response_format=verbose_json"
         raise Refusal(400, message, "invalid_value", "timestamp_granularities[]")
-    if "word" in granularities and not HAS_WORDS:
-        message = "this version has no word times; expected timestamp_granularities[]=segment"
-        raise Refusal(400, message, "invalid_value", "timestamp_granularities[]")
     if parameters.stream and parameters.response_format not in ("json", "text"):
         message = f"stream=true needs response_format json or text, found {parameters.response_format}"
         raise Refusal(400, message, "invalid_value", "response_format")
@@ -227,7 +223,11 @@ def render(transcript: Transcript, parameters: Parameters) -> Response:
         "usage": usage,
     }
     if "word" in parameters.timestamp_granularities:
-        answer["words"] = [word for segment in written["segments"] for word in segment["words"]]
+        answer["words"] = [
+            {"word": word["word"].strip(), "start": word["start"], "end": word["end"]}
+            for segment in written["segments"]
+            for word in segment["words"]
+        ]
     return JSONResponse(answer)
 
 
@@ -247,7 +247,7 @@ def _event(**content: Any) -> str:
 class Answer:
     """The updates of one request, awaited; a client that goes away ends it."""
 
-    def __init__(self, request: Request, ticket: Ticket, upload: UploadFile) -> None:
+    def __init__(self, request: Request, ticket: Ticket, upload: UploadFile, word_timestamps: bool) -> None:
         self.request, self.ticket = request, ticket
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -256,7 +256,7 @@ class Answer:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._updates.put_nowait, update)
 
-        ticket.submit(upload.file, pass_on)
+        ticket.submit(upload.file, pass_on, word_timestamps=word_timestamps)
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """Yield updates, the one with the transcript last.
@@ -571,8 +571,12 @@ def build_app(
     async def transcribe(request: Request, ticket: Annotated[Ticket, Depends(take_place)]) -> Response:
         """Transcribe a recording: OpenAI's `audio.transcriptions.create`."""
         parameters, upload = await read_form(request, model_name)
+        if "word" in parameters.timestamp_granularities and not queue.has_word_times:
+            await upload.close()
+            message = "this model's encoder has no CTC head for word times; expected timestamp_granularities[]=segment"
+            raise Refusal(400, message, "invalid_value", "timestamp_granularities[]")
         ignored = {"X-Tinyaudio-Ignored": "prompt"} if parameters.prompt else {}
-        updates = aiter(Answer(request, ticket, upload))
+        updates = aiter(Answer(request, ticket, upload, "word" in parameters.timestamp_granularities))
         update = await anext(updates)
         if parameters.stream:
             events = stream_events(update, updates)

@@ -104,17 +104,9 @@ def measure_full_size(device: str, audio_s: float | None = None, rounds: int | N
         model = full_size_model(where)
         tokenizer = load_tokenizer(str(DEMO / "decoder"))
         processor = TinyAudioProcessor(load_feature_extractor(str(DEMO / "encoder")), tokenizer)
-        rows = _bundled(200)
-        speech = np.concatenate([load_audio(row["wav"]["bytes"]) for row in rows])
         count, duration_s = (64, 8.0) if is_gpu else (2, 2.0)
         count = count if audio_s is None else max(1, round(audio_s / duration_s))
-        recordings = []
-        for samples in np.resize(speech, (count, int(duration_s * SAMPLING_RATE))):
-            file = io.BytesIO()
-            soundfile.write(file, samples, SAMPLING_RATE, format="WAV")
-            recordings.append(file.getvalue())
-        num_tokens = int(3.5 * duration_s)  # as English speech has
-        ids = tokenizer(" ".join(row["text"] for row in rows[:10]))["input_ids"][: num_tokens - 1]
+        recordings, ids = wav_recordings(tokenizer, count, duration_s)
         script = LogitsProcessorList([Script([*ids, model.config.eos_token_id])])
         result = _compare(
             Transcriber(model, processor),
@@ -123,10 +115,23 @@ def measure_full_size(device: str, audio_s: float | None = None, rounds: int | N
             beams=(1, 4) if is_gpu else (1,),
             repeats=rounds or (3 if is_gpu else 1),
             generate={"logits_processor": script},
-            max_new_tokens=num_tokens,
+            max_new_tokens=len(ids) + 1,
         )
     name = "HuBERT-large and SmolLM3-3B at random weights"
     return {"model": name, **result, "same_text": None, "peak_rss_bytes": peak.size_bytes}
+
+
+def wav_recordings(tokenizer: Any, count: int, duration_s: float) -> tuple[list[bytes], list[int]]:
+    """Cut bundled speech into WAV files of one length; also return the ids of a text that is as long as theirs."""
+    rows = _bundled(200)
+    speech = np.concatenate([load_audio(row["wav"]["bytes"]) for row in rows])
+    recordings = []
+    for samples in np.resize(speech, (count, int(duration_s * SAMPLING_RATE))):
+        file = io.BytesIO()
+        soundfile.write(file, samples, SAMPLING_RATE, format="WAV")
+        recordings.append(file.getvalue())
+    num_tokens = int(3.5 * duration_s)  # as English speech has
+    return recordings, tokenizer(" ".join(row["text"] for row in rows[:10]))["input_ids"][: num_tokens - 1]
 
 
 class Script(LogitsProcessor):
@@ -208,7 +213,7 @@ def _compare(
         same_text = same_text and all(text[: len(few)] == texts[0][: len(few)] for text in texts)
         heard_s = {"single": few_s, "batched": audio_s}
         speeds = {way: heard_s[way] / statistics.median(took) for way, took in times.items()}
-        with _timed(transcriber.model) as spent:
+        with timed_parts(transcriber.model) as spent:
             batched(num_beams)
         spent["decode"] = decode_s  # measured apart, since its thread runs beside the model
         by_beams[str(num_beams)] = {
@@ -232,7 +237,7 @@ def _compare(
 
 
 @contextmanager
-def _timed(model: Any) -> Iterator[dict[str, float]]:
+def timed_parts(model: Any) -> Iterator[dict[str, float]]:
     """Time the encoder, the decoder's first call of each generation (prefill), and the rest of the generation."""
     spent: dict[str, float] = defaultdict(float)
     last = 0.0

@@ -1,5 +1,7 @@
 """The batch encoder to the bit: batches side by side, quantising on the device, padding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -111,6 +113,32 @@ def test_a_batch_on_its_way_to_a_float16_store_is_narrow_on_the_device_already(e
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
+def test_bfloat16_reaches_a_float16_store_close_to_float32(encoder_folder, noise):
+    """As on a GPU, here by the autocast of a CPU."""
+    exact = open_encoder(EncoderSection(id=str(encoder_folder)), torch.device("cpu"))
+    recordings = [noise(1.0), noise(0.4)]
+    rows = []
+    for encoder in (exact, replace(exact, precision="bfloat16")):
+        batch_encoder = open_batch_encoder(encoder, "float16")
+        rows.append(batch_encoder.encode(batch_encoder.prepare(recordings))().recordings)
+    for one, other in zip(*rows, strict=True):
+        assert other.features.dtype == np.float16
+        assert other.is_finite
+        assert not np.array_equal(one.features, other.features), "it was computed in bfloat16"
+        assert np.abs(one.features.astype(np.float32) - other.features).max() < 0.2
+
+
+def test_a_full_size_batch_is_encoded_without_reading_a_value_from_the_device():
+    """320 seconds of HuBERT-large's features, on the meta device, from which nothing can be read."""
+    features = torch.empty(10, 1599, 1024, device="meta")
+    halves = encode_tensor(features, "float16", None)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in halves.items()} == {
+        "features": (torch.float16, (10, 1599, 1024)),
+        "is_finite": (torch.bool, (10, 1599)),
+        "num_clamped": (torch.int32, (10, 1599)),
+    }
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e7])
 def test_features_quantised_on_the_device_are_those_of_the_store_to_the_bit(scale, bits):
     random = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from extractions import content, spoil, stage_one
 from cache import FeatureStore
 from pipelines.errors import CorpusError, TooManyBadError
 from pipelines.extract import decode as decoding
-from pipelines.extract.encode import CpuBatchEncoder
+from pipelines.extract import encode as encode_module
 
 
 def quarantine_of(store: Path) -> dict[str, str]:
@@ -52,14 +52,14 @@ def test_a_corpus_of_bad_rows_is_quarantined_row_by_row(recipe_file, tmp_path, n
 
 
 def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder, tmp_path, monkeypatch):
-    whole = CpuBatchEncoder.encode
+    whole = encode_module.encode
 
-    def poisoned(self, inputs):
-        batch = whole(self, inputs)()
-        batch.recordings[0].features[0, 0] = np.nan
-        return lambda: batch
+    def poisoned(*arguments, **settings):
+        features, num_frames = whole(*arguments, **settings)
+        features[0, 0, 0] = np.nan
+        return features, num_frames
 
-    monkeypatch.setattr(CpuBatchEncoder, "encode", poisoned)
+    monkeypatch.setattr(encode_module, "encode", poisoned)
     report = stage_one(recipe_file, tmp_path / "store", max_bad=1.0)
     assert set(report.quarantined) == {"non_finite"}
     assert report.utterances + report.quarantined["non_finite"] == 48

@@ -124,11 +124,15 @@ class HubFile(io.RawIOBase):
 
     def _ask(self, range_: str) -> Any:
         """Request a range at the address that is kept; ask the hub if there is none, or if it is refused."""
-        kept, self._known.address = self._known.address, None  # kept again once it has answered
+        kept = self._known.address  # threads share it: it is dropped only after it has failed
         if kept is not None:
-            response = self._request(kept, range_)
-            if response.status_code == 206:
-                self._known.address = kept
+            try:
+                response = self._request(kept, range_)
+            except BaseException:
+                self._known.address = None
+                raise
+            if response.status_code != 206:
+                self._known.address = None
             if response.status_code not in REFUSED:
                 return response
         url = self._url

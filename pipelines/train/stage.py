@@ -97,13 +97,20 @@ def train(
             here, a loss or a weight that is not finite, or an overfit check that failed.
         ModelError: a frozen part cannot be loaded.
     """
+    # The device is checked first: a run that cannot begin leaves no folder.
+    if device.startswith("cuda:"):  # transformers' Trainer would use the first GPU anyway
+        index = device.removeprefix("cuda:")
+        raise RunError(
+            f"device {device!r}; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES={index} to choose a GPU"
+        )
+    torch_device = pick_device(device)
     with run.held() if is_main_process() and not run.is_finished else contextlib.nullcontext():
         return _train(
             recipe,
             store_path,
             run,
             resume=resume,
-            device=device,
+            torch_device=torch_device,
             say=say,
             overrides=overrides,
             stop_after=stop_after,
@@ -117,7 +124,7 @@ def _train(
     run: Run,
     *,
     resume: bool,
-    device: str,
+    torch_device: torch.device,
     say: Callable[[str], None],
     overrides: Sequence[str],
     stop_after: int | None,
@@ -129,12 +136,6 @@ def _train(
         say = lambda _: None  # noqa: E731
 
     # Check everything that can be checked before a model is loaded.
-    if device.startswith("cuda:"):  # transformers' Trainer would use the first GPU anyway
-        index = device.removeprefix("cuda:")
-        raise RunError(
-            f"device {device!r}; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES={index} to choose a GPU"
-        )
-    torch_device = pick_device(device)
     if torch_device.type == "cuda":  # each process of torchrun has its own GPU
         torch_device = torch.device("cuda", local_rank())
         torch.cuda.set_device(torch_device)
@@ -187,7 +188,7 @@ def _train(
         world_size=num_processes(),
         is_pinned=torch_device.type == "cuda",
     )
-    if not is_dev_run:
+    if not is_dev_run and not resume:  # it needs the order of an epoch, which a resume computes once
         say(batches.coverage(settings.accumulate))
     dev = DevSet.open(recipe, store, processor, say)
     if dev is not None and is_dev_run:

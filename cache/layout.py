@@ -190,8 +190,7 @@ def read_header(root: Path) -> Header:
     except (FileNotFoundError, NotADirectoryError):
         found = "is not a feature store" if root.exists() else "does not exist"
         raise StoreNotFoundError(
-            f"{str(root)!r} {found}. Make one with `tinyaudio extract --store {root}`, "
-            "or pass an existing one with --store."
+            f"{str(root)!r} {found}. Make one with `tinyaudio extract --store {root}`, or name an existing store."
         ) from None
     except (StoreMismatchError, CorruptShardError):
         raise

@@ -193,7 +193,7 @@ def test_a_model_of_the_hub_brings_its_recipe_and_the_note_that_goes_with_it(
     assert summaries["tiny"]["settings"]["model"]["revision"], "pinned to a commit"
     assert summaries["bare"]["settings"]["trained_on"] is None
     [line] = unsaid[2]
-    assert line.startswith("tinyaudio: 'someone/bare' has no recipe.toml (it is not a folder, and none was found on")
+    assert line.startswith("tinyaudio: 'someone/bare' has no recipe.toml; it is not a folder, and the hub has none.")
     assert line.endswith("name a --corpus or a --recipe")
 
 

@@ -41,7 +41,7 @@ def test_second_start_computes_nothing(store, tokenizer, monkeypatch):
     assert np.array_equal(expected.ids, found.ids)
     assert np.array_equal(expected.offsets, found.offsets)
     assert len(first) == 1
-    assert "none are kept yet" in first[0]
+    assert first[0] == f"tokenizing the train transcripts of {store.path}"
     assert again == []
 
 
@@ -84,7 +84,7 @@ def test_store_that_cannot_be_written_to_warns_and_works(store, tokenizer, monke
     reader = FeatureReader(store, split="train")
     targets = stored_targets(reader, tokenizer, lines.append)
     assert len(targets.lengths) == len(reader)
-    assert "tokenizing the transcripts" in lines[0]
+    assert "tokenizing the train transcripts" in lines[0]
     (warning,) = lines[1:]
     assert warning.startswith(f"warning: cannot keep token ids in {store.path / 'derived'} (Permission denied)")
     assert not kept(store)

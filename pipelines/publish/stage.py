@@ -34,6 +34,7 @@ from tinyaudio.model.projectors import build_projector
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NUM_SAMPLES = 5  # of each set
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 # The files of a checkpoint that are published; run.json, metrics and optimizer states are not.
 _PUBLISHED = f"{CONFIG} generation_config.json processor_config.json preprocessor_config.json tokenizer*.json"
 _PUBLISHED += " special_tokens_map.json vocab.json merges.txt *.jinja *.safetensors *.py"
@@ -83,7 +84,7 @@ def publish(
     Raises:
         PublishError: no model, an evaluation of other weights, a local part, or a failed upload.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not REPOSITORY.fullmatch(repo_id):
         raise PublishError(f"expected a repository as owner/name, found {repo_id!r}")
     model = read_model(run)
     config = model.config

@@ -281,7 +281,8 @@ def _explain_one(fault: Any, model: type[BaseModel]) -> str:
             assert issubclass(annotation, BaseModel), "only sections can have unknown keys"
             model = annotation
         known = sorted(model.model_fields)
-        return f"unknown key {where!r}; {_did_you_mean(str(fault['loc'][-1]), known)}known: {', '.join(known)}"
+        hint = _did_you_mean(str(fault["loc"][-1]), known)
+        return f"unknown key {where!r}; {hint.rstrip() or 'known: ' + ', '.join(known)}"
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "literal_error":
         choices = fault["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")

@@ -157,7 +157,9 @@ class Run:
             changed["store fingerprint"] = (self.state["store_fingerprint"][:12], fingerprint_id[:12])
         if changed:
             listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items())
-            raise RunError(f"{str(self.folder)!r} began with other settings: {listed}. Restore them or use a new --run")
+            raise RunError(
+                f"{str(self.folder)!r} began with other settings: {listed}. Repeat its --set, or use a new --run"
+            )
 
     def update(self, state: dict[str, Any]) -> None:
         """Merge into run.json."""

@@ -91,8 +91,8 @@ def stored_targets(reader: FeatureReader, tokenizer: Any, say: Callable[[str], N
         with np.load(path) as kept:  # the CRC of each array is checked
             return Targets(ids=kept["ids"], offsets=kept["offsets"])
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        reason = "the kept ones are damaged" if path.exists() else "none are kept yet"
-    say(f"tokenizing the transcripts of {store.path} ({reason})")
+        damaged = "; the stored token ids are damaged" if path.exists() else ""
+    say(f"tokenizing the {reader.split or 'stored'} transcripts of {store.path}{damaged}")
     targets = tokenize(tokenizer, reader.column("transcript").to_pylist())
     try:
         path.parent.mkdir(exist_ok=True)

@@ -92,7 +92,7 @@ def evaluate(
     from pipelines.errors import EvaluationError
     from pipelines.evaluate.eval_sets import corpus_name, open_eval_set
     from pipelines.evaluate.providers.base import ProviderOptions
-    from pipelines.evaluate.providers.registry import open_provider
+    from pipelines.evaluate.providers.registry import PROVIDERS, open_provider
     from pipelines.evaluate.stage import Scoring, evaluation_name, score_again
     from pipelines.evaluate.stage import evaluate as run_stage
     from pipelines.recipes import load_recipe
@@ -114,6 +114,8 @@ def evaluate(
         return
 
     # The model, and the recipe that it was trained with.
+    if provider not in PROVIDERS:
+        usage(f"--provider {provider!r}: expected one of {', '.join(PROVIDERS)}")
     if model is None and provider in ("tinyaudio", "ctc"):
         model = default_model()
     is_folder = model is not None and Path(model).is_dir()
@@ -125,8 +127,8 @@ def evaluate(
 
     # The utterances to score.
     if corpus is None and recipe is None and own is None:
-        where = "" if model is None or is_folder else " (it is not a folder, and none was found on the hub)"
-        raise EvaluationError(f"{model or provider!r} has no recipe.toml{where}; name a --corpus or a --recipe")
+        where = "" if model is None or is_folder else "it is not a folder, and the hub has none. Check the name, or "
+        raise EvaluationError(f"{model or provider!r} has no recipe.toml; {where}name a --corpus or a --recipe")
     section = choose_corpus(recipe or own or "demo", corpus, set_ or [])
     eval_set = open_eval_set(
         section, split=split or section.test_split, max_samples=max_samples, seed=seed, source=source

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a bundled recipe, or path of a TOML file.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. Repeatable.")
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting. Repeatable.")
 ]
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store.  [default: data/<recipe>]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]

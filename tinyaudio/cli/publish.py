@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tinyaudio.cli.console import usage
 from tinyaudio.cli.options import JsonOption
 
 
@@ -28,8 +29,11 @@ def publish(
     json: JsonOption = False,
 ) -> None:
     """Publish a run: the model, a card with measured numbers, evaluations and samples."""
+    from pipelines.publish.stage import REPOSITORY
     from pipelines.publish.stage import publish as stage
 
+    if not REPOSITORY.fullmatch(repo):
+        usage(f"--repo {repo!r}: expected owner/name")
     done = stage(
         run,
         repo,

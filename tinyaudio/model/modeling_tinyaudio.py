@@ -374,7 +374,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         name = str(pretrained_model_name_or_path)
         if not Path(name).is_dir() and not is_hub_id(name):
             raise MissingModelError(
-                f"no tinyaudio model at {name!r}. Expected the folder of a run or a hub id such as 'owner/name'"
+                f"no tinyaudio model at {name!r}. Expected a folder such as 'runs/first', or a hub id"
             )
         overrides = {key: kwargs.pop(key) for key in _OVERRIDABLE if key in kwargs}
         device = _one_device(device_map)  # an error before anything is loaded
@@ -387,9 +387,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     pretrained_model_name_or_path, *args, dtype=torch.float32, **kwargs
                 )
         except OSError as error:
-            raise MissingModelError(
-                f"no tinyaudio model at {name!r} ({one_line(error)}). Check the id and the network, or name a folder"
-            ) from error
+            if Path(name).is_dir():
+                remedy = "Expected the folder of a run or a checkpoint"
+            else:
+                remedy = "Check the id and the network, or name a folder"
+            raise MissingModelError(f"no tinyaudio model at {name!r} ({one_line(error)}). {remedy}") from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
             raise ModelError(f"{name!r} lacks the projector weights {lost}. Train it again")

@@ -12,7 +12,7 @@ from pipelines.evaluate.providers.base import DECODING, Provider, ProviderOption
 
 _LOCAL = ("revision", "device", "batch_size")
 # Provider -> the options that it takes beside `model` and `output`. A new provider is listed here and opened below.
-_TAKES = {
+PROVIDERS = {
     "tinyaudio": (*_LOCAL, *DECODING, "guard"),
     "ctc": _LOCAL,
     "hf": (*_LOCAL, *DECODING),
@@ -26,13 +26,13 @@ def open_provider(name: str, options: ProviderOptions) -> Provider:
     Raises:
         EvaluationError: no provider of that name, an option that it would ignore, or one that it requires and lacks.
     """
-    if name not in _TAKES:
-        raise EvaluationError(f"no provider {name!r}; expected one of {', '.join(_TAKES)}")
+    if name not in PROVIDERS:
+        raise EvaluationError(f"no provider {name!r}; expected one of {', '.join(PROVIDERS)}")
     chosen = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    ignored = [option for option in chosen if option not in ("model", "output", *_TAKES[name])]
+    ignored = [option for option in chosen if option not in ("model", "output", *PROVIDERS[name])]
     if ignored:
         raise EvaluationError(
-            f"provider {name!r} does not take {_as_typed(ignored)}; it takes {_as_typed(_TAKES[name])}. Omit the rest"
+            f"provider {name!r} does not take {_as_typed(ignored)}; it takes {_as_typed(PROVIDERS[name])}"
         )
     if name == "tinyaudio":
         from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider

@@ -140,7 +140,7 @@ def default_model() -> str:
         return str(LATEST_RUN)
     raise MissingModelError(
         f"no model found: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} contains no model. "
-        "Name a run folder or a hub id, or run `make demo`"
+        "Name the folder of a run or a hub id (transcribe: --model), or train the demo's model with `make demo`"
     )
 
 

@@ -252,7 +252,7 @@ def _train(
     if is_main:
         run.adopt_model(newest)
         run.update({"is_finished": report.is_finished, "report": report.to_dict()})
-    if not report.is_finished and not is_dev_run:
+    if not report.is_finished:
         say(
             f"stopped at step {steps} of {settings.steps}, saved. "
             f"Run the same command with --run {run.folder} --resume to continue"

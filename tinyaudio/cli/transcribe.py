@@ -40,9 +40,7 @@ def transcribe(
     model: ModelOption = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option(
-            "--format", "--output-format", "-f", metavar="FORMATS", help="Files to write: txt,srt,vtt,tsv,json or all."
-        ),
+        typer.Option("--format", "--output-format", "-f", help="Files to write: txt,srt,vtt,tsv,json or all."),
     ] = None,
     output_dir: Annotated[
         Path | None,

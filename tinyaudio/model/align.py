@@ -21,7 +21,7 @@ ANYTHING = -1  # a target that matches any symbol
 # A longer stretch without letters between two words is a pause; a shorter one is the rest of the first word, whose last
 # letter the head marks where it begins.
 PAUSE_S = 0.2
-LAST_LETTER_S = 0.06  # how long the last letter before a pause lasts; on the demo's dev set the median to the next word
+LAST_LETTER_S = 0.06  # how long the last letter before a pause lasts; chosen on the demo's test sets
 _APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u0060\u00b4"), "'")
 
 

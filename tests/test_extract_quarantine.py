@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from audio_files import speech, with_av, with_soundfile
 from extractions import content, spoil, stage_one
 
 from cache import FeatureStore
@@ -104,7 +105,7 @@ def test_bad_rows_that_the_plan_finds_are_of_the_same_budget_and_filtered_ones_a
 def test_a_recording_without_end_is_given_up_at_the_limit(monkeypatch):
     given = []
 
-    def endless(_: bytes):
+    def endless(_: bytes, **__):
         while True:
             given.append(1)
             yield np.zeros(160_000, np.float32)
@@ -167,3 +168,28 @@ def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
     names = {"ID": pa.string(), "duration": pa.float32(), "wav": cell, "spk_id": pa.string(), "sex": pa.string()}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*names.items(), ("text", pa.string())])), path)
+
+
+def test_part_of_an_utterance_is_never_stored_under_its_whole_text(recipe_file, tmp_path):
+    """Of MP3s without a Xing header a third was stored, and nothing was in quarantine."""
+    samples = speech(3.0, 44_100)
+    samples[:66_150] *= 0.001
+    whole = {
+        "mp3": with_soundfile(samples, 44_100, "MP3"),
+        "no-header": with_av("mp3", "mp3", samples, rate=44_100, options={"write_xing": "0"}),
+        "flac": with_soundfile(samples, 44_100, "FLAC"),
+        "opus": with_soundfile(speech(3.0), format="OGG", subtype="OPUS"),
+        "wav": with_soundfile(speech(3.0)),
+        "m4a": with_av("mp4", "aac", samples, rate=44_100, options={"movflags": "frag_keyframe+empty_moov"}),
+    }
+    unknown = bytearray(whole["flac"])
+    unknown[21:26] = bytes([unknown[21] & 0xF0, 0, 0, 0, 0])
+    # Without a header, an MP3 does not say that the encoder's delay of 50 ms is no sound.
+    lengths = {name: 3.05 if name == "no-header" else 3.0 for name in (*whole, "stream")}
+    rows = [parquet_row(name, {**whole, "stream": bytes(unknown)}[name], lengths[name], "the cat") for name in lengths]
+    rows += [parquet_row(f"cut-{name}", data[: len(data) * 96 // 100], 3.0, "the cat") for name, data in whole.items()]
+    write_parquet(tmp_path / "c" / "train-00000-of-00001.parquet", rows)
+    report = stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}", max_bad=1.0)
+    stored = content(tmp_path / "store")
+    assert set(stored) == {*whole, "stream"}
+    assert report.quarantined == {"incomplete": len(whole)}

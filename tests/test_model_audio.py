@@ -192,15 +192,12 @@ def test_half_a_file_is_reported_and_a_whole_one_is_not(tmp_path, name):
     else:
         soundfile.write(path, sweep(8.0), 16_000, **({"format": "OGG", "subtype": "OPUS"} if name == "x.opus" else {}))
     told = []
-    assert sum(map(len, iter_audio(path, on_truncated=lambda: told.append(name)))) == pytest.approx(128_000, abs=2_500)
+    assert sum(map(len, iter_audio(path, on_warning=told.append))) == pytest.approx(128_000, abs=2_500)
     assert told == []
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    if name in ("x.flac", "x.m4a"):  # these do not decode to their end
-        with pytest.raises(AudioError, match=r"is damaged|not readable"):
-            load_audio(path)
-        return
-    assert sum(map(len, iter_audio(path, on_truncated=lambda: told.append(name)))) < 100_000
-    assert told == [name]
+    share = 0.9 if name == "x.ogg" else 0.5  # of Vorbis, the first half of so short a file is its header
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert 16_000 < sum(map(len, iter_audio(path, on_warning=told.append))) < 128_000
+    assert told == ["input_truncated"]
 
 
 def test_sizes_of_streamed_files_do_not_count_as_truncation():
@@ -209,7 +206,7 @@ def test_sizes_of_streamed_files_do_not_count_as_truncation():
     data = bytearray(wav_bytes())
     for size in (0xFFFFFFFF, 0xFFFFFFF0, 0x7FFFFFFF, 0x7FFFF000, 0, 32_000 + 44):
         data[40:44] = struct.pack("<I", size)
-        for _ in iter_audio(bytes(data), on_truncated=lambda size=size: told.append(size)):
+        for _ in iter_audio(bytes(data), on_warning=told.append):
             pass
     assert told == []
 
@@ -226,11 +223,9 @@ def test_blocks_of_arrays_and_of_ffmpeg_are_ten_seconds(tmp_path):
 def test_what_ffmpeg_decoded_before_the_damage_is_kept(tmp_path):
     path = in_container(tmp_path / "x.m4a", "aac", 25.0, movflags="faststart")
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    num_samples = 0
-    with pytest.raises(AudioError, match="not readable"):  # noqa: PT012
-        for block in iter_audio(path):
-            num_samples += len(block)
-    assert num_samples > 16_000 * 16
+    told = []
+    assert 16_000 * 16 < sum(map(len, iter_audio(path, on_warning=told.append))) < 16_000 * 20
+    assert told == ["input_truncated"]
 
 
 def test_a_thousand_channels_are_read_in_bounded_blocks(tmp_path):

@@ -36,6 +36,44 @@ class ScriptedVoice(VoiceActivity):
         return self.probabilities[self.num_samples // FRAME_LENGTH : -(-self.num_samples // FRAME_LENGTH)]
 
 
+@pytest.mark.parametrize("peak_dbfs", [-40, -53, -66])
+def test_soft_but_clean_speech_is_found(spoken, peak_dbfs):
+    samples = np.concatenate([silence(0.5), *(np.append(one, silence(0.5)) for one, _ in spoken[:4])])
+    soft = samples * np.float32(10 ** (peak_dbfs / 20) / np.abs(samples).max())
+    soft = np.round(soft * 32768) / 32768  # as in a file of 16 bits
+    expected = sum(piece.end_s - piece.start_s for piece in cut(in_blocks(samples, 160_000), 30.0))
+    found = sum(piece.end_s - piece.start_s for piece in cut(in_blocks(soft.astype(np.float32), 160_000), 30.0))
+    assert found > 0.8 * expected
+
+
+def test_loud_recordings_are_heard_as_before(spoken):
+    samples = np.concatenate([spoken[0][0], silence(0.3), spoken[1][0]])
+    one, other = VoiceActivity(), VoiceActivity()
+    other._gain = lambda samples: np.float32(1.0)
+    assert np.array_equal(one.feed(samples), other.feed(samples))
+
+
+def pink(seed, num):
+    spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(num))
+    return np.fft.irfft(spectrum / np.sqrt(np.arange(1, len(spectrum) + 1)), num)
+
+
+@pytest.mark.parametrize("level_dbfs", [-20, -50, -66, -80])
+@pytest.mark.parametrize("kind", ["white", "pink", "hum", "last bit", "clicks"])
+def test_noise_stays_silence_at_every_level(kind, level_dbfs):
+    num, rng = 20 * SAMPLING_RATE, np.random.default_rng(1)
+    times = np.arange(num) / SAMPLING_RATE
+    noise = {
+        "white": lambda: rng.standard_normal(num),
+        "pink": lambda: pink(1, num),
+        "hum": lambda: np.sin(2 * np.pi * 50 * times) + 0.3 * np.sin(2 * np.pi * 150 * times) + 0.05 * pink(2, num),
+        "last bit": lambda: rng.integers(-1, 2, num).astype(float),
+        "clicks": lambda: (rng.random(num) < 2 / SAMPLING_RATE) * 1.0 + 0.01 * rng.standard_normal(num),
+    }[kind]()
+    samples = (noise / np.abs(noise).max() * 10 ** (level_dbfs / 20)).astype(np.float32)
+    assert list(cut(in_blocks(samples, 160_000), 30.0)) == []
+
+
 def joined(spoken, gap_s, count=10):
     """Utterances with silences between: (samples, [(start, end) in seconds])."""
     parts, times, at = [], [], 0.0

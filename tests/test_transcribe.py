@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import with_av, with_soundfile
 from scripted_decoder import is_retry, scripted
 from transformers import GenerationConfig, SmolLM3Config, SmolLM3ForCausalLM
 
-from tinyaudio.model import audio, recognize
+from tinyaudio.model import audio, recognize, source
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
 from tinyaudio.model.guard import EVENTS
@@ -107,7 +108,17 @@ def test_the_codes_that_eval_counts_are_those_that_transcription_emits(model, pr
             seen.update(transcript.warnings)
     _, recognizer = scripted(model, processor, lambda frames, _: (f"w{frames}", True))
     talk = np.concatenate([samples for samples, _ in spoken[:4]])
-    sources = [talk, np.zeros(16_000, np.float32), half_a_wav(talk)]
+    damaged = bytearray(with_soundfile(talk, format="FLAC"))
+    damaged[len(damaged) // 2] ^= 0x55
+    two_tracks = with_av("matroska", "flac", talk, talk, rate=16_000)
+    sources = [
+        talk,
+        np.zeros(16_000, np.float32),
+        half_a_wav(talk),
+        np.stack([talk, -talk]),
+        bytes(damaged),
+        two_tracks,
+    ]
     for transcript in recognizer.stream(sources, Options(window_s=3.0)):
         seen.update(transcript.warnings)
     assert seen == EVENTS
@@ -117,6 +128,15 @@ def test_file_cut_short_is_transcribed_with_a_warning(transcriber, spoken):
     (transcript,) = transcriber.transcribe([half_a_wav(spoken[0][0])], **FEW)
     assert transcript.text
     assert transcript.warnings[-1] == "input_truncated"
+
+
+@pytest.mark.parametrize("one", ["a.wav", b"RIFF", Path("a.wav"), np.zeros(16_000, np.float32), io.BytesIO(), 3])
+def test_one_recording_instead_of_a_list_is_a_type_error(transcriber, one):
+    """A path used to be an error a letter, an array one a sample."""
+    with pytest.raises(TypeError, match=r"expected a list of recordings, found one .*\[recording\]"):
+        transcriber.stream(one)
+    with pytest.raises(TypeError, match="expected a list of recordings"):
+        transcriber.transcribe(one)
 
 
 def test_failing_disk_ends_its_input_only(transcriber, spoken):
@@ -132,10 +152,10 @@ def test_failing_disk_ends_its_input_only(transcriber, spoken):
 def test_disk_that_fails_half_way_keeps_what_was_read(spoken, tmp_path, monkeypatch, capfd):
     """libsndfile calls back from C, where an exception would be printed and lost."""
     soundfile.write(tmp_path / "x.wav", np.tile(spoken[0][0], 10), 16_000)
-    real = audio._SafeStream.__init__
+    real = source.Part.__init__
 
-    def init(self, stream):
-        real(self, stream)
+    def init(self, stream, *args):
+        real(self, stream, *args)
         read = self._read
 
         def fail(size):
@@ -145,7 +165,7 @@ def test_disk_that_fails_half_way_keeps_what_was_read(spoken, tmp_path, monkeypa
 
         self._read = fail
 
-    monkeypatch.setattr(audio._SafeStream, "__init__", init)
+    monkeypatch.setattr(source.Part, "__init__", init)
     with pytest.raises(AudioError, match="cannot be read: Input/output error"):
         audio.load_audio(tmp_path / "x.wav")
     assert "Traceback" not in capfd.readouterr().err

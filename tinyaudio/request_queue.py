@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinyaudio.model.audio import SAMPLING_RATE, describe
+from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.encoder import give_back_free_memory
 from tinyaudio.model.errors import AudioError, TinyAudioError
 from tinyaudio.model.reader import End, Input, read_events
 from tinyaudio.model.recognize import BATCH_SIZE, BATCHES_AHEAD, OpenInput, Options, batches_by_length
 from tinyaudio.model.segments import Piece
+from tinyaudio.model.source import describe
 from tinyaudio.model.transcript import Segment, Transcript
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from tinyaudio.model.audio import AudioSource
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError, one_line
 from tinyaudio.model.frozen import place, resolved_revision
-from tinyaudio.model.inputs import each
+from tinyaudio.model.inputs import each, is_single
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.reader import Input
 from tinyaudio.model.recognize import OnProgress, Options, Recognizer
+from tinyaudio.model.source import AudioSource
 from tinyaudio.model.transcript import Transcript
 from tinyaudio.version import __version__
 
@@ -98,7 +98,8 @@ class Transcriber:
             sources: recordings in any form of `inputs.as_input`: paths, URLs, encoded bytes, binary file objects,
                 arrays of samples at 16 kHz, rows of data sets.
             on_progress: called after every batch.
-            options: fields of `recognize.Options`: batch_size, num_beams, max_new_tokens, length_penalty, window_s.
+            options: fields of `recognize.Options`: batch_size, num_beams, max_new_tokens, length_penalty, window_s,
+                track.
 
         Raises:
             AudioError: the first input that cannot be read.
@@ -118,9 +119,13 @@ class Transcriber:
 
         Arguments as `transcribe`. `sources` may be a generator; a tuple is (samples, sampling rate in Hz). An input
         that cannot be read gives a transcript with `error` set instead of an exception.
+
+        Raises:
+            TypeError: `sources` is one recording, not a list of them.
         """
-        for transcript in self.recognizer.stream(each(sources), Options(**options), on_progress):
-            yield self.signed(transcript)
+        if is_single(sources):  # whose letters, bytes or samples would be taken for recordings
+            raise TypeError(f"expected a list of recordings, found one {type(sources).__name__}. Try [recording]")
+        return map(self.signed, self.recognizer.stream(each(sources), Options(**options), on_progress))
 
     def signed(self, transcript: Transcript) -> Transcript:
         """Record the model and the version in a transcript."""

@@ -6,14 +6,13 @@ process has a copy.
 """
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 
-from tinyaudio.model.audio import SAMPLING_RATE, iter_audio
+from tinyaudio.model.audio import SAMPLING_RATE, iter_audio, probe_duration_s
 from tinyaudio.model.errors import AudioError
 
 SCAN_SCHEMA = pa.schema(
@@ -58,18 +57,14 @@ class Corpus(Protocol):
 
 
 def duration_of(source: Path | bytes) -> float | None:
-    """Read a recording's duration in seconds from its header, or decode it if the header has none.
+    """Read a recording's duration in seconds from its header, or decode it if the header has none to rely on.
 
     Returns:
         None for a recording that cannot be read; decoding it later gives the reason.
     """
-    import soundfile
-
-    try:
-        info = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else str(source))
-        return float(info.frames / info.samplerate)
-    except (soundfile.LibsndfileError, ZeroDivisionError):
-        pass
+    stated_s = probe_duration_s(source)
+    if stated_s is not None:
+        return stated_s
     try:
         return sum(len(block) for block in iter_audio(source)) / SAMPLING_RATE
     except AudioError:

@@ -25,6 +25,7 @@ from pipelines.corpora.no_speech import is_no_speech, no_speech_samples
 from pipelines.errors import PipelineError, SourceError
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, iter_audio
 from tinyaudio.model.errors import AudioError
+from tinyaudio.model.guard import CODES
 
 HUB_PROCESSES = 16  # at most, for a corpus on the hub: they wait for the network too
 THREADS = 4  # libsndfile and soxr release the interpreter lock
@@ -161,19 +162,25 @@ def decode_piece(corpus: Corpus, source_ids: Sequence[str], limit_s: float) -> P
 
 
 def _decode(audio: bytes, limit_s: float) -> Samples | str:
-    """Decode one recording block by block, since a wrong header may promise days and memory is for one shard."""
+    """Decode one recording block by block, since a wrong header may promise days and memory is for one shard.
+
+    A recording that is not decoded whole is refused: its transcript would say more than its features.
+    """
     if not audio:
         return "no_audio: missing file or empty cell"
     blocks: list[Samples] = []
+    codes: list[str] = []
     length = 0
     try:
-        for block in iter_audio(audio):
+        for block in iter_audio(audio, on_warning=codes.append):
             blocks.append(block)
             length += len(block)
             if length > limit_s * SAMPLING_RATE:
                 return f"too_long: more than {limit_s:g} s when decoded"
     except AudioError as error:
         return f"undecodable: {error}"
+    if missing := [code for code in codes if code in ("input_truncated", "input_damaged")]:
+        return f"incomplete: {CODES[missing[0]]}; {length / SAMPLING_RATE:.2f} s can be decoded"
     if not blocks:
         return "undecodable: it has no samples"
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -9,7 +9,7 @@ import os
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from tinyaudio.model.errors import TinyAudioError
@@ -17,8 +17,20 @@ from tinyaudio.model.errors import TinyAudioError
 STDIN = "-"
 # Files with these extensions are found in folders. A file named on the command line is tried whatever its name.
 EXTENSIONS = frozenset(
-    "aac aif aiff amr au caf flac m4a m4b mka mkv mov mp2 mp3 mp4 oga ogg opus wav wave webm wma".split()
+    # sound
+    "aa3 aac ac3 adts adx aif aifc aiff alac amr ape aptx au awb bwf caf dff dsf dts dtshd eac3 ec3 flac gsm latm "
+    "ircam loas m2a m4a m4b m4p m4r mka mlp mp1 mp2 mp3 mpa mpc mpga oga ogg oma opus qcp qoa ra rf64 sf snd spx sph "
+    "shn tak tta voc w64 wav wave weba wma wv "
+    # films
+    "3g2 3gp 3gpp amv asf avi divx dv f4a f4v flv gxf h264 ifo ismv m2t m2ts m2v m4v mj2 mkv mod mov mp4 mpe mpeg mpg "
+    "mpv mts mxf nsv nut ogm ogv ogx qt rm rmvb tod ts vob webm wmv wtv xvid".split()
 )
+# In folders, these are no recordings, and are passed over without a note: our own outputs, texts, pictures, metadata.
+COMPANIONS = frozenset(
+    "bmp cfg css csv cue db doc docx gif html ini jpeg jpg js json jsonl lab lock log lrc m3u m3u8 md nfo parquet part "
+    "pdf pls png ps1 py rtf sh srt sub svg tiff toml tsv txt vtt webp xls xlsx xml yaml yml zip".split()
+)
+APPLE_DOUBLE = "._"  # begins the names of the files in which macOS keeps attributes on disks of other systems
 
 
 class OutputError(TinyAudioError, ValueError):
@@ -39,6 +51,7 @@ class FoundInput:
         below: its folder, relative to the folder given on the command line; "" for other files.
         is_named: the command line names this file itself, not a folder or pattern that contains it.
         problem: one line that says why the input cannot be used; None for a file to try.
+        note: one line about what was passed over in the folder that this is the first recording of.
     """
 
     path: Path | None
@@ -46,6 +59,7 @@ class FoundInput:
     is_named: bool = False
     problem: str | None = None
     url: str | None = None
+    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -105,15 +119,25 @@ def _is_folder(path: Path) -> bool:
 
 
 def _list_folder(folder: Path, recursive: bool) -> Iterator[FoundInput]:
-    found = list(_walk(folder, Path(), recursive, set()))
+    passed_over: list[Path] = []
+    found = list(_walk(folder, Path(), recursive, set(), passed_over))
+    kinds = sorted({path.suffix.lower() or "no extension" for path in passed_over})
+    note = None
+    if passed_over:
+        some = ", ".join([*kinds[:5], *(["..."] if len(kinds) > 5 else [])])
+        which = f"{len(passed_over)} file{'s' * (len(passed_over) > 1)} of unknown kind ({some})"
+        note = f"{str(folder)!r}: passed over {which}. Name a file on the command line to try it"
     if not found:
         hint = "" if recursive else ", or add --recursive"
         problem = f"{str(folder)!r} contains no audio files; expected names such as *.wav or *.mp3{hint}"
         found = [FoundInput(path=folder, problem=problem)]
-    yield from found
+    yield replace(found[0], note=note)
+    yield from found[1:]
 
 
-def _walk(folder: Path, below: Path, recursive: bool, visited: set[str]) -> Iterator[FoundInput]:
+def _walk(
+    folder: Path, below: Path, recursive: bool, visited: set[str], passed_over: list[Path]
+) -> Iterator[FoundInput]:
     real = os.path.realpath(folder)
     if real in visited:  # a symlink back to a folder that has been listed
         return
@@ -124,11 +148,16 @@ def _walk(folder: Path, below: Path, recursive: bool, visited: set[str]) -> Iter
         yield FoundInput(path=folder, problem=f"{str(folder)!r} cannot be listed: {error.strerror}")
         return
     for entry in entries:
+        extension = entry.suffix.lower().removeprefix(".")
         if _is_folder(entry):
             if recursive:
-                yield from _walk(entry, below / entry.name, recursive, visited)
-        elif entry.suffix.lower().removeprefix(".") in EXTENSIONS:
+                yield from _walk(entry, below / entry.name, recursive, visited, passed_over)
+        elif entry.name.startswith(APPLE_DOUBLE):
+            continue
+        elif extension in EXTENSIONS:
             yield FoundInput(path=entry, below=below)
+        elif extension not in COMPANIONS and not entry.name.startswith("."):
+            passed_over.append(entry)
 
 
 def plan_outputs(

@@ -80,6 +80,10 @@ def transcribe(
         float | None,
         typer.Option("--chunk-length", help="Maximum length of a segment, in seconds.  [default: the model's]"),
     ] = None,
+    track: Annotated[
+        int | None,
+        typer.Option(min=1, help="Audio track of a file with several, from 1.  [default: the file's default track]"),
+    ] = None,
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one per core]")] = None,
     dtype: Annotated[
@@ -129,6 +133,7 @@ def transcribe(
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
     decoding = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
     decoding |= {"batch_size": batch_size, "window_s": chunk_length, "word_timestamps": word_timestamps}
+    decoding |= {"track": track}
 
     inputs = find_inputs(paths, recursive)
     _check_streams(inputs)
@@ -137,6 +142,9 @@ def transcribe(
         layout=Layout(max_line_width=max_line_width, max_line_count=max_line_count, highlight_words=highlight_words),
         quiet=quiet or _is_false(verbose),
     )
+    for item in inputs:
+        if item.note and not sink.quiet:
+            warn(item.note)
     todo = []
     for item, files in zip(inputs, sink.plan(inputs, keep_extension), strict=True):
         if skip_existing and files and all(map(exists, files.values())):
@@ -251,6 +259,7 @@ class Sink:
         Raises:
             BrokenPipeError: the process that read stdout is gone. OutputError: stdout cannot be written.
         """
+        is_unwritten = False
         if transcript.error is None:
             for kind, path in files.items():
                 try:
@@ -258,9 +267,11 @@ class Sink:
                 except OSError as error:
                     reason = f"{str(path)!r} cannot be written: {error.strerror or error}"
                     transcript = replace(transcript, error=reason)
+                    is_unwritten = True
                     break
-        if self.on_stdout == "json" or (self.on_stdout and transcript.error is None):
-            if self.on_stdout == "lines":
+        # The text that could not be written is printed instead: decoding it again may take hours.
+        if self.on_stdout == "json" or (self.on_stdout and transcript.error is None) or is_unwritten:
+            if self.on_stdout == "lines" or not self.on_stdout:
                 text = f"{printable(transcript.source)}: {plain(transcript.text)}\n"
             else:
                 text = WRITERS[self.on_stdout](transcript, self.layout)

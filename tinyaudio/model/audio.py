@@ -1,28 +1,25 @@
 """Audio in: any file, bytes or array becomes mono float32 samples at 16 kHz.
 
-soundfile (libsndfile) decodes; PyAV, with the FFmpeg libraries in its wheel, decodes the formats that soundfile cannot
-read (M4A, AAC, WebM, ...). The ffmpeg binary is never called. soxr resamples at its "HQ" setting; as this changes
+`decoding` decodes files, `structure` finds out what is in them. soxr resamples at its "HQ" setting; as this changes
 features, it is part of a feature store's fingerprint. Files are read in blocks, so memory depends on the samples
 decoded, not on what a header promises.
 
 Of models, this module knows the frame formula of HuBERT and wav2vec 2.0 only.
 """
 
-import contextlib
-import io
 import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AudioError, one_line
-from .truncation import MISSING_S, is_truncated, promised_s
+from .decoding import OnWarning, block_size, decode
+from .errors import AudioError
+from .mixing import Mixer
+from .source import AudioSource, Part, describe, open_source
+from .structure import recordings
 
 SAMPLING_RATE = 16_000  # Hz; what HuBERT and wav2vec 2.0 were trained on
 WINDOW_LENGTH = 400  # samples, 25 ms: receptive field of the convolutions (kernels 10,3,3,3,3,2,2)
@@ -30,12 +27,7 @@ HOP_LENGTH = 320  # samples, 20 ms: product of their strides (5,2,2,2,2,2,2)
 RESAMPLER = "soxr-HQ"
 
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz; other values are broken headers, not recordings
-BLOCK_S = 10  # seconds decoded at a time
-MAX_BLOCK_VALUES = 1 << 23  # values of all channels decoded at a time: 32 MiB, whatever a header claims
-SPOOL_BYTES = 1 << 26  # of an input that cannot be rewound are kept in memory; a longer one goes to a temporary file
-
 Samples = NDArray[np.float32]
-AudioSource = str | os.PathLike[str] | bytes | BinaryIO
 
 
 def num_frames(num_samples: int) -> int:
@@ -87,51 +79,58 @@ def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
 def iter_audio(
     source: AudioSource | NDArray[Any],
     sampling_rate: int | None = None,
-    on_truncated: Callable[[], None] = lambda: None,
+    on_warning: OnWarning = lambda code: None,
+    track: int | None = None,
 ) -> Iterator[Samples]:
     """Read one recording in blocks of about ten seconds; arguments and errors as `load_audio`.
 
     Args:
-        on_truncated: called at the end if the file holds less than its header promises, or lacks its end mark (Ogg).
+        on_warning: called with a code of `guard.CODES`: `input_truncated`, `input_damaged`, `channels_cancel`,
+            `several_tracks`.
+        track: number of a file's audio track, from 1; None is its default track.
 
     Yields:
         (n,) float32 at 16 kHz; concatenated they are what `load_audio` returns.
     """
     if isinstance(source, np.ndarray):
-        decoded = _array_blocks(source, SAMPLING_RATE if sampling_rate is None else sampling_rate)
+        decoded = _array_blocks(source, SAMPLING_RATE if sampling_rate is None else sampling_rate, on_warning)
     else:
         if sampling_rate is not None:
             raise AudioError("expected sampling_rate with an array only; files carry their own")
-        decoded = _decode(source, on_truncated)
+        decoded = _file_blocks(source, on_warning, track)
     try:
         yield from _resample(decoded, describe(source))
     except OSError as error:  # the disk fails, or is full while a pipe is copied
         raise AudioError(f"{describe(source)} cannot be read: {error.strerror or error}") from error
 
 
-def probe_duration_s(path: str | os.PathLike[str]) -> float | None:
-    """Return a file's length in seconds from its header, which may be wrong; None if libsndfile cannot read it."""
+def probe_duration_s(source: str | os.PathLike[str] | bytes) -> float | None:
+    """Return the seconds that a file's header states, where its bytes do not contradict it; else None.
+
+    Without decoding, nothing is known of an MP3 without a Xing header, of FLAC from a pipe, or of MP4 and WebM.
+    """
     import soundfile
 
     try:
-        info = soundfile.info(os.fspath(path)) if Path(path).is_file() else None
-    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError):
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            return None
+        with open_source(source) as stream:
+            duration_s = 0.0
+            for recording in recordings(stream):
+                stated_s = recording.stated_s
+                if recording.by_libsndfile:
+                    part = Part(stream, recording.begin, recording.end, recording.patches)
+                    info = soundfile.info(part)
+                    stated_s = info.frames / info.samplerate
+                if not stated_s or recording.is_cut:
+                    return None
+                duration_s += stated_s
+            return duration_s
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError, ZeroDivisionError):
         return None
-    return info.frames / info.samplerate if info and info.samplerate else None
 
 
-def describe(source: object) -> str:
-    """Name an input in an error message."""
-    if isinstance(source, (str, os.PathLike)):
-        return repr(os.fspath(source))
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes of audio"
-    if isinstance(getattr(source, "name", None), str):
-        return repr(source.name)  # type: ignore[attr-defined]
-    return f"{type(source).__name__} input"
-
-
-def _array_blocks(array: NDArray[Any], rate: int) -> Iterator[tuple[Samples, int]]:
+def _array_blocks(array: NDArray[Any], rate: int, on_warning: OnWarning) -> Iterator[tuple[Samples, int]]:
     """Slice an array of samples into mono blocks, so that a long recording is never copied as a whole."""
     if array.ndim not in (1, 2):
         raise AudioError(f"expected an array of shape (samples,) or (channels, samples), found {array.shape}")
@@ -140,192 +139,24 @@ def _array_blocks(array: NDArray[Any], rate: int) -> Iterator[tuple[Samples, int
     if not array.size:
         raise AudioError(f"array of shape {array.shape} contains no samples; expected at least one")
     rows = array[:, None] if array.ndim == 1 else array.T if array.shape[0] <= array.shape[1] else array
-    size = _block_size(rate, rows.shape[1])
+    size, mixer = block_size(rate, rows.shape[1]), Mixer()
     for begin in range(0, len(rows), size):
         block = rows[begin : begin + size]
         if block.dtype.kind != "f":  # integers are scaled to [-1, 1) by their type's range
             info = np.iinfo(block.dtype)
             half = (int(info.max) + 1 - int(info.min)) // 2
             block = (block.astype(np.float64) - (info.max + 1 - half)) / half
-        yield _mean(block, axis=1), rate
+        yield mixer.mix(np.asarray(block, dtype=np.float32), rate), rate
+    if mixer.num_cancelled:
+        on_warning("channels_cancel")
 
 
-def _block_size(rate: int, num_channels: int) -> int:
-    return max(1, min(rate * BLOCK_S, MAX_BLOCK_VALUES // num_channels))
-
-
-def _decode(source: AudioSource, on_truncated: Callable[[], None]) -> Iterator[tuple[Samples, int]]:
-    """Yield mono blocks with their sampling rate, by soundfile if it can read the format, else by PyAV."""
+def _file_blocks(source: AudioSource, on_warning: OnWarning, track: int | None) -> Iterator[tuple[Samples, int]]:
     name = describe(source)
-    with _open(source) as stream:
+    with open_source(source) as stream:
         if not stream.read(1):
             raise AudioError(f"{name} is empty (0 bytes); expected an audio file")
-        stream.seek(0)
-        import soundfile
-
-        safe = _SafeStream(stream)
-        try:
-            sound = soundfile.SoundFile(safe)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            stream.seek(0)
-            yield from _gather(_decode_with_av(stream, name, error, on_truncated))
-            return
-        with sound:
-            rate, num_read = sound.samplerate, 0
-            # The header's length is not used: 2**60 declared frames end where the file does.
-            size = _block_size(rate, sound.channels)
-            try:
-                while len(block := sound.read(size, dtype="float32", always_2d=True)):
-                    num_read += len(block)
-                    yield _mean(block, axis=1), rate
-            except (soundfile.LibsndfileError, RuntimeError) as error:
-                safe.raise_error()
-                raise AudioError(f"{name} is damaged: {_reason(error) or 'its data cannot be decoded'}") from error
-        safe.raise_error()
-        if is_truncated(stream, sound, num_read):
-            on_truncated()
-
-
-def _decode_with_av(
-    stream: BinaryIO, name: str, first_error: Exception, on_truncated: Callable[[], None]
-) -> Iterator[tuple[Samples, int]]:
-    import av
-
-    av.logging.set_level(None)  # errors reach the caller as exceptions, not on stderr
-    try:
-        # Playlists are files too: without this one could make FFmpeg open other files, or the network.
-        with av.open(stream, options={"protocol_whitelist": ""}) as container:
-            if not container.streams.audio:
-                raise AudioError(f"{name} has no audio track; expected speech in WAV, FLAC, MP3, OGG, M4A or WebM")
-            track = container.streams.audio[0]
-            rate = int(getattr(track, "rate", None) or 0)  # a track in a coding FFmpeg cannot decode has none
-            if not rate:
-                raise AudioError(f"{name} has an audio track that cannot be decoded. Convert it to WAV or FLAC")
-            to_float, num_read = av.AudioResampler(format="fltp", rate=rate), 0
-            for frame in container.decode(track):
-                for part in to_float.resample(frame):
-                    num_read += part.samples
-                    yield _mean(part.to_ndarray(), axis=0), rate
-            if promised_s(container, track) - num_read / rate > MISSING_S:
-                on_truncated()
-    except AudioError:
-        raise
-    except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or _reason(error)
-        raise AudioError(
-            f"{name} is not readable as audio (libsndfile: {_reason(first_error)}; FFmpeg: {reason}); "
-            "expected WAV, AIFF, FLAC, MP3, OGG, Opus, M4A, AAC or WebM"
-        ) from error
-
-
-def _gather(decoded: Iterator[tuple[Samples, int]]) -> Iterator[tuple[Samples, int]]:
-    """Join FFmpeg's blocks of some 20 ms into blocks of `BLOCK_S`; every later step works on a block at a time."""
-    held: list[Samples] = []
-    num_held, rate, failure = 0, 0, None
-    try:
-        for block, rate in decoded:
-            held.append(block)
-            num_held += len(block)
-            if num_held >= BLOCK_S * rate:
-                yield np.concatenate(held), rate
-                held, num_held = [], 0
-    except AudioError as error:  # the samples before it count
-        failure = error
-    if held:
-        yield np.concatenate(held), rate
-    if failure is not None:
-        raise failure
-
-
-def _mean(block: NDArray[Any], axis: int) -> Samples:
-    if block.shape[axis] == 1:  # the same values, without a reduction
-        return np.asarray(block.squeeze(axis), dtype=np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):  # `_resample` reports values that are not finite
-        return np.asarray(block.mean(axis=axis, dtype=np.float32))
-
-
-class _SafeStream:
-    """A stream for soundfile, whose methods never raise.
-
-    soundfile calls them from C, where an exception is printed to stderr with its traceback and lost. A seek to before
-    the beginning, as damaged files ask for, does nothing; a read error ends the file, and `raise_error` raises it.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.tell, self._read, self._seek = stream.tell, stream.read, stream.seek
-        self._error: OSError | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self._read(size)
-        except OSError as error:
-            self._error = error
-            return b""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with contextlib.suppress(OSError, ValueError, OverflowError):
-            self._seek(offset, whence)
-        return self.tell()
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-def _reason(error: Exception) -> str:
-    """Return a decoder's message without the name of the object it is about."""
-    return one_line(error).rpartition(">: ")[2].removeprefix("Error opening ").rstrip(".")
-
-
-def _open(source: AudioSource) -> contextlib.AbstractContextManager[BinaryIO]:
-    """Open an input for reading from its start. A file object of the caller's stays open."""
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    name = describe(source)
-    if not isinstance(source, (str, os.PathLike)):
-        if not hasattr(source, "read"):
-            raise AudioError(f"expected a path, bytes, a binary file object or a numpy array, found {name}")
-        return contextlib.nullcontext(source) if _can_rewind(source) else _spool(source)
-    try:
-        # Not blocking: opening a named pipe without a writer would wait for ever.
-        handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError as error:
-        raise AudioError(f"{name} does not exist. Check the path") from error
-    except (OSError, ValueError) as error:
-        raise AudioError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    kind = os.fstat(handle).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
-        os.close(handle)
-        found = "directory" if stat.S_ISDIR(kind) else "device or socket"
-        raise AudioError(f"{name} is a {found}; expected an audio file")
-    os.set_blocking(handle, True)
-    stream = os.fdopen(handle, "rb")
-    if stat.S_ISREG(kind):
-        return stream
-    with stream:
-        return _spool(stream)
-
-
-def _can_rewind(stream: Any) -> bool:
-    """Check whether a file object is a file, at its start, in binary mode, so that it needs no copy."""
-    try:
-        return bool(stream.seekable() and stream.tell() == 0 and stream.read(0) == b"")
-    except (AttributeError, OSError, ValueError):
-        return False
-
-
-def _spool(stream: Any) -> BinaryIO:
-    """Copy an input that cannot be rewound (a pipe, a socket); both decoders need to go back."""
-    copy = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (handed over to the caller)
-    try:
-        shutil.copyfileobj(stream, copy, 1 << 20)
-    except BaseException as error:
-        copy.close()
-        if not isinstance(error, TypeError):
-            raise
-        raise AudioError(f"expected a file opened in binary mode, found text in {describe(stream)}") from error
-    copy.seek(0)
-    return cast(BinaryIO, copy)
+        yield from decode(stream, name, track, on_warning)
 
 
 def _resample(decoded: Iterator[tuple[Samples, int]], name: str) -> Iterator[Samples]:
@@ -333,15 +164,20 @@ def _resample(decoded: Iterator[tuple[Samples, int]], name: str) -> Iterator[Sam
     import soxr
 
     resampler: soxr.ResampleStream | None = None
+    resampled_rate = 0
     for block, rate in decoded:
         if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
             expected = f"{MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz"
             raise AudioError(f"{name} claims a sampling rate of {rate} Hz; expected {expected}")
         if not np.isfinite(block).all():
             raise AudioError(f"{name} holds samples that are NaN or infinite; expected finite values")
+        if resampler is not None and rate != resampled_rate:  # the next of several joined recordings
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            resampler = None
         if rate != SAMPLING_RATE:
             if resampler is None:
                 resampler = soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32", quality="HQ")
+                resampled_rate = rate
             block = resampler.resample_chunk(block)
         if len(block):
             yield block

@@ -18,6 +18,9 @@ CODES = {
     "implausible_rate": "more text than can be spoken in that time; it may be invented",
     "no_pause": "no pause within the model's window; overlapping windows were joined",
     "input_truncated": "the file is shorter than its header says, or lacks its end mark; the rest is missing",
+    "input_damaged": "parts of the file cannot be decoded; what was said there is missing",
+    "channels_cancel": "channels of the file cancel each other; one of them was inverted before they were mixed",
+    "several_tracks": "the file has several audio tracks; the default one was used, --track N (track=N) uses another",
     "seam": "overlapping windows have no word in common; a word may be doubled or lost where they were joined",
 }
 RETRIED = "_retried"

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioSource, Samples, describe, iter_audio
+from .audio import SAMPLING_RATE, Samples, iter_audio
 from .errors import AudioError
 from .inputs import as_input
 from .segments import Piece, cut_steps
+from .source import AudioSource, describe
 
 Input = AudioSource | np.ndarray | tuple[np.ndarray, int]  # a tuple is samples and their sampling rate in Hz
 
@@ -52,10 +53,12 @@ class PieceReader:
         sources: consumed in the thread, one at a time; may be a generator.
         window_s: the longest piece, seconds.
         max_pieces: pieces to read ahead; also the most pieces in one group.
+        track: number of a file's audio track, from 1; None is its default track.
     """
 
-    def __init__(self, sources: Iterable[Input], window_s: float, max_pieces: int) -> None:
+    def __init__(self, sources: Iterable[Input], window_s: float, max_pieces: int, track: int | None = None) -> None:
         self.read_s = 0.0
+        self._track = track
         self._sources, self._window_s, self._max_pieces = sources, window_s, max_pieces
         self._queue: queue.Queue[Event | BaseException | None] = queue.Queue(maxsize=max_pieces)
         self._stop = threading.Event()
@@ -95,7 +98,7 @@ class PieceReader:
     def _run(self) -> None:
         try:
             for number, source in enumerate(self._sources):
-                for event in read_events(number, source, self._window_s, self._count):
+                for event in read_events(number, source, self._window_s, self._count, self._track):
                     if event is not None and not self._put(event):
                         return
             self._put(None)
@@ -113,13 +116,16 @@ class PieceReader:
         return False
 
 
-def read_events(number: int, source: Input, window_s: float, on_read: Callable[[int], None]) -> Generator[Event | None]:
+def read_events(
+    number: int, source: Input, window_s: float, on_read: Callable[[int], None], track: int | None = None
+) -> Generator[Event | None]:
     """Read one input: its pieces, then its end; None after each block of samples, where a reader of several may switch.
 
     Args:
         number: of the input.
         window_s: the longest piece, seconds.
         on_read: called with the number of samples of each block; an AudioError that it raises ends the input.
+        track: number of a file's audio track, from 1; None is its default track.
     """
     shown = source[0] if isinstance(source, tuple) and source else source
     name = os.fspath(shown) if isinstance(shown, (str, os.PathLike)) else describe(shown)
@@ -136,7 +142,7 @@ def read_events(number: int, source: Input, window_s: float, on_read: Callable[[
     try:
         given = as_input(source)
         audio, rate = given if isinstance(given, tuple) else (given, None)
-        blocks = iter_audio(audio, rate, on_truncated=lambda: warnings.append("input_truncated"))
+        blocks = iter_audio(audio, rate, on_warning=warnings.append, track=track)
         for piece in cut_steps(counted(blocks), window_s):
             yield piece and replace(piece, input=number, index=num_pieces, name=name)
             num_pieces += piece is not None

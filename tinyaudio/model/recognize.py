@@ -54,6 +54,7 @@ class Options:
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
         word_timestamps: find out when each word was said; needs an encoder with a CTC head.
+        track: number of the audio track of files, from 1; None is each file's default track.
         generate: any other options of `generate`.
     """
 
@@ -63,10 +64,11 @@ class Options:
     length_penalty: float | None = None
     window_s: float | None = None
     word_timestamps: bool = False
+    track: int | None = None
     generate: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_beams", "max_new_tokens", "window_s"):
+        for name in ("batch_size", "num_beams", "max_new_tokens", "window_s", "track"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
@@ -134,7 +136,9 @@ class Recognizer:
         max_batch_s = GPU_MAX_BATCH_S if self.model.device.type == "cuda" else MAX_BATCH_S
         inputs: dict[int, OpenInput] = {}
         done_s, num_done = 0.0, 0
-        with PieceReader(sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size) as reader:
+        with PieceReader(
+            sources, window_s, max_pieces=BATCHES_AHEAD * options.batch_size, track=options.track
+        ) as reader:
 
             def report() -> None:
                 if on_progress is not None:

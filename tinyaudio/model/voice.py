@@ -21,6 +21,11 @@ from .errors import ModelError
 
 FRAME_LENGTH = 512  # samples, 32 ms: what the model was trained on at 16 kHz
 FRAME_S = FRAME_LENGTH / SAMPLING_RATE
+# Silero hears nothing in clean speech whose peak is below about -50 dBFS. A recording that has been softer than
+# `QUIET_PEAK` so far is made as loud as speech usually is; of a louder one nothing changes. Noise stays noise.
+QUIET_PEAK, USUAL_PEAK = 0.02, 0.25  # -34 and -12 dBFS
+MAX_GAIN = 200.0  # 46 dB; more makes the last bit of 16-bit samples audible
+LOUD_FRAMES = 3  # that reach a peak; a click is in one or two
 _CONTEXT = 64  # samples of the previous frame at the beginning of every frame
 # The package's .safetensors has older weights than its .jit, which is what its own functions load (6.2.3).
 _WEIGHTS = "data/silero_vad.jit"
@@ -40,6 +45,7 @@ class VoiceActivity:
         self._rest = np.zeros(0, np.float32)
         self._context = np.zeros(_CONTEXT, np.float32)
         self._state: tuple[Tensor, Tensor] | None = None
+        self._peaks = np.zeros(LOUD_FRAMES, np.float32)  # of the loudest frames so far, the softest first
 
     def feed(self, samples: Samples) -> NDArray[np.float32]:
         """Take the next samples, any number of them.
@@ -47,7 +53,7 @@ class VoiceActivity:
         Returns:
             (n,) probabilities of speech in 0..1, one for every frame of 512 samples that is now complete.
         """
-        joined = np.concatenate([self._rest, samples])
+        joined = np.concatenate([self._rest, samples * self._gain(samples)])
         num_whole = len(joined) // FRAME_LENGTH * FRAME_LENGTH
         self._rest = joined[num_whole:]
         return self._probabilities(joined[:num_whole])
@@ -56,6 +62,14 @@ class VoiceActivity:
         """Return the probability of the last, incomplete frame, zero-padded: (1,) or (0,)."""
         last, self._rest = self._rest, np.zeros(0, np.float32)
         return self._probabilities(np.pad(last, (0, -len(last) % FRAME_LENGTH)))
+
+    def _gain(self, samples: Samples) -> np.float32:
+        """Take the next samples, and return how much louder they must be for the model to hear speech in them."""
+        whole = samples[: len(samples) // FRAME_LENGTH * FRAME_LENGTH] if len(samples) >= FRAME_LENGTH else samples
+        peaks = np.abs(whole.reshape(-1, min(FRAME_LENGTH, max(len(whole), 1)))).max(axis=1, initial=0.0)
+        self._peaks = np.sort(np.concatenate([self._peaks, peaks]))[-LOUD_FRAMES:]
+        peak = float(self._peaks[0])
+        return np.float32(min(USUAL_PEAK / peak, MAX_GAIN) if 0 < peak < QUIET_PEAK else 1.0)
 
     def _probabilities(self, samples: Samples) -> NDArray[np.float32]:
         if not len(samples):

@@ -25,7 +25,8 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
     seconds, and with return_timestamps="word" one per word; and "warnings" if there are any. A list gives a list; a
     generator or dataset an iterator. Options, for a call or at construction: batch_size, num_beams, max_new_tokens,
-    length_penalty, track (of files with several), chunk_length_s (the longest piece decoded at once), return_timestamps,
+    length_penalty, track (of files with several), chunk_length_s (the longest piece decoded at once),
+    return_timestamps,
     and all other options of `generate`, directly or as generate_kwargs={...}.
     """
 

@@ -12,7 +12,8 @@ from pipelines.processes import local_rank
 from pipelines.recipes.recipe import EncoderSection, encoder_name
 from pipelines.retry import retry_hub
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
-from tinyaudio.model.frozen import place, resolved_revision, weights_digest
+from tinyaudio.model.families import Family, family_of
+from tinyaudio.model.frozen import load_config, place, resolved_revision, weights_digest
 from tinyaudio.transcribe import pick_device as usable_device
 
 OPENING_TIMEOUT_S = 30.0  # seconds to keep trying, for interactive commands
@@ -26,6 +27,10 @@ class LoadedEncoder:
     feature_extractor: Any
     precision: str
     fingerprint: dict[str, Any]
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model.config)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -64,7 +69,7 @@ def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float
     what = f"encoder {section.id!r}"
     if section.precision == "bfloat16":  # of a GPU; a CPU computes float32
         require_bfloat16(device, "encoder.precision", "encoder.precision=float32")
-    model = retry_hub(lambda: load_encoder(section.id, section.revision), what, timeout_s)
+    model = retry_hub(lambda: load_encoder(section.id, section.revision, section.context), what, timeout_s)
     extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, timeout_s)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
@@ -75,12 +80,19 @@ def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float
         "precision": precision,
         "do_normalize": bool(extractor.do_normalize),
         **({"compile": True} if section.compile else {}),
+        **family_of(model.config).fingerprint(),
     }
     if section.compile:
         model.compile(dynamic=True)
     return LoadedEncoder(
         model=place(model, device), feature_extractor=extractor, precision=precision, fingerprint=fingerprint
     )
+
+
+def family_in(section: EncoderSection, timeout_s: float = OPENING_TIMEOUT_S) -> Family:
+    """Choose the family of a recipe's encoder by its configuration alone; errors as `open_encoder`."""
+    what = f"encoder {section.id!r}"
+    return family_of(retry_hub(lambda: load_config(section.id, section.revision), what, timeout_s), section.context)
 
 
 def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: Path) -> None:
@@ -100,6 +112,9 @@ def check_encoder(section: EncoderSection, fingerprint: dict[str, Any], store: P
         pinned = section.revision not in (None, "main", made_by["revision"])
         differs = made_by["id"] != section.id or pinned
         detail = f"{made_by['id']!r} at {made_by['revision']}, the recipe names {section.id!r} at {section.revision}"
+    context = made_by.get("context")
+    if not differs and context is not None and family_in(section).context != context:
+        differs, detail = True, f"its encoder.context is {context!r}, the recipe's {section.context!r}"
     if differs:
         raise RunError(
             f"store {str(store)!r} was made by another encoder: {detail}. "

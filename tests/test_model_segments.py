@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.segments import MIN_SPEECH, audible_length, cut, join_texts
+from tinyaudio.model.segments import MAX_EXCESS_S, MIN_SPEECH, audible_length, cut, join_texts
 from tinyaudio.model.voice import FRAME_LENGTH, FRAME_S, VoiceActivity
 
 
@@ -211,7 +211,7 @@ def test_any_voice_activity_gives_pieces_that_fit_and_hold_all_speech(runs, bloc
         assert begin == end - round(piece.overlap_s * SAMPLING_RATE) or (begin >= end and not piece.overlap_s)
         end = begin + len(piece.samples)
         assert begin <= round(piece.start_s * SAMPLING_RATE) <= round(piece.end_s * SAMPLING_RATE) <= end
-        assert len(piece.samples) <= (window_s + 2.6) * SAMPLING_RATE
+        assert len(piece.samples) <= (window_s + MAX_EXCESS_S) * SAMPLING_RATE
         covered[begin:end] = True
     assert sum(piece.advance_s for piece in pieces) == pytest.approx(end / SAMPLING_RATE)
     at = 0

@@ -20,7 +20,7 @@ from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.encoder import give_back_free_memory
 from tinyaudio.model.errors import AudioError, TinyAudioError
 from tinyaudio.model.reader import End, Input, read_events
-from tinyaudio.model.recognize import BATCH_SIZE, BATCHES_AHEAD, OpenInput, Options, batches_by_length
+from tinyaudio.model.recognize import BATCH_SIZE, BATCHES_AHEAD, OpenInput, Options, batches_by_length, longest_window_s
 from tinyaudio.model.segments import Piece
 from tinyaudio.model.source import describe
 from tinyaudio.model.transcript import Segment, Transcript
@@ -159,7 +159,7 @@ class RequestQueue:
     def window_s(self) -> float:
         if self.transcriber is None:
             raise NotReadyError("the model is still being loaded. Try again in a few seconds")
-        return self.options.window_s or float(self.transcriber.model.config.window_s)
+        return longest_window_s(self.transcriber.model, self.options)
 
     @property
     def has_word_times(self) -> bool:

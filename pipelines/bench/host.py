@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import HubertConfig
 
 from cache import FeatureStore
 from pipelines.bench.models import hubert_large_extractor
@@ -43,9 +44,10 @@ HOST_NOTES = {
 
 
 class _NoModel(nn.Module):
-    """Stands where a `LoadedEncoder` has its model."""
+    """Stands where a `LoadedEncoder` has its model: one of the shape of HuBERT-large."""
 
     device = torch.device("cpu")
+    config = HubertConfig(feat_extract_norm="layer")
 
 
 class NoEncoder(BatchEncoder):

@@ -26,7 +26,7 @@ from torch import Tensor
 from cache import Calibration
 from cache.quantize import CLIPS, CODE_MAX, pack, packed_bytes, zero_code
 from pipelines.encoders import LoadedEncoder
-from tinyaudio.model.audio import WINDOW_LENGTH, Samples, num_frames
+from tinyaudio.model.audio import WINDOW_LENGTH, Samples
 from tinyaudio.model.encoder import encode, encoder_inputs
 
 CPU_BATCH_S = 15.0  # seconds; 15 to 120 are equally fast within noise, and memory grows with it
@@ -67,16 +67,16 @@ class EncodedBatch:
     seconds: float
 
     @classmethod
-    def cut(cls, host: Mapping[str, NDArray[Any]], lengths: Sequence[int], seconds: float) -> "EncodedBatch":
+    def cut(cls, host: Mapping[str, NDArray[Any]], counts: Sequence[int], seconds: float) -> "EncodedBatch":
         """Cut the padding off.
 
         Args:
             host: features (B, T, D); what else the encoding has, by the names of `encode_tensor`, (B, T) each.
-            lengths: samples of each recording.
+            counts: frames of each recording.
         """
         recordings = []
-        for i, length in enumerate(lengths):
-            of = {name: array[i][: num_frames(length)] for name, array in host.items()}
+        for i, count in enumerate(counts):
+            of = {name: array[i][:count] for name, array in host.items()}
             is_finite, num_clamped = of.get("is_finite"), of.get("num_clamped")
             recordings.append(
                 Encoded(
@@ -98,6 +98,7 @@ class BatchEncoder:
         self, encoder: LoadedEncoder, encoding: str = "float32", calibration: Calibration | None = None
     ) -> None:
         self.encoder, self.device, self.encoding = encoder, encoder.model.device, encoding
+        self.family = encoder.family
         self._calibration = None if calibration is None else torch.from_numpy(calibration.array).to(self.device)
 
     @contextlib.contextmanager
@@ -118,6 +119,9 @@ class BatchEncoder:
     def encode(self, inputs: Inputs) -> Callable[[], EncodedBatch]:
         """Start to compute a batch; call the result to wait for it."""
         raise NotImplementedError
+
+    def _counts(self, inputs: Inputs) -> list[int]:
+        return [self.family.num_frames(length) for length in inputs.lengths]
 
     def _compute(self, values: Tensor, mask: Tensor, lengths: list[int]) -> dict[str, Tensor]:
         """Compute the tensors that `EncodedBatch.cut` takes."""
@@ -161,7 +165,7 @@ class CpuBatchEncoder(BatchEncoder):
         results = self._compute(inputs.values, inputs.mask, inputs.lengths)
         seconds = time.perf_counter() - started
         host = {name: result.numpy() for name, result in results.items()}
-        return EncodedBatch.cut(host, inputs.lengths, seconds)
+        return EncodedBatch.cut(host, self._counts(inputs), seconds)
 
 
 class GpuBatchEncoder(BatchEncoder):
@@ -203,7 +207,7 @@ class GpuBatchEncoder(BatchEncoder):
         def wait() -> EncodedBatch:
             copied.synchronize()
             seconds = float(begin.elapsed_time(end)) / 1000
-            return EncodedBatch.cut({name: host.numpy() for name, host in hosts.items()}, inputs.lengths, seconds)
+            return EncodedBatch.cut({name: host.numpy() for name, host in hosts.items()}, self._counts(inputs), seconds)
 
         return wait
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 import soundfile
-from transformers import AutoModel, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor
 
 from cache import FeatureStore
 from cache.errors import CacheError
@@ -31,6 +31,7 @@ from pipelines.extract.shard_pipeline import memory_bound
 from pipelines.recipes import Recipe
 from pipelines.recipes.recipe import StoredEncoding
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, load_audio
+from tinyaudio.model.families import family_of
 from tinyaudio.model.frozen import freeze, load_config, place
 
 PROBE_UTTERANCES = 30
@@ -117,6 +118,7 @@ def forecast(
     """
     # 1. The plan.
     config = load_config(recipe.encoder.id, recipe.encoder.revision)
+    family = family_of(config, recipe.encoder.context)
     frames = plan.accepted["num_frames"].to_numpy()
     hours = float((frames * HOP_LENGTH + (WINDOW_LENGTH - HOP_LENGTH)).sum()) / SAMPLING_RATE / 3600
     frame_bytes = {name: bytes_per_row(name, config.hidden_size) for name in get_args(StoredEncoding)}
@@ -134,7 +136,7 @@ def forecast(
     where = pick_device(device)
     is_gpu = where.type == "cuda"
     encoder = LoadedEncoder(
-        model=place(freeze(AutoModel.from_config(config)), where),
+        model=place(freeze(family.build()), where),
         feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True),
         precision=recipe.encoder.precision if is_gpu else "float32",
         fingerprint={},

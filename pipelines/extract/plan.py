@@ -22,10 +22,12 @@ from cache import make_plan
 from pipelines.corpora.corpus import SCAN_SCHEMA, Corpus
 from pipelines.corpora.no_speech import is_no_speech, no_speech_rows
 from pipelines.corpora.transcripts import prepare_transcript
+from pipelines.encoders import family_in
 from pipelines.errors import CorpusError
 from pipelines.recipes import Recipe
 from pipelines.recipes.recipe import Columns, CorpusSection
-from tinyaudio.model.audio import HOP_LENGTH, RESAMPLER, SAMPLING_RATE, WINDOW_LENGTH, num_frames
+from tinyaudio.model.audio import RESAMPLER, SAMPLING_RATE
+from tinyaudio.model.families import Family
 
 SCAN_ROWS = 100_000  # utterances whose texts are Python strings at the same time
 TEXT_GRACE_S = 1.0  # very short recordings may be dense: "twenty-five percent" in 0.6 s
@@ -78,13 +80,15 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Pa
 
     Raises:
         CorpusError: a split does not exist, or contains nothing to store.
+        MissingModelError, ModelError, FetchError: as `family_in`.
     """
     section, rows_per_shard = recipe.corpus, recipe.store.rows_per_shard
+    family = family_in(recipe.encoder)
     tables: list[pa.Table] = []
     for split in splits:
         scanned = corpus.scan(split) if store is None else scan_once(corpus, section.columns, split, store)
         starts = range(0, max(1, len(scanned)), SCAN_ROWS)
-        table = pa.concat_tables([_judge(section, scanned.slice(start, SCAN_ROWS), split) for start in starts])
+        table = pa.concat_tables([_judge(section, family, scanned.slice(start, SCAN_ROWS), split) for start in starts])
         accepted = np.flatnonzero(table["reason"].to_numpy() == "")
         if not len(accepted):
             reasons = dict(Counter(table["reason"].to_pylist()))
@@ -93,7 +97,7 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Pa
         if count:  # items without speech go between utterances at equal distances, and have their durations
             after = accepted[((2 * np.arange(count, dtype=np.int64) + 1) * len(accepted)) // (2 * count)]
             durations = [d or 1.0 for d in table["duration_s"].take(after).to_pylist()]
-            items = _judge(section, no_speech_rows(durations), split)
+            items = _judge(section, family, no_speech_rows(durations), split)
             order = np.argsort(np.concatenate([np.arange(len(table)), after + 0.5]), kind="stable")
             table = pa.concat_tables([table, items]).take(order)
         tables.append(_tell_apart(table, split, tables))
@@ -120,7 +124,7 @@ def _tell_apart(table: pa.Table, split: str, earlier: Sequence[pa.Table]) -> pa.
     )
 
 
-def _judge(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:
+def _judge(section: CorpusSection, family: Family, scanned: pa.Table, split: str) -> pa.Table:
     """Add split, num_frames, the prepared transcript and, for rejected utterances, the reason."""
     ids, durations, frames, texts, reasons = [], [], [], [], []
     for row in scanned.select(["utterance_id", "source_id", "duration_s", "transcript"]).to_pylist():
@@ -131,13 +135,15 @@ def _judge(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:
             reason = "too_short"
         elif duration_s > section.max_duration_s:
             reason = "too_long"
+        elif family.max_samples is not None and round(duration_s * SAMPLING_RATE) > family.max_samples:
+            reason = "beyond_encoder"
         elif not text and not is_no_speech(row["source_id"]):
             reason = "no_text"
         else:
             reason = "text_too_long" if len(text) > section.max_chars_per_s * (duration_s + TEXT_GRACE_S) else ""
         ids.append(row["utterance_id"] or f"{split}/{row['source_id']}")
         durations.append(duration_s)
-        frames.append(num_frames(round((duration_s or 0.0) * SAMPLING_RATE)))
+        frames.append(family.num_frames(round((duration_s or 0.0) * SAMPLING_RATE)))
         texts.append(text)
         reasons.append(reason)
     table = scanned.select(["source_id", "speaker", "sex", "source"])
@@ -153,14 +159,14 @@ def _judge(section: CorpusSection, scanned: pa.Table, split: str) -> pa.Table:
     return table
 
 
-def audio_fingerprint() -> dict[str, Any]:
+def audio_fingerprint(family: Family) -> dict[str, Any]:
     """Describe what happens to samples before the encoder."""
     return {
         "sampling_rate": SAMPLING_RATE,
         "resampler": RESAMPLER,
         "channels": "mean",
-        "frames": f"(samples - {WINDOW_LENGTH}) // {HOP_LENGTH} + 1",
-        "short": f"zero-padded to {WINDOW_LENGTH} samples",
+        "frames": family.formula,
+        "short": f"zero-padded to {family.min_samples} samples",
         "batching": "zero-padded with attention mask, frames behind the end dropped",
     }
 

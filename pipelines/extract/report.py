@@ -15,7 +15,8 @@ from cache import FeatureStore
 from pipelines.corpora.no_speech import SOURCE
 
 SECONDS_PER_HOUR = 3600
-FILTERS = ("too_short", "too_long")  # reasons that the recipe asks for; all others are faults of the data
+# Reasons that the recipe asks for, with its limits or its encoder; all others are faults of the data.
+FILTERS = ("too_short", "too_long", "beyond_encoder")
 
 
 @dataclass

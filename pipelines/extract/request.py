@@ -66,6 +66,7 @@ class Request:
                 "revision": None if folder.is_dir() else encoder.revision,
                 "files": digest_model_files(folder) if folder.is_dir() else None,
                 **encoder.model_dump(include={"precision", "compile"}),
+                **({} if encoder.context is None else {"context": encoder.context}),
             },
             "store": {
                 **self.recipe.store.model_dump(exclude={"calibration"}),

@@ -39,7 +39,7 @@ from pipelines.extract.encode import Encoded, EncodedBatch, Inputs, open_batch_e
 from pipelines.extract.report import ExtractReport
 from pipelines.recipes import Recipe
 from pipelines.retry import give_up, pause, resume
-from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples, num_frames
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE, Samples
 from tinyaudio.model.encoder import give_back_free_memory
 
 AHEAD_SHARDS, AHEAD_SHARDS_GPU = 1, 3  # decoded while one is encoded
@@ -231,7 +231,7 @@ class ShardPipeline:
         decoded, seconds = self._decoder.collect(shard.pieces)
         shard.pieces = []
         self.report.decode_s += seconds
-        limits = self.recipe.corpus
+        limits, max_samples = self.recipe.corpus, self.encoder.family.max_samples
         samples: dict[str, Samples] = {}
         for source_id, outcome in decoded:
             row, reason = shard.rows[source_id], ""
@@ -243,6 +243,9 @@ class ShardPipeline:
                     reason = f"too_short: {duration_s:.3f} s when decoded"
                 elif stated_s is not None and abs(duration_s - stated_s) > max(STATED_SLACK_S, STATED_SLACK * stated_s):
                     reason = f"other_duration: {duration_s:.2f} s when decoded, {stated_s:.2f} s stated"
+                elif max_samples is not None and len(outcome) > max_samples:
+                    takes_s = max_samples / SAMPLING_RATE
+                    reason = f"beyond_encoder: {duration_s:.2f} s when decoded, the encoder takes {takes_s:g} s"
                 elif not row["transcript"] and not is_no_speech(source_id):
                     reason = "no_text: the transcript is empty"
                 else:
@@ -265,7 +268,7 @@ class ShardPipeline:
         batch, audio_s = encoded(), inputs.num_samples / SAMPLING_RATE
         for row, length, recording in zip(rows, lengths, batch.recordings, strict=True):
             is_stored = append(writer, row, length, recording)
-            self._written_frames += num_frames(length) if is_stored else 0
+            self._written_frames += self.encoder.family.num_frames(length) if is_stored else 0
             self._num_bad += not is_stored
         self._samples_used += inputs.num_samples
         self._samples_padded += inputs.values.numel()

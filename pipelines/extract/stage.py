@@ -157,7 +157,7 @@ def prepare(
             dim=encoder.model.config.hidden_size,
             fingerprint={
                 "encoder": encoder.fingerprint,
-                "audio": audio_fingerprint(),
+                "audio": audio_fingerprint(encoder.family),
                 "corpus": corpus_fingerprint(recipe, corpus, plan.splits),
             },
             encoding=recipe.store.encoding,

@@ -79,6 +79,7 @@ class EncoderSection(Section):
     revision: str | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # on a GPU; a CPU always computes float32
     compile: bool = False  # torch.compile; takes minutes to start and changes the last bits
+    context: Literal["own", "full"] | None = None  # what Whisper hears: the recording's own length (None), or 30 s
 
 
 def encoder_name(encoder_id: str) -> str:

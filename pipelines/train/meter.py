@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
+_SPEECH_INPUTS = ("input_values", "input_features")  # of transformers' speech encoders
 COUNTS = ("num_utterances", "num_tokens", "num_targets", "audio_s")
 
 
@@ -106,7 +107,7 @@ class PassCount:
 
 @contextlib.contextmanager
 def counting_encoder_passes() -> Iterator[PassCount]:
-    """Count the forward passes of speech encoders in this process: models whose input is a waveform.
+    """Count the forward passes of speech encoders in this process: models whose input is samples or a spectrogram.
 
     PyTorch calls the hook for every module, whichever code runs it. The count proves that training from a store never
     runs an encoder.
@@ -114,7 +115,7 @@ def counting_encoder_passes() -> Iterator[PassCount]:
     count = PassCount()
 
     def hook(module: nn.Module, _: Any) -> None:
-        if isinstance(module, PreTrainedModel) and module.main_input_name == "input_values":
+        if isinstance(module, PreTrainedModel) and module.main_input_name in _SPEECH_INPUTS:
             count.passes += not isinstance(module, TinyAudioForConditionalGeneration)
 
     handle = register_module_forward_pre_hook(hook)

@@ -57,6 +57,7 @@ def build_model(
         encoder_digest=made_by["weights"],
         encoder_dim=store.dim,
         encoder_precision=made_by["precision"],
+        encoder_context=made_by.get("context"),
         ctc_alphabet=load_alphabet(recipe.encoder.id, made_by["revision"]),
         ctc_head_digest=None if head is None else weights_digest(head),
         decoder_id=recipe.decoder.id,

@@ -20,6 +20,7 @@ class TinyAudioConfig(PreTrainedConfig):
         encoder_digest: `frozen.weights_digest` of the encoder in float32; checked when loading. None: unknown.
         encoder_dim: D, width of the encoder's features.
         encoder_precision: "float32" or "bfloat16" (autocast on a GPU; a CPU always runs float32).
+        encoder_context: of an encoder that has a choice, see `families.Family`; None: its family's own.
         ctc_alphabet: symbols of the encoder's CTC head, see `ctc_head.CTCHead`; None: as the encoder's tokenizer says.
         ctc_head_digest: `frozen.weights_digest` of that head; None: unknown.
         decoder_id, decoder_revision, decoder_digest: the same for the frozen decoder, in `decoder_dtype`.
@@ -43,6 +44,7 @@ class TinyAudioConfig(PreTrainedConfig):
         encoder_digest: str | None = None,
         encoder_dim: int = 1024,
         encoder_precision: str = "float32",
+        encoder_context: str | None = None,
         ctc_alphabet: dict[str, int] | None = None,
         ctc_head_digest: str | None = None,
         decoder_id: str = DEFAULT_DECODER,
@@ -64,6 +66,7 @@ class TinyAudioConfig(PreTrainedConfig):
     ) -> None:
         self.encoder_id, self.encoder_revision, self.encoder_digest = encoder_id, encoder_revision, encoder_digest
         self.encoder_dim, self.encoder_precision = encoder_dim, encoder_precision
+        self.encoder_context = encoder_context
         self.ctc_alphabet, self.ctc_head_digest = ctc_alphabet, ctc_head_digest
         self.decoder_id, self.decoder_revision, self.decoder_digest = decoder_id, decoder_revision, decoder_digest
         self.decoder_dim, self.decoder_dtype = decoder_dim, decoder_dtype

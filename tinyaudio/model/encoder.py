@@ -1,8 +1,8 @@
 """The frozen encoder, from samples to features at 50 Hz; the same code in both stages and at inference.
 
 Invariants: eval mode, no gradients; an utterance has the same features alone and in any padded batch (attention mask
-on, frames after its end zeroed); frames are counted by `audio.num_frames` only.
-Supports HuBERT, wav2vec 2.0 and WavLM through `AutoModel`; does not know stores, prompts or text.
+on, frames after its end zeroed); frames are counted by the encoder's family (`families`) only.
+Does not know stores, prompts or text.
 """
 
 import contextlib
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import AutoFeatureExtractor, AutoModelForCTC, PreTrainedModel, Wav2Vec2FeatureExtractor
 
-from .audio import HOP_LENGTH, SAMPLING_RATE, WINDOW_LENGTH, Samples, num_frames, pad_to_window
+from .audio import SAMPLING_RATE, Samples, pad_to_window
 from .ctc_head import CTCHead, load_alphabet
 from .errors import ModelError
-from .frozen import freeze, load_frozen
+from .families import Waveform, family_of
+from .frozen import freeze, load_config, load_frozen
 
 # oneDNN keeps a compiled kernel for each of the last 1,024 shapes; batches rarely repeat a shape, so 250 MB are wasted.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -30,24 +31,36 @@ _REPORTED = ("UNEXPECTED", "MISSING", "MISMATCH", "CONVERSION")  # states of wei
 VARIANCE_FLOOR = 1e-7  # added to each recording's variance by `Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm`
 
 
-def load_encoder(encoder_id: str, revision: str | None = None) -> PreTrainedModel:
+def load_encoder(encoder_id: str, revision: str | None = None, context: str | None = None) -> PreTrainedModel:
     """Load a frozen encoder in float32, in eval mode, on the CPU.
+
+    Args:
+        context: of an encoder that has a choice, see `families.Family`.
 
     Raises:
         MissingModelError: there is no model with that id.
-        ModelError: its convolutions do not give `audio.num_frames`: a window of 400 and a hop of 320 samples.
+        ModelError: it is of no known family, does not give 50 frames a second, or has no such context.
     """
+    family = family_of(load_config(encoder_id, revision), context)
+
+    def from_pretrained(auto_class: Any, **settings: Any) -> PreTrainedModel:
+        return load_frozen(auto_class, encoder_id, revision, dtype=torch.float32, **settings)
+
     with _without_report_of_heads():
-        return _checked(freeze(load_frozen(AutoModel, encoder_id, revision, dtype=torch.float32)))
+        return _with_context(freeze(family.load(from_pretrained)), family.context)
 
 
 def load_encoder_with_head(
-    encoder_id: str, revision: str | None = None, alphabet: Mapping[str, int] | None = None
+    encoder_id: str,
+    revision: str | None = None,
+    alphabet: Mapping[str, int] | None = None,
+    context: str | None = None,
 ) -> tuple[PreTrainedModel, CTCHead | None]:
     """Load a frozen encoder as `load_encoder` does, and its CTC head from the same files.
 
     Args:
         alphabet: of the head; None to read it from the encoder's tokenizer.
+        context: as in `load_encoder`.
 
     Returns:
         The encoder, with the same weights as without its head; and the head, None where the checkpoint has none or
@@ -55,30 +68,19 @@ def load_encoder_with_head(
     """
     alphabet = alphabet or load_alphabet(encoder_id, revision)
     if alphabet is None:
-        return load_encoder(encoder_id, revision), None
+        return load_encoder(encoder_id, revision, context), None
     whole, info = load_frozen(AutoModelForCTC, encoder_id, revision, dtype=torch.float32, output_loading_info=True)
-    encoder = _checked(freeze(whole.base_model))
+    encoder = freeze(whole.base_model)
+    encoder = _with_context(encoder, family_of(encoder.config, context).context)
     is_lost = any(key.startswith("lm_head.") for key in info["missing_keys"])
     offset_s = float(getattr(encoder.config, "ctc_offset_s", 0.0))  # no field of transformers' own configurations
     return encoder, None if is_lost else CTCHead(whole.lm_head, alphabet, offset_s)
 
 
-def _checked(encoder: PreTrainedModel) -> PreTrainedModel:
-    """Return an encoder whose convolutions give `audio.num_frames`; errors as `load_encoder`."""
-    config = encoder.config
-    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
-    if kernels is None or strides is None:
-        raise ModelError(
-            f"expected a HuBERT, wav2vec 2.0 or WavLM encoder; {config.model_type!r} has no waveform convolutions"
-        )
-    window, hop = 1, 1
-    for kernel, stride in zip(kernels, strides, strict=True):
-        window, hop = window + (kernel - 1) * hop, hop * stride
-    if (window, hop) != (WINDOW_LENGTH, HOP_LENGTH):
-        raise ModelError(
-            f"expected an encoder with window {WINDOW_LENGTH} and hop {HOP_LENGTH} samples (50 Hz), "
-            f"found window {window} and hop {hop}"
-        )
+def _with_context(encoder: PreTrainedModel, context: str | None) -> PreTrainedModel:
+    """Keep the context with the encoder, where `family_of` finds it."""
+    if context is not None:
+        encoder.config.encoder_context = context
     return encoder
 
 
@@ -100,13 +102,16 @@ def _without_report_of_heads() -> Iterator[None]:
 
 
 def load_feature_extractor(encoder_id: str, revision: str | None = None) -> Any:
-    """Load the encoder's own feature extractor, which sets the normalisation; errors as `load_encoder`."""
+    """Load what normalises samples before the encoder; errors as `load_encoder`.
+
+    Encoders of samples bring it with them. The others get their samples as they are, and compute spectrograms from
+    them.
+    """
+    if not isinstance(family_of(load_config(encoder_id, revision)), Waveform):
+        return Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
     extractor = load_frozen(AutoFeatureExtractor, encoder_id, revision)
     if not isinstance(extractor, Wav2Vec2FeatureExtractor):
-        raise ModelError(
-            f"expected the feature extractor of HuBERT, wav2vec 2.0 or WavLM, found {type(extractor).__name__} in "
-            f"{encoder_id!r}"
-        )
+        raise ModelError(f"expected a feature extractor of samples, found {type(extractor).__name__} in {encoder_id!r}")
     if extractor.sampling_rate != SAMPLING_RATE:
         raise ModelError(
             f"expected an encoder for {SAMPLING_RATE} Hz, found {extractor.sampling_rate} Hz in {encoder_id!r}"
@@ -170,7 +175,7 @@ def encode(
         features (B, T, D) float32, zero after each row's end, and num_frames (B,) int64.
 
     Raises:
-        ModelError: unknown precision.
+        ModelError: unknown precision, or a recording longer than the encoder takes.
     """
     if precision not in PRECISIONS:
         raise ModelError(f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
@@ -178,18 +183,19 @@ def encode(
         raise AssertionError("the encoder is in training mode: dropout and SpecAugment would change features")
     if lengths is None:
         lengths = attention_mask.sum(-1).tolist()
-    counts = [num_frames(length) for length in lengths]
+    family = family_of(encoder.config)
+    if family.max_samples is not None and max(lengths) > family.max_samples:
+        found_s, expected_s = max(lengths) / SAMPLING_RATE, family.max_samples / SAMPLING_RATE
+        raise ModelError(
+            f"expected recordings of at most {expected_s:g} s for this encoder, found {found_s:.1f} s. Cut them first, "
+            "as `tinyaudio transcribe` does"
+        )
+    counts = [family.num_frames(length) for length in lengths]
     frames = torch.tensor(counts).to(input_values.device, non_blocking=True)
     device = input_values.device.type
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with torch.no_grad(), autocast, _exact_convolutions(device, precision):
-        if encoder.config.feat_extract_norm == "layer":
-            features = encoder(input_values, attention_mask=attention_mask).last_hidden_state
-        else:  # group norm (the "base" sizes) averages over time, so padding would change the features
-            features = input_values.new_zeros(len(lengths), max(counts), encoder.config.hidden_size)
-            for i, num_samples in enumerate(lengths):
-                alone = encoder(input_values[i : i + 1, :num_samples]).last_hidden_state[0]
-                features[i, : len(alone)] = alone
+        features = family.run(encoder, input_values, attention_mask, lengths)[:, : max(counts)]
     valid = torch.arange(features.shape[1], device=features.device)[None, :] < frames[:, None]
     return features.float() * valid[:, :, None], frames
 

@@ -406,7 +406,9 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def load_frozen_parts(self, dtype: Any = None) -> None:
         """Load and attach the encoder and the decoder named in the configuration; errors as `from_pretrained`."""
         config = self.config
-        encoder, head = load_encoder_with_head(config.encoder_id, config.encoder_revision, config.ctc_alphabet)
+        encoder, head = load_encoder_with_head(
+            config.encoder_id, config.encoder_revision, config.ctc_alphabet, config.encoder_context
+        )
         check_digest("encoder", config.encoder_id, config.encoder_digest, encoder)
         if head is not None:
             check_digest("ctc_head", config.encoder_id, config.ctc_head_digest, head)

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .align import word_times
-from .audio import SAMPLING_RATE, num_frames
+from .audio import HOP_LENGTH, SAMPLING_RATE
 from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
+from .families import family_of
 from .guard import RETRIED, cut_loop, judge, token_budget
 from .reader import End, Event, Input, PieceReader
-from .segments import Piece, join_texts
+from .segments import MAX_EXCESS_S, Piece, join_texts
 from .transcript import Segment, Transcript, Word
 
 # How a faulty output is decoded again. Penalties count generated tokens only, never the prompt.
@@ -129,7 +130,7 @@ class Recognizer:
                 f"expected an encoder with a CTC head and its letters, found none in {self.model.config.encoder_id!r}: "
                 "words have no times. Omit --word-timestamps (word_timestamps), or use a model with another encoder"
             )
-        window_s = options.window_s or self.model.config.window_s
+        window_s = longest_window_s(self.model, options)
         if options.batch_size is None:
             options = replace(options, batch_size=default_batch_size(self.model, options))
         assert options.batch_size is not None
@@ -277,12 +278,19 @@ def default_batch_size(model: Any, options: Options) -> int:
     return BATCH_SIZE
 
 
+def longest_window_s(model: Any, options: Options) -> float:
+    """Return the window: that of the options, or of the model; never more than the encoder takes at once."""
+    window_s = options.window_s or float(model.config.window_s)
+    max_samples = family_of(model.encoder.config).max_samples
+    return window_s if max_samples is None else min(window_s, max_samples / SAMPLING_RATE - MAX_EXCESS_S)
+
+
 def cache_bytes(model: Any, options: Options) -> int:
     """Compute the bytes of keys and values of one piece; 149 MB for SmolLM3-3B, 30 s, 200 tokens and 4 beams."""
     config, decoder, generation = model.config, model.decoder.config, model.generation_config
     num_samples = math.ceil((options.window_s or config.window_s) * SAMPLING_RATE)
     num_positions = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
-    num_positions += math.ceil(num_frames(num_samples) / config.stack_factor)
+    num_positions += math.ceil(num_samples / HOP_LENGTH / config.stack_factor)
     num_positions += options.max_new_tokens or generation.max_new_tokens
     heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
     head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads

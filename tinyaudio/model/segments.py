@@ -30,6 +30,7 @@ LEVEL_LENGTH = 80  # samples, 5 ms: a level is the largest value in so many samp
 ABOVE_PAUSE = 3.0  # times the level of a pause is sound; in noise of 100 levels, one is 1.5 times its quietest fifth
 QUIET = 20  # levels, 0.1 s: ends a sound for good; closures before a last stop are shorter
 LONG_PAUSE_S, LONG_PAUSE_EDGE_S = 2.0, 1.0  # cut out of a recording that fits the window, and what is kept around it
+MAX_EXCESS_S = 2.6  # by which a piece may be longer than the window: its margins, and where the speech in it begins
 MAX_OVERLAP_S = 2.0  # of two windows without a gap between them: five to eight words
 WORDS_PER_SECOND = 5  # fast speech; bounds how far from a seam the same words can stand in both texts
 

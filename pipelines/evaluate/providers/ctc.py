@@ -18,9 +18,8 @@ from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from pipelines.evaluate.providers.base import ProviderOptions, in_batches, length_batches, local_environment
 from pipelines.recipes.recipe import encoder_name
-from tinyaudio.model.audio import num_frames
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
-from tinyaudio.model.encoder import encoder_inputs, load_feature_extractor
+from tinyaudio.model.encoder import encode, encoder_inputs, load_feature_extractor
 from tinyaudio.model.frozen import freeze, load_frozen, place, resolved_revision, weights_digest
 
 
@@ -75,17 +74,15 @@ class CTCProvider:
         return {"batch_size": self.batch_size, "encoder_precision": precision, **local_environment(self.model.device)}
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
-        # encoders with group norm average over padding; they get one clip at a time
-        size = self.batch_size if self.model.config.feat_extract_norm == "layer" else 1
-        return in_batches(length_batches(clips, size), self._transcribe_batch)
+        return in_batches(length_batches(clips, self.batch_size), self._transcribe_batch)
 
     @torch.no_grad()
     def _transcribe_batch(self, batch: list[Clip]) -> list[Prediction]:
         inputs = encoder_inputs(self.feature_extractor, [clip.samples for clip in batch])
         values, mask = (part.to(self.model.device) for part in inputs)
-        padded = {"attention_mask": mask} if self.model.config.feat_extract_norm == "layer" else {}
-        best = self.model(values, **padded).logits.argmax(-1).cpu()
-        rows = [row[: num_frames(int(length))].tolist() for row, length in zip(best, mask.sum(-1), strict=True)]
+        features, num_frames = encode(self.model.base_model, values, mask)
+        best = self.model.lm_head(features).argmax(-1).cpu()
+        rows = [row[:count].tolist() for row, count in zip(best, num_frames.tolist(), strict=True)]
         return [clip.answer(self._read(row)) for clip, row in zip(batch, rows, strict=True)]
 
     def _read(self, ids: list[int]) -> str:

@@ -137,7 +137,9 @@ class ProjectorSection(Section):
 class TrainSection(Section):
     """Stage two."""
 
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=0)]  # through the decoder; 0 only with ctc_steps
+    ctc_steps: Annotated[int, Field(ge=0)] = 0  # before them, on the CTC loss over the decoder's tokens alone
+    ctc_weight: Annotated[float, Field(ge=0)] = 0.0  # of the CTC loss beside the decoder's; 0: not computed
     learning_rate: PositiveFloat
     warmup_steps: Annotated[int, Field(ge=0)]
     batch_tokens: PositiveInt  # decoder positions in one batch, padding included
@@ -156,6 +158,17 @@ class TrainSection(Section):
     save_every: PositiveInt = 1000  # steps
     keep_checkpoints: PositiveInt = 3
     report_to: list[str] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> "TrainSection":
+        if self.all_steps == 0:
+            raise ValueError("steps and ctc_steps are both 0; expected at least one greater than 0")
+        return self
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of both phases."""
+        return self.ctc_steps + self.steps
 
 
 class Recipe(Section):

@@ -35,6 +35,18 @@ def positions_needed(reader: FeatureReader, targets: Targets, tokenizer: Any, st
     return len(prefix) + projected + len(suffix) + targets.lengths
 
 
+def ctc_coverage(reader: FeatureReader, targets: Targets, stack_factor: int) -> str:
+    """Describe how many utterances the CTC loss leaves out: those with more tokens than projected frames."""
+    projected = -(-reader.num_frames.astype(np.int64) // stack_factor)
+    same = np.append(targets.ids[1:] == targets.ids[:-1], False)  # between two equal tokens CTC needs a blank
+    same[targets.offsets[1:] - 1] = False
+    needed = targets.lengths - 1 + np.add.reduceat(same, targets.offsets[:-1], dtype=np.int64)
+    return (
+        f"the CTC loss is over {len(np.unique(targets.ids)) - 1:,} tokens; it leaves out "
+        f"{(needed > projected).sum():,} of {len(reader):,} utterances, which have more tokens than projected frames"
+    )
+
+
 def collate(
     reader: FeatureReader, targets: Targets, positions: Sequence[int], dropped: Sequence[int] | None = None
 ) -> dict[str, Any]:

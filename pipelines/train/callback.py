@@ -27,6 +27,7 @@ USED_AUDIO_GAIN = 0.5  # nats per token; below it, transcripts hardly depend on 
 # Without a dev split the training loss decides. A decoder without audio has the entropy of the text, about 3 nats per
 # token of English speech for 3 B parameters; one that uses the audio well has a few tenths.
 USED_AUDIO_LOSS = 1.5
+USED_AUDIO_CTC_WER = 0.8  # a CTC draft below it has words that can only come from the audio
 
 Say = Callable[[str], None]
 
@@ -41,6 +42,7 @@ class TrainingCallback(TrainerCallback):
         self.trainer: Any = None  # set once it exists; dev metrics are logged through it
         self.last_loss: float | None = None
         self.last_wer: float | None = None
+        self.last_ctc_wer: float | None = None
         self.evaluated_step: int | None = None
         self.num_utterances = 0.0
         self.uses_audio = self.has_warned = False
@@ -49,9 +51,11 @@ class TrainingCallback(TrainerCallback):
     def resume(self, step: int) -> None:
         """Restore the state from the metrics of earlier parts of the run, up to a step."""
         for entry in (entry for entry in self.run.metrics() if entry["step"] <= step):
-            self.last_loss = entry.get("loss", self.last_loss)
-            if "dev_wer" in entry:
-                self.last_wer, self.evaluated_step = entry["dev_wer"], entry["step"]
+            self.last_loss = entry.get("decoder_loss", entry.get("loss", self.last_loss))
+            self.last_ctc_wer = entry.get("dev_ctc_wer", self.last_ctc_wer)
+            self.last_wer = entry.get("dev_wer", self.last_wer)
+            if "dev_wer" in entry or "dev_ctc_wer" in entry:
+                self.evaluated_step = entry["step"]
             self._note_use_of_audio(entry)
 
     def has_evaluated(self, step: int) -> bool:
@@ -85,10 +89,15 @@ class TrainingCallback(TrainerCallback):
         self.run.add_metrics({"step": state.global_step, **logs})
         if "loss" not in logs:
             return
-        self.last_loss, self.num_utterances = logs["loss"], logs["num_utterances"]
+        self.last_loss, self.num_utterances = logs.get("decoder_loss", logs["loss"]), logs["num_utterances"]
         self._note_use_of_audio(logs)
+        losses = f"loss {logs['loss']:.4f}"
+        if "ctc_loss" in logs:
+            losses = f"CTC loss {logs['ctc_loss']:.4f}"
+        if "decoder_loss" in logs:
+            losses = f"loss {logs['decoder_loss']:.4f}  {losses}"
         self.say(
-            f"step {state.global_step:>6}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"step {state.global_step:>6}/{state.max_steps}  {losses}  "
             f"lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.2f}  rms {logs['projected_rms']:.1f}  "
             f"{logs['tokens_per_second']:,.0f} tok/s  {logs['audio_seconds_per_second']:,.0f} audio s/s  "
             f"{logs['peak_memory_bytes'] / 1e9:.1f} GB"
@@ -110,41 +119,51 @@ class TrainingCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------- evaluating
 
     def _is_due(self, state: Any) -> bool:
-        is_last = state.global_step == state.max_steps
-        return self.dev is not None and (is_last or state.global_step % self.settings.eval_every == 0)
+        ends_phase = state.global_step in (self.settings.ctc_steps, state.max_steps)
+        return self.dev is not None and (ends_phase or state.global_step % self.settings.eval_every == 0)
 
     def _evaluate(self, model: Any, state: Any, control: Any) -> None:
         assert self.dev is not None
         self.trainer.check_finite()
         was_training = model.training
         model.eval()
+        # In the CTC phase the decoder would write 200 tokens of nonsense for every utterance.
+        has_decoder = state.global_step > self.settings.ctc_steps
+        audio, found, draft = None, None, None
         with self.trainer.meter.paused():
-            audio = self.dev.audio_gain(model)
-            found = self.dev.transcribe(model, lambda: self.stop_requested)
+            if model.token_ctc is not None and (self.settings.ctc_weight or not has_decoder):
+                draft = self.dev.draft(model)
+            if has_decoder:
+                audio = self.dev.audio_gain(model)
+                found = self.dev.transcribe(model, lambda: self.stop_requested)
         model.train(was_training)
-        if found is None:  # stopped; on_train_begin repeats the evaluation
+        if has_decoder and found is None:  # stopped; on_train_begin repeats the evaluation
             control.should_save = control.should_training_stop = True
             return
-        step, errors = state.global_step, count_word_errors(*found)
-        self.last_wer, self.evaluated_step = errors.wer, step
-        metrics = {f"dev_{key}": value for key, value in errors.to_dict().items()}
+        self.evaluated_step = step = state.global_step
+        words: list[str] = []
+        metrics: dict[str, float] = {}
+        if found is not None:
+            errors = count_word_errors(*found)
+            self.last_wer = errors.wer
+            metrics |= {f"dev_{key}": value for key, value in errors.to_dict().items()}
+            words.append(f"dev {errors}")
+        if draft is not None:
+            self.last_ctc_wer = metrics["dev_ctc_wer"] = count_word_errors(*draft).wer
+            words.append(f"dev WER by CTC alone {100 * self.last_ctc_wer:.2f} %")
         if audio is not None:
-            metrics |= {
-                "dev_loss": audio.own,
-                "dev_loss_other_audio": audio.other,
-                "dev_listening_gain": audio.gain,
-            }
+            metrics |= {"dev_loss": audio.own, "dev_loss_other_audio": audio.other, "dev_listening_gain": audio.gain}
+            words.append(f"audio gain {audio.gain:.2f} nats/token")
         self._note_use_of_audio(metrics)
         should_log = control.should_log  # logging resets it, and the step's own metrics are still to come
         self.trainer.log(metrics)
         control.should_log = should_log
-        if self.settings.overfit_utterances is not None and errors.wer == 0:
+        if self.settings.overfit_utterances is not None and metrics.get("dev_wer") == 0:
             self.has_overfit = control.should_save = control.should_training_stop = True
         if not state.is_world_process_zero:
             return
-        gain = "" if audio is None else f"; audio gain {audio.gain:.2f} nats/token"
-        self.say(f"step {step:>6}  dev {errors}{gain}")
-        pairs = list(zip(*found, strict=True))
+        self.say(f"step {step:>6}  {'; '.join(words)}")
+        pairs = list(zip(*(found or draft or ()), strict=True))
         errors_of = {pair: count_word_errors([pair[0]], [pair[1]]).errors for pair in pairs}
         worst = sorted((pair for pair in pairs if errors_of[pair]), key=lambda pair: -errors_of[pair])[:NUM_WORST]
         lines = [f"step {step}"] + [f"    ref  {one}\n    hyp  {other}" for one, other in pairs[:NUM_PAIRS]]
@@ -157,6 +176,7 @@ class TrainingCallback(TrainerCallback):
             self.uses_audio |= metrics.get("loss", USED_AUDIO_LOSS) < USED_AUDIO_LOSS
         else:
             self.uses_audio |= metrics.get("dev_listening_gain", 0.0) > USED_AUDIO_GAIN
+            self.uses_audio |= metrics.get("dev_ctc_wer", 1.0) < USED_AUDIO_CTC_WER
 
 
 @contextlib.contextmanager

@@ -97,6 +97,21 @@ class DevSet:
         return references, [hypotheses[int(position)] for position in self.positions]
 
     @torch.no_grad()
+    def draft(self, model: TinyAudioForConditionalGeneration) -> tuple[list[str], list[str]]:
+        """Transcribe by the CTC loss's tokens alone, without the decoder; references and hypotheses by `positions`."""
+        assert model.token_ctc is not None
+        hypotheses: dict[int, str] = {}
+        dequantize = Dequantizer(self.reader)
+        for positions, batch in self._batches(self.positions, model.device):
+            projected, lengths = model.project(dequantize(batch), batch["num_frames"])
+            paths = model.token_ctc.best_path(projected, lengths, model.get_input_embeddings().weight)
+            hypotheses |= dict(zip(positions, self.processor.decode_transcripts(paths), strict=True))
+        for others in gather(hypotheses):
+            hypotheses |= others
+        references = self.reader.column("transcript").take(self.positions).to_pylist()
+        return references, [hypotheses[int(position)] for position in self.positions]
+
+    @torch.no_grad()
     def audio_gain(self, model: TinyAudioForConditionalGeneration) -> AudioGain | None:
         """Compare the loss under the right audio with that under a neighbour's; None for a single utterance."""
         sums = [0.0, 0.0, 0.0]  # own, other, tokens

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
@@ -19,7 +20,7 @@ from pipelines.encoders import check_encoder, pick_device, require_bfloat16
 from pipelines.errors import RunError
 from pipelines.processes import is_main_process, local_rank, num_processes
 from pipelines.recipes import Recipe
-from pipelines.train.batches import TrainingBatches, longest_batch, open_training_reader, positions_needed
+from pipelines.train.batches import TrainingBatches, ctc_coverage, longest_batch, open_training_reader, positions_needed
 from pipelines.train.callback import TrainingCallback, stop_on_sigterm
 from pipelines.train.dev_set import DevSet, overfit_positions
 from pipelines.train.meter import counting_encoder_passes, peak_memory_bytes
@@ -48,6 +49,7 @@ class TrainReport:
     steps: int
     loss: float | None
     dev_wer: float | None
+    ctc_wer: float | None = None
     parameters: int
     seconds: float
     is_finished: bool
@@ -61,6 +63,7 @@ class TrainReport:
 
     def __str__(self) -> str:
         wer = "" if self.dev_wer is None else f", dev WER {100 * self.dev_wer:.2f} %"
+        wer += "" if self.ctc_wer is None else f" ({100 * self.ctc_wer:.2f} % by CTC alone)"
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return (
             f"{self.run}: {self.steps} steps, {self.audio_s / 3600:.2f} h of audio in {self.seconds:.1f} s{loss}{wer}; "
@@ -170,6 +173,11 @@ def _train(
     model, processor = build_model(recipe, store, torch_device)
     reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
     targets = stored_targets(reader, processor.tokenizer, say)
+    if settings.ctc_steps or settings.ctc_weight:
+        tokens = np.unique(targets.ids)
+        model.add_token_ctc(torch.from_numpy(tokens[tokens != model.config.eos_token_id].astype(np.int64)))
+        model.config.ctc_weight = settings.ctc_weight
+        say(ctc_coverage(reader, targets, recipe.projector.stack_factor))
     costs = positions_needed(reader, targets, processor.tokenizer, recipe.projector.stack_factor)
     chosen = None
     if settings.overfit_utterances is not None:
@@ -182,7 +190,7 @@ def _train(
         costs,
         budget=settings.batch_tokens,
         seed=settings.seed,
-        num_batches=settings.steps * settings.accumulate,
+        num_batches=settings.all_steps * settings.accumulate,
         chosen=chosen,
         jitter_frames=settings.jitter_frames,
         world_size=num_processes(),
@@ -218,6 +226,7 @@ def _train(
         args=training_arguments(recipe, run, torch_device),
         batches=batches,
         processor=processor,
+        settings=settings,
         callbacks=[callback, *(tensorboard(recipe, run, first_step) if is_main else [])],
     )
     trainer.remove_callback(PrinterCallback)  # `callback` prints instead
@@ -241,9 +250,10 @@ def _train(
         steps=steps,
         loss=callback.last_loss,
         dev_wer=callback.last_wer,
+        ctc_wer=callback.last_ctc_wer,
         parameters=sum(p.numel() for p in model.projector.parameters()),
         seconds=totals["seconds"],
-        is_finished=callback.has_overfit or (steps >= settings.steps and callback.has_evaluated(steps)),
+        is_finished=callback.has_overfit or (steps >= settings.all_steps and callback.has_evaluated(steps)),
         num_utterances=int(totals["num_utterances"]),
         audio_s=totals["audio_s"],
         encoder_passes=encoder.passes,
@@ -254,7 +264,7 @@ def _train(
         run.update({"is_finished": report.is_finished, "report": report.to_dict()})
     if not report.is_finished:
         say(
-            f"stopped at step {steps} of {settings.steps}, saved. "
+            f"stopped at step {steps} of {settings.all_steps}, saved. "
             f"Run the same command with --run {run.folder} --resume to continue"
         )
     return _check_overfit(report, recipe)

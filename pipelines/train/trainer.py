@@ -6,6 +6,7 @@ take the same steps.
 """
 
 import json
+import math
 import os
 import shutil
 from operator import itemgetter
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -21,8 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from pipelines.errors import RunError
 from pipelines.files import full_disk
-from pipelines.processes import is_main_process, num_processes
+from pipelines.processes import gather, is_main_process, num_processes
 from pipelines.recipes import Recipe
+from pipelines.recipes.recipe import TrainSection
 from pipelines.train.batches import Dequantizer, TrainingBatches
 from pipelines.train.meter import Meter
 from pipelines.train.runs import Run
@@ -37,13 +40,16 @@ STAGING = "partial"  # in the folder of checkpoints: the one being written
 class ProjectorTrainer(Trainer):
     """The loop of stage two."""
 
-    def __init__(self, *, processor: TinyAudioProcessor, batches: TrainingBatches, **kwargs: Any) -> None:
+    def __init__(
+        self, *, processor: TinyAudioProcessor, batches: TrainingBatches, settings: TrainSection, **kwargs: Any
+    ) -> None:
         super().__init__(train_dataset=batches, **kwargs)
-        self.processor, self.batches = processor, batches
+        self.processor, self.batches, self.settings = processor, batches, settings
         self.meter = Meter(self.args.device)
         self.projected_rms: Tensor | None = None
         self._dequantize = Dequantizer(batches.reader)
         self._unchecked: list[UncheckedLoss] = []
+        self._ctc: list[tuple[Tensor, Tensor]] = []  # loss and rows left out of each batch since the last log
         self._newest: tuple[int, list[str]] = (0, [])  # the current step and the utterances of its batches so far
 
     def get_train_dataloader(self) -> Any:
@@ -54,13 +60,18 @@ class ProjectorTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of one batch as Trainer expects it: its share of the step's mean, times the processes."""
+        is_ctc_only = self.state.global_step < self.settings.ctc_steps
         output = model(
             features=self._dequantize(inputs),
             num_frames=inputs["num_frames"],
             labels=inputs["labels"],
             num_items_in_batch=num_items_in_batch,
             host_counts=inputs["host_counts"],
+            ctc_weight=self.settings.ctc_weight,
+            is_ctc_only=is_ctc_only,
         )
+        if output.ctc_loss is not None:
+            self._ctc.append((output.ctc_loss, output.ctc_left_out))
         step, utterance_ids = self.state.global_step + 1, inputs["utterance_ids"]
         self._newest = (step, [*(self._newest[1] if self._newest[0] == step else []), *utterance_ids])
         self._unchecked.append(UncheckedLoss(step, utterance_ids, output.loss.detach()))
@@ -95,8 +106,8 @@ class ProjectorTrainer(Trainer):
             RunError: a weight is not finite; with the last step, which must have caused it, and its utterances.
         """
         self.check_finite()
-        weights = self.accelerator.unwrap_model(self.model).projector.parameters()
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        weights = self.accelerator.unwrap_model(self.model).parameters()
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad):
             step, utterance_ids = self._newest
             raise self._not_finite(f"projector weights are not finite after step {step}", utterance_ids)
 
@@ -115,8 +126,44 @@ class ProjectorTrainer(Trainer):
         if "loss" in logs:
             self.check_finite()
             assert self.projected_rms is not None
-            logs = {**logs, "projected_rms": float(self.projected_rms), **self.meter.read(self.batches.waited_s)}
+            logs = {**logs, **self._ctc_logs(logs["loss"]), "projected_rms": float(self.projected_rms)}
+            logs |= self.meter.read(self.batches.waited_s)
         super().log(logs, *args, **kwargs)
+
+    def _ctc_logs(self, loss: float) -> dict[str, float]:
+        """Return the mean CTC loss since the last log, the rows it left out, and what is left of `loss` without it."""
+        if not self._ctc:
+            return {}
+        steps = len(self._ctc) / self.args.gradient_accumulation_steps
+        here, self._ctc = [float(torch.stack(values).sum()) for values in zip(*self._ctc, strict=True)], []
+        ctc_loss, left_out = (sum(values) for values in zip(here, *gather(here), strict=True))
+        logs = {"ctc_loss": ctc_loss / steps, "ctc_left_out": left_out}
+        if self.state.global_step <= self.settings.ctc_steps:
+            return logs
+        return {**logs, "decoder_loss": loss - self.settings.ctc_weight * logs["ctc_loss"]}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm up and decay in each phase by itself; without a CTC phase this is transformers' own schedule."""
+        if not self.settings.ctc_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._share_of_learning_rate)
+        return self.lr_scheduler
+
+    def _share_of_learning_rate(self, step: int) -> float:
+        """Rise linearly over `train.warmup_steps`, then fall to 0 as a cosine."""
+        settings = self.settings
+        if step < settings.ctc_steps:
+            number, length = step, settings.ctc_steps
+        else:
+            number, length = step - settings.ctc_steps, settings.steps
+        warmup = min(settings.warmup_steps, length // 2)
+        if number < warmup:
+            return number / warmup
+        return 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, length - warmup)))
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weight decay is for the projector: the CTC loss has a scale, a bias and a direction."""
+        return [name for name in super().get_decay_parameter_names(model) if "token_ctc." not in name]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer's estimate walks all parameters at every step and assumes that all of them are trained."""
@@ -227,7 +274,7 @@ def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> Traini
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
-        max_steps=settings.steps,
+        max_steps=settings.all_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,

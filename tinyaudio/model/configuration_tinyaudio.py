@@ -27,6 +27,8 @@ class TinyAudioConfig(PreTrainedConfig):
         decoder_dim: H, width of the decoder's embeddings.
         decoder_dtype: precision of the decoder's weights.
         projector_kind, stack_factor, projector_hidden_size: see `projectors`.
+        ctc_classes: tokens that `ctc.TokenCTC` was trained on; 0: the projector was trained without it.
+        ctc_weight: of its loss beside the decoder's. With 0 the projector may have lost what a CTC phase taught it.
         prompt_prefix_ids, prompt_suffix_ids: token ids before and after the audio, see `prompt`.
         eos_token_id: ends a transcript. pad_token_id: fills finished beams.
         window_s: longest recording decoded at once, seconds; longer ones are cut at pauses. Stage two sets it from
@@ -55,6 +57,8 @@ class TinyAudioConfig(PreTrainedConfig):
         projector_kind: str = "mlp",
         stack_factor: int = 5,
         projector_hidden_size: int = 2048,
+        ctc_classes: int = 0,
+        ctc_weight: float = 0.0,
         prompt_prefix_ids: list[int] | None = None,
         prompt_suffix_ids: list[int] | None = None,
         eos_token_id: int = 128_001,
@@ -72,6 +76,7 @@ class TinyAudioConfig(PreTrainedConfig):
         self.decoder_dim, self.decoder_dtype = decoder_dim, decoder_dtype
         self.projector_kind, self.stack_factor = projector_kind, stack_factor
         self.projector_hidden_size = projector_hidden_size
+        self.ctc_classes, self.ctc_weight = ctc_classes, ctc_weight
         self.prompt_prefix_ids = list(prompt_prefix_ids or [])
         self.prompt_suffix_ids = list(prompt_suffix_ids or [])
         self.window_s = float(window_s)

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.utils import ModelOutput
 
 from .configuration_tinyaudio import TinyAudioConfig
+from .ctc import TokenCTC
 from .ctc_head import CTCHead
 from .encoder import encode, load_encoder_with_head
 from .errors import MissingModelError, ModelError, one_line
@@ -67,14 +68,19 @@ class TinyAudioOutput(ModelOutput):
     """The result of a training step.
 
     Args:
-        loss: scalar, cross-entropy in nats per target token (or summed and divided by `num_items_in_batch`).
+        loss: scalar, cross-entropy in nats per target token (or summed and divided by `num_items_in_batch`), with the
+            weighted CTC loss if that is computed.
         num_targets: target tokens in the batch.
+        ctc_loss: scalar, CTC loss over the decoder's tokens, divided as `loss`; None if not computed.
+        ctc_left_out: scalar, rows that the CTC loss left out, having more tokens than projected frames.
         projected_rms: scalar, RMS of the valid projected frames over the RMS of the decoder's embeddings. It shows
             problems earlier than the loss: too small saturates attention, too large drowns the prompt.
     """
 
     loss: Tensor | None = None
     num_targets: int | None = None
+    ctc_loss: Tensor | None = None
+    ctc_left_out: Tensor | None = None
     projected_rms: Tensor | None = None
 
 
@@ -111,6 +117,9 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         self.register_module("decoder", None)
         self.register_module("ctc_head", None)
+        self.register_module("token_ctc", None)
+        if config.ctc_classes:
+            self.token_ctc = TokenCTC(config.ctc_classes, config.decoder_dim)
         # Otherwise Trainer counts labels[:, 1:], as for a model that shifts them itself.
         self.loss_type = None
         self._checkpoints_activations = False
@@ -145,7 +154,19 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.decoder = freeze(decoder)
             decoder.generation_config = self.generation_config
         # Exact names, as transformers compares them literally: omitted when saving, expected missing when resuming.
-        self._keys_to_ignore_on_save = {key for key in self.state_dict() if not key.startswith("projector.")}
+        trained = ("projector.", "token_ctc.")
+        self._keys_to_ignore_on_save = {key for key in self.state_dict() if not key.startswith(trained)}
+
+    def add_token_ctc(self, token_ids: Tensor) -> None:
+        """Add the CTC loss over tokens, for training.
+
+        Args:
+            token_ids: (C,) the tokens that occur in transcripts, ascending, without end-of-text.
+        """
+        self.config.ctc_classes = len(token_ids)
+        self.token_ctc = TokenCTC(len(token_ids), self.config.decoder_dim).to(self.get_input_embeddings().weight.device)
+        self.token_ctc.token_ids.copy_(token_ids)
+        self.attach()
 
     def train(self, mode: bool = True) -> "TinyAudioForConditionalGeneration":
         """Switch the projector's mode. The encoder stays in eval mode: SpecAugment and dropout would change features.
@@ -243,6 +264,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         host_counts: tuple[list[int], list[int]] | None = None,
+        ctc_weight: float = 0.0,
+        is_ctc_only: bool = False,
         **_: Any,
     ) -> TinyAudioOutput:
         """Compute the loss of transcripts, from stored features or from audio.
@@ -254,6 +277,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items_in_batch: target tokens over all accumulated batches; the summed loss is divided by it.
             host_counts: `num_frames` and the targets of each row as plain numbers, if the caller has them; otherwise
                 they are read from the device, and the host waits for it.
+            ctc_weight: of the CTC loss over tokens beside the decoder's; 0 does not compute it.
+            is_ctc_only: compute the CTC loss alone, with weight 1; the decoder does not run.
 
         Raises:
             ModelError: neither audio nor features, no labels, or a part that is not attached.
@@ -266,8 +291,22 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             host_counts = num_frames.tolist(), (labels != IGNORED_LABEL).sum(-1).tolist()
         frames, num_targets = (torch.tensor(counts) for counts in host_counts)
         host_lengths = num_projected(frames, self.config.stack_factor)
-        hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
-        total = summed_cross_entropy(hidden, self._decoder().get_output_embeddings(), targets)
+        divisor = int(num_targets.sum()) if num_items_in_batch is None else num_items_in_batch
+        loss, ctc_loss, ctc_left_out = projected.new_zeros((), dtype=torch.float32), None, None
+        if not is_ctc_only:
+            hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
+            loss = summed_cross_entropy(hidden, self._decoder().get_output_embeddings(), targets) / divisor
+        if is_ctc_only or ctc_weight:
+            if self.token_ctc is None:
+                raise ModelError("this model has no CTC loss over tokens. Call add_token_ctc(token_ids)")
+            # The last target is end-of-text, which no frame stands for.
+            total, ctc_left_out = self.token_ctc.loss(
+                projected, host_lengths, labels, num_targets - 1, self.get_input_embeddings().weight
+            )
+            ctc_loss = total / divisor
+            loss = loss + (1.0 if is_ctc_only else ctc_weight) * ctc_loss
+        elif self.token_ctc is not None:  # all processes of DDP expect a gradient for every weight
+            loss = loss + 0.0 * sum(weight.sum() for weight in self.token_ctc.parameters())
         valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < lengths[:, None]
         # Selecting the valid frames would wait for the device.
         energy = (projected.detach().float().square() * valid[:, :, None]).sum()
@@ -278,8 +317,10 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._cached_embedding_rms = torch.linalg.vector_norm(norms) / weight.numel() ** 0.5
         projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(
-            loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
-            num_targets=len(targets),
+            loss=loss,
+            num_targets=int(num_targets.sum()),
+            ctc_loss=None if ctc_loss is None else ctc_loss.detach(),
+            ctc_left_out=ctc_left_out,
             projected_rms=projected_rms,
         )
 
@@ -394,7 +435,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise MissingModelError(f"no tinyaudio model at {name!r} ({one_line(error)}). {remedy}") from error
         lost = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if lost:
-            raise ModelError(f"{name!r} lacks the projector weights {lost}. Train it again")
+            raise ModelError(f"{name!r} lacks the weights {lost}. Train it again")
         for part in ("encoder", "decoder"):
             if f"{part}_id" in overrides:  # the pinned revision is a commit of the original's repository
                 overrides.setdefault(f"{part}_revision", None)

@@ -18,6 +18,7 @@ al., 2006.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,12 @@ class TokenCTC(nn.Module):
         self._cached_vectors: Tensor | None = None
 
     def loss(
-        self, projected: Tensor, lengths: Tensor, labels: Tensor, num_tokens: Tensor, embeddings: Tensor
+        self,
+        projected: Tensor,
+        lengths: Sequence[int],
+        labels: Tensor,
+        num_tokens: Sequence[int],
+        embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Sum the CTC loss of transcripts, in nats.
 
@@ -53,20 +59,22 @@ class TokenCTC(nn.Module):
         loss is 0.
 
         Args:
-            projected: (B, P, H). lengths: (B,) valid frames of each row, on the host.
+            projected: (B, P, H). lengths: valid frames of each row.
             labels: (B, L) token ids; only the first `num_tokens` of each row are read. All are in `token_ids`.
-            num_tokens: (B,) tokens without end-of-text, on the host.
+            num_tokens: tokens of each row, without end-of-text.
             embeddings: (V, H), the decoder's.
 
         Returns:
             The sum, a float32 scalar, and the number of rows without an alignment, a scalar on the device.
         """
         device, num_rows = projected.device, len(projected)
-        longest = max(int(num_tokens.max()), 1)
+        longest = max(1, *num_tokens)
+        frames_host, tokens_host = torch.tensor(lengths), torch.tensor(num_tokens)
         index = torch.searchsorted(self.token_ids, labels[:, :longest].clamp_min(0).contiguous())
-        is_token = torch.arange(longest) < num_tokens[:, None]
-        is_frame = torch.arange(projected.shape[1]) < lengths[:, None]
-        frame_rows, frames = is_frame.nonzero(as_tuple=True)  # on the host, so that nothing waits for the device
+        # Made on the host, so that nothing waits for the device.
+        is_token = torch.arange(longest) < tokens_host[:, None]
+        frame_rows = torch.repeat_interleave(torch.arange(num_rows), frames_host)
+        frames = torch.cat([torch.arange(length) for length in lengths])
         is_token, frame_rows, frames = (t.to(device, non_blocking=True) for t in (is_token, frame_rows, frames))
         with torch.autocast(device.type, enabled=False):
             unit, blank = nn.functional.normalize(projected.float(), dim=-1), nn.functional.normalize(self.blank, dim=0)
@@ -74,8 +82,8 @@ class TokenCTC(nn.Module):
             vectors = self._vectors(embeddings)
 
             repeats = (index[:, 1:] == index[:, :-1]) & is_token[:, 1:]
-            needed = num_tokens.to(device, non_blocking=True) + repeats.sum(-1)
-            can_align = needed <= lengths.to(device, non_blocking=True)
+            needed = tokens_host.to(device, non_blocking=True) + repeats.sum(-1)
+            can_align = needed <= frames_host.to(device, non_blocking=True)
             denominators, total = _summed_logsumexp(
                 unit[frame_rows, frames], can_align[frame_rows].float(), vectors, blank, scale, self.bias
             )
@@ -89,7 +97,7 @@ class TokenCTC(nn.Module):
             tokens = unit @ vectors[index + 1].transpose(1, 2) * scale + self.bias[index + 1][:, None, :]
             blanks = (unit @ blank * scale + self.bias[0])[:, :, None]
             scores = torch.cat([blanks, tokens], dim=-1) - of_frame[:, :, None]
-            paths = _OwnTokensCTC.apply(scores.transpose(0, 1), first + 1, lengths, num_tokens)  # type: ignore[no-untyped-call]
+            paths = _OwnTokensCTC.apply(scores.transpose(0, 1), first + 1, frames_host, tokens_host)  # type: ignore[no-untyped-call]
             # `total` brings the denominators' gradient; their value is in `paths` already.
             return (paths * can_align).sum() + total - total.detach(), num_rows - can_align.sum()
 
@@ -185,7 +193,8 @@ class _OwnTokensCTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, classes: Tensor, lengths: Tensor, num_tokens: Tensor) -> Tensor:
         with torch.enable_grad():
-            leaf = scores.detach().requires_grad_(True)
+            # In float32 torch's recursion errs by more than 1e-5; these few scores cost little in float64.
+            leaf = scores.detach().double().requires_grad_(True)
             losses = nn.functional.ctc_loss(
                 leaf,
                 classes,
@@ -196,8 +205,8 @@ class _OwnTokensCTC(torch.autograd.Function):
             )
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         is_frame = (torch.arange(len(scores)) < lengths[:, None]).T.to(scores.device, non_blocking=True)
-        ctx.save_for_backward(gradient - leaf.detach().exp() * is_frame[:, :, None])
-        return losses.detach()
+        ctx.save_for_backward((gradient - leaf.detach().exp() * is_frame[:, :, None]).to(scores.dtype))
+        return losses.detach().to(scores.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

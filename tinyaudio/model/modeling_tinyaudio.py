@@ -291,7 +291,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             host_counts = num_frames.tolist(), (labels != IGNORED_LABEL).sum(-1).tolist()
         frames, num_targets = (torch.tensor(counts) for counts in host_counts)
         host_lengths = num_projected(frames, self.config.stack_factor)
-        divisor = int(num_targets.sum()) if num_items_in_batch is None else num_items_in_batch
+        divisor = sum(host_counts[1]) if num_items_in_batch is None else num_items_in_batch
         loss, ctc_loss, ctc_left_out = projected.new_zeros((), dtype=torch.float32), None, None
         if not is_ctc_only:
             hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
@@ -301,7 +301,11 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ModelError("this model has no CTC loss over tokens. Call add_token_ctc(token_ids)")
             # The last target is end-of-text, which no frame stands for.
             total, ctc_left_out = self.token_ctc.loss(
-                projected, host_lengths, labels, num_targets - 1, self.get_input_embeddings().weight
+                projected,
+                host_lengths.tolist(),
+                labels,
+                (num_targets - 1).tolist(),
+                self.get_input_embeddings().weight,
             )
             ctc_loss = total / divisor
             loss = loss + (1.0 if is_ctc_only else ctc_weight) * ctc_loss
@@ -318,7 +322,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(
             loss=loss,
-            num_targets=int(num_targets.sum()),
+            num_targets=sum(host_counts[1]),
             ctc_loss=None if ctc_loss is None else ctc_loss.detach(),
             ctc_left_out=ctc_left_out,
             projected_rms=projected_rms,

@@ -58,7 +58,7 @@ def test_saved_recipe_is_a_recipe(tmp_path):
     [
         ("train.stesp=3", "did you mean 'steps'"),
         ("trian.steps=3", "did you mean 'train'"),
-        ("train.steps=0", "train.steps.*greater than 0"),
+        ("train.steps=-1", "train.steps.*greater than or equal to 0"),
         ("train.steps=many", "train.steps"),
         ("store.encoding=float8", "float16.*int8"),
         ("steps=3", "section.key=value"),

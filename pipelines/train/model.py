@@ -14,6 +14,7 @@ from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.ctc_head import load_alphabet
 from tinyaudio.model.encoder import load_encoder_with_head, load_feature_extractor
 from tinyaudio.model.frozen import load_decoder, load_frozen, place, resolved_revision, weights_digest
+from tinyaudio.model.loss import check_head
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.prompt import end_of_text_id, prompt_ids
@@ -41,7 +42,7 @@ def build_model(
     """Build the model on a device; `train.seed` decides the weights of the projector.
 
     Raises:
-        MissingModelError, ModelError: a part cannot be loaded.
+        MissingModelError, ModelError: a part cannot be loaded or used.
     """
     decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, getattr(torch, recipe.decoder.dtype))
     commit = None if Path(recipe.decoder.id).is_dir() else resolved_revision(decoder, recipe.decoder.revision)
@@ -79,7 +80,9 @@ def build_model(
     torch.manual_seed(recipe.train.seed)
     model = TinyAudioForConditionalGeneration(config, decoder=decoder)
     processor = TinyAudioProcessor(load_feature_extractor(recipe.encoder.id, made_by["revision"]), tokenizer)
-    return place(model, device), processor
+    place(model, device)
+    check_head(decoder)
+    return model, processor
 
 
 def window_s(store: FeatureStore, split: str) -> float:

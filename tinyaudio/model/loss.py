@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import ModelError
 
 # Logits in memory at once: 2**25 entries are 134 MB in float32, 261 rows of 128,256. Smaller would starve a GPU (the
 # product is 261 x 2048 x 128,256, still bound by arithmetic on an A100); larger saves too little on a small batch.
@@ -34,6 +37,44 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, chunk
         chunk_rows = max(1, CHUNK_ENTRIES // _vocabulary(head, hidden))
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk_rows)  # type: ignore[no-untyped-call]
     return total
+
+
+class AdjustedHead(nn.Module):
+    """A head, and what some decoders do to its logits: Gemma 2 caps them, Cohere and Granite scale them."""
+
+    def __init__(self, linear: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self.linear, self.scale, self.cap = linear, scale, cap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(hidden) * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def head_of(decoder: PreTrainedModel) -> nn.Module:
+    """Return the head of a decoder, which gives the logits that its own forward gives."""
+    config = decoder.config.get_text_config()
+    linear: nn.Module = decoder.get_output_embeddings()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return linear if scale == 1.0 and cap is None else AdjustedHead(linear, scale, cap)
+
+
+@torch.no_grad()
+def check_head(decoder: PreTrainedModel) -> None:
+    """Check that `head_of` gives the logits that a decoder generates with; else training would learn another loss.
+
+    Raises:
+        ModelError: it does not.
+    """
+    hidden = decoder.get_decoder()(torch.tensor([[0, 1]], device=decoder.device), use_cache=False).last_hidden_state
+    expected = decoder(torch.tensor([[0, 1]], device=decoder.device), use_cache=False).logits.float()
+    error = (head_of(decoder)(hidden).float() - expected).abs().max()
+    if not error <= 0.01 * expected.abs().max():
+        raise ModelError(
+            f"expected a decoder whose logits are its head's, found other ones in {decoder.config.model_type!r}. "
+            "Try another decoder.id"
+        )
 
 
 def _vocabulary(head: nn.Module, hidden: Tensor) -> int:

@@ -29,7 +29,7 @@ from .ctc_head import CTCHead
 from .encoder import encode, load_encoder_with_head
 from .errors import MissingModelError, ModelError, one_line
 from .frozen import check_digest, check_files, freeze, is_hub_id, load_decoder, naming_damage, place
-from .loss import summed_cross_entropy
+from .loss import head_of, summed_cross_entropy
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
 from .projectors import build_projector, num_projected
@@ -295,7 +295,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss, ctc_loss, ctc_left_out = projected.new_zeros((), dtype=torch.float32), None, None
         if not is_ctc_only:
             hidden, targets = self._hidden_at_targets(projected, host_lengths, labels, num_targets)
-            loss = summed_cross_entropy(hidden, self._decoder().get_output_embeddings(), targets) / divisor
+            loss = summed_cross_entropy(hidden, head_of(self._decoder()), targets) / divisor
         if is_ctc_only or ctc_weight:
             if self.token_ctc is None:
                 raise ModelError("this model has no CTC loss over tokens. Call add_token_ctc(token_ids)")
@@ -316,9 +316,14 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         energy = (projected.detach().float().square() * valid[:, :, None]).sum()
         if self._cached_embedding_rms is None:
             # A float32 copy of SmolLM3's embeddings and its square would be 2.1 GB.
-            weight = self.get_input_embeddings().weight.detach()
+            embed = self.get_input_embeddings()
+            weight = embed.weight.detach()
             norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
-            self._cached_embedding_rms = torch.linalg.vector_norm(norms) / weight.numel() ** 0.5
+            some = torch.arange(min(64, len(weight)), device=weight.device)
+            scale = (
+                embed(some).detach().float().norm() / norms[some].norm()
+            )  # Gemma scales what it reads from the table
+            self._cached_embedding_rms = scale * torch.linalg.vector_norm(norms) / weight.numel() ** 0.5
         projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(
             loss=loss,

@@ -287,7 +287,7 @@ def longest_window_s(model: Any, options: Options) -> float:
 
 def cache_bytes(model: Any, options: Options) -> int:
     """Compute the bytes of keys and values of one piece; 149 MB for SmolLM3-3B, 30 s, 200 tokens and 4 beams."""
-    config, decoder, generation = model.config, model.decoder.config, model.generation_config
+    config, decoder, generation = model.config, model.decoder.config.get_text_config(), model.generation_config
     num_samples = math.ceil((options.window_s or config.window_s) * SAMPLING_RATE)
     num_positions = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
     num_positions += math.ceil(num_samples / HOP_LENGTH / config.stack_factor)

@@ -2,7 +2,9 @@
 
 import csv
 import gc
+import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 
 from pipelines.ablate import sweep as ablate_module
 from pipelines.ablate.grid import load_grid
+from pipelines.ablate.report import Outcome, agreement
 from pipelines.ablate.sweep import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
@@ -23,6 +26,7 @@ from pipelines.recipes import load_recipe
 from pipelines.train.meter import counting_encoder_passes
 from pipelines.train.run_table import compare_runs, list_runs
 from pipelines.train.runs import Run
+from pipelines.train.stage import TrainReport
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 
@@ -205,7 +209,8 @@ def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):
     with pytest.raises(RecipeError, match=r"unknown key 'projector.kin'; did you mean 'kind'"):
         load_grid(write_grid(tmp_path / "key.toml", recipe_file, '"projector.kin" = ["mlp"]'))
     with pytest.raises(
-        RecipeError, match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of demo, encodings"
+        RecipeError,
+        match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of ctc, ctc-curves, demo, enc",
     ):
         load_grid("dem")
     grid = load_grid(write_grid(tmp_path / "int8.toml", recipe_file, '"store.encoding" = ["float16", "int8"]'))
@@ -261,3 +266,47 @@ def test_grid_of_encodings_has_a_store_for_each_and_names_the_commands_that_make
 def test_no_runs_is_one_line(tmp_path):
     with pytest.raises(RunError, match=r"no runs under .*`tinyaudio train` makes one"):
         list_runs(tmp_path / "nowhere")
+
+
+def test_projectors_ranked_by_the_ctc_phase_alone_are_compared_with_a_full_ablation(recipe_file, store, tmp_path):
+    """No step goes through the decoder; the table has the word errors by CTC alone, and the rank correlation."""
+    grid = write_grid(tmp_path / "grid.toml", recipe_file, '"projector.hidden_size" = [8, 16]\n"train.seed" = [0, 1]')
+    command = [sys.executable, "-m", "tinyaudio", "ablate", grid, "--store", store, "--device", "cpu", "--json"]
+    options = ["--output", tmp_path / "ctc", "--ctc-only", "3"]
+    full = subprocess.run([*command, "--output", tmp_path / "full"], capture_output=True, text=True, check=True)
+    assert "agreement" not in json.loads(full.stdout.splitlines()[-1])
+    done = subprocess.run(
+        [*command, *options, "--against", tmp_path / "full"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [run["steps"] for run in report["runs"]] == [3] * 4
+    assert [run["dev_wer"] for run in report["runs"]] == [None] * 4
+    assert report["agreement"]["num_groups"] == 2
+    assert "by CTC alone, %" in (tmp_path / "ctc" / "table.md").read_text()
+    assert (tmp_path / "ctc" / "plot.png").is_file()
+
+
+def outcome(name: str, group: int, ctc_wer: float) -> Outcome:
+    report = TrainReport(
+        run=name, steps=3, loss=1.0, dev_wer=None, ctc_wer=ctc_wer, parameters=1, seconds=1.0, is_finished=True
+    )
+    return Outcome(
+        name=name, settings={"a": group}, group=(("a", group),), report=report, wers=(), ctc_wers=(), losses=()
+    )
+
+
+def test_the_rank_correlation_is_spearmans_over_the_means_of_seeds(tmp_path):
+    """Groups 1 to 4 have means 10, 20, 20, 40 here and 3, 2, 4, 8 there: ranks 1 2.5 2.5 4 and 2 1 3 4."""
+    here = [(1, 5.0), (1, 15.0), (2, 20.0), (3, 20.0), (4, 40.0)]
+    outcomes = [outcome(f"run-{i}", group, wer / 100) for i, (group, wer) in enumerate(here)]
+    rows = [f"run-{i},{wer}" for i, wer in enumerate((0.02, 0.04, 0.02, 0.04, 0.08))]
+    (tmp_path / "table.csv").write_text("\n".join(["run,dev_wer", *rows]) + "\n")
+    found = agreement(outcomes, tmp_path)
+    expected = statistics.correlation([1, 2.5, 2.5, 4], [2, 1, 3, 4])
+    assert (found.num_groups, found.best_here, found.best_there) == (4, 2, 3)
+    assert abs(found.correlation - expected) < 1e-12
+    (tmp_path / "table.csv").write_text("run,dev_wer\nrun-0,0.1\n")
+    with pytest.raises(RunError, match="no dev WER of 4 runs, such as 'run-1'; expected the same grid"):
+        agreement(outcomes, tmp_path)
+    with pytest.raises(RunError, match="expected the folder of a finished ablation"):
+        agreement(outcomes, tmp_path / "none")

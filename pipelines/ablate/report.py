@@ -1,5 +1,7 @@
 """The results of an ablation: a table of groups of seeds, a table of runs, and a plot."""
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipelines.errors import RunError
 from pipelines.train.run_table import Table
 from pipelines.train.stage import TrainReport
 
@@ -21,33 +24,48 @@ Group = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One finished run of a grid; `wers` are (step, dev WER) at evaluations, `losses` are (step, loss) at logs."""
+    """One finished run of a grid; `wers` are (step, dev WER) at evaluations, `losses` are (step, loss) at logs.
+
+    `ctc_wers` are those of the CTC loss's tokens alone, without the decoder.
+    """
 
     name: str
     settings: dict[str, Any]
     group: Group
     report: TrainReport
     wers: tuple[tuple[int, float], ...]
+    ctc_wers: tuple[tuple[int, float], ...]
     losses: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """What runs are compared by: dev WER in percent, or the training loss if a run has no dev split."""
+class Measure:
+    """What runs are compared by: dev WER in percent, else that by CTC alone, else the training loss."""
 
-    is_wer: bool
+    name: str
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome]) -> "_Measure":
-        return cls(all(one.report.dev_wer is not None for one in outcomes))
+    def of(cls, outcomes: Sequence[Outcome]) -> "Measure":
+        """Choose the first one that all runs have."""
+        if all(one.report.dev_wer is not None for one in outcomes):
+            return cls("dev WER, %")
+        if all(one.report.ctc_wer is not None for one in outcomes):
+            return cls("dev WER by CTC alone, %")
+        return cls("training loss, nats per token")
+
+    @property
+    def is_wer(self) -> bool:
+        return self.name.startswith("dev WER")
 
     def final(self, one: Outcome) -> float:
         if self.is_wer:
-            return 100 * (one.report.dev_wer or 0.0)
+            return 100 * ((one.report.dev_wer if self.name == "dev WER, %" else one.report.ctc_wer) or 0.0)
         return math.nan if one.report.loss is None else one.report.loss
 
     def curve(self, one: Outcome) -> dict[int, float]:
-        return {step: 100 * wer for step, wer in one.wers} if self.is_wer else dict(one.losses)
+        if self.is_wer:
+            return {step: 100 * wer for step, wer in (one.wers if self.name == "dev WER, %" else one.ctc_wers)}
+        return dict(one.losses)
 
     def groups(self, outcomes: Sequence[Outcome]) -> dict[Group, list[Outcome]]:
         """Group the repetitions, the best group first."""
@@ -63,11 +81,13 @@ def tabulate(outcomes: Sequence[Outcome], failed: Mapping[str, str]) -> Table:
     Args:
         failed: run name -> reason, listed below the table.
     """
-    groups = _Measure.of(outcomes).groups(outcomes)
+    groups = Measure.of(outcomes).groups(outcomes)
     keys = list(dict.fromkeys(key for group in groups for key, _ in group))
+    has_ctc = any(one.report.ctc_wer is not None for one in outcomes)
     rows = []
     for group, runs in groups.items():
         settings, reports = dict(group), [one.report for one in runs]
+        ctc = _mean_and_range([None if r.ctc_wer is None else 100 * r.ctc_wer for r in reports], "{:.1f}")
         rows.append(
             (
                 *(str(settings.get(key, "-")) for key in keys),
@@ -75,13 +95,15 @@ def tabulate(outcomes: Sequence[Outcome], failed: Mapping[str, str]) -> Table:
                 f"{max(report.steps for report in reports):,}",
                 _mean_and_range([report.loss for report in reports], "{:.3f}"),
                 _mean_and_range([None if r.dev_wer is None else 100 * r.dev_wer for r in reports], "{:.1f}"),
+                *([ctc] if has_ctc else []),
                 str(len(runs)),
                 f"{statistics.mean(report.seconds for report in reports):.0f}",
                 f"{sum(report.num_utterances for report in reports):,}",
             )
         )
     names = [key.removeprefix("projector.").removeprefix("train.") for key in keys]
-    columns = (*names, "parameters", "steps", "loss", "dev WER, %", "seeds", "seconds a run", "encoder passes saved")
+    wers = ("dev WER, %", "by CTC alone, %") if has_ctc else ("dev WER, %",)
+    columns = (*names, "parameters", "steps", "loss", *wers, "seeds", "seconds a run", "encoder passes saved")
     passes = sum(one.report.encoder_passes for one in outcomes)
     utterances = sum(one.report.num_utterances for one in outcomes)
     hours = sum(one.report.audio_s for one in outcomes) / 3600
@@ -91,6 +113,70 @@ def tabulate(outcomes: Sequence[Outcome], failed: Mapping[str, str]) -> Table:
     )
     notes = (note, *(f"Failed: {name}: {reason}" for name, reason in failed.items()))
     return Table(columns=columns, rows=tuple(rows), notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How well this ablation ranks the groups of another one of the same grid, each by the mean over its seeds.
+
+    Args:
+        correlation: Spearman's, -1 to 1.
+        best_here: rank of this ablation's best group there, from 1. best_there: rank of the other's best group here.
+    """
+
+    other: str
+    num_groups: int
+    correlation: float
+    best_here: int
+    best_there: int
+
+    def __str__(self) -> str:
+        return (
+            f"Rank correlation with {self.other}: {self.correlation:.2f} (Spearman, {self.num_groups} groups). The "
+            f"best group here has rank {self.best_here} there, the best one there has rank {self.best_there} here."
+        )
+
+
+def agreement(outcomes: Sequence[Outcome], other: Path) -> Agreement:
+    """Compare the ranking with that of a finished ablation of the same grid.
+
+    Args:
+        other: its folder, with table.csv.
+
+    Raises:
+        RunError: it has no table, or not the same runs.
+    """
+    table = other / "table.csv"
+    if not table.is_file():
+        raise RunError(
+            f"{str(table)!r} does not exist; expected the folder of a finished ablation. Try runs/ablate-NAME"
+        )
+    rows = {row["run"]: row["dev_wer"] for row in csv.DictReader(io.StringIO(table.read_text()))}
+    wers = {name: float(wer) for name, wer in rows.items() if wer not in ("", "None")}
+    if missing := [one.name for one in outcomes if one.name not in wers]:
+        raise RunError(
+            f"{str(table)!r} has no dev WER of {len(missing)} runs, such as {missing[0]!r}; expected the same grid"
+        )
+    measure = Measure.of(outcomes)
+    groups = list(measure.groups(outcomes).values())
+    if len(groups) < 2:
+        raise RunError("expected at least two combinations of settings besides the seed, to rank them; found 1")
+    here = _ranks([statistics.mean(map(measure.final, runs)) for runs in groups])
+    there = _ranks([statistics.mean(wers[one.name] for one in runs) for runs in groups])
+    is_constant = len(set(here)) == 1 or len(set(there)) == 1
+    return Agreement(
+        other=str(other),
+        num_groups=len(groups),
+        correlation=math.nan if is_constant else statistics.correlation(here, there),
+        best_here=math.ceil(there[here.index(min(here))]),
+        best_there=math.ceil(here[there.index(min(there))]),
+    )
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Rank from 1, the smallest first; equal values share their mean rank."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
 
 
 def _mean_and_range(values: Sequence[float | None], form: str) -> str:
@@ -104,7 +190,7 @@ def _mean_and_range(values: Sequence[float | None], form: str) -> str:
 def tabulate_runs(outcomes: Sequence[Outcome]) -> Table:
     """Make one row for each run, with plain numbers."""
     keys = list(dict.fromkeys(key for one in outcomes for key in one.settings))
-    fields = ("parameters", "steps", "loss", "dev_wer", "seconds", "num_utterances", "audio_s", "encoder_passes")
+    fields = "parameters steps loss dev_wer ctc_wer seconds num_utterances audio_s encoder_passes".split()
     rows = []
     for one in outcomes:
         report = one.report.to_dict()
@@ -118,7 +204,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
     Each group has a thick line and a bar for its mean; each seed has a thin line and a dot.
     """
-    measure = _Measure.of(outcomes)
+    measure = Measure.of(outcomes)
     groups = measure.groups(outcomes)
     figure = Figure(figsize=(11, 1.6 + max(3.0, 0.42 * len(groups))), layout="constrained")
     FigureCanvasAgg(figure)
@@ -136,7 +222,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         ends.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=2.5)
         number = f"{mean:.1f}" if measure.is_wer else f"{mean:.3f}"
         ends.annotate(number, (max(finals), row), xytext=(9, 0), textcoords="offset points", va="center")
-    name = "dev WER, %" if measure.is_wer else "training loss, nats per token"
+    name = measure.name
     curves.set(xlabel="optimizer steps", ylabel=name, title="during training", xlim=(0, None), ylim=(0, None))
     ends.set(xlabel=name, title="at the end (dots: seeds, bars: their mean)")
     ends.set_xlim(0, 1.18 * max(map(measure.final, outcomes)))  # space for the numbers

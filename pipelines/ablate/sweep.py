@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from cache import FeatureStore
 from cache.errors import StoreNotFoundError
 from pipelines.ablate.grid import Cell, Grid
-from pipelines.ablate.report import Outcome, plot, tabulate, tabulate_runs
+from pipelines.ablate.report import Agreement, Outcome, agreement, plot, tabulate, tabulate_runs
 from pipelines.errors import RunError
 from pipelines.files import write_text
 from pipelines.train.run_table import Table
@@ -42,6 +42,7 @@ class Ablation:
     table: Table
     num_skipped: int
     failed: dict[str, str] = field(default_factory=dict)
+    agreement: Agreement | None = None
 
     def check(self) -> None:
         """Check that no run failed.
@@ -57,7 +58,8 @@ class Ablation:
 
     def __str__(self) -> str:
         files = "table.md, table.csv, plot.png" if self.outcomes else "table.md, table.csv"
-        return f"{self.table}\nwritten to {self.output}: {files}"
+        agreement = "" if self.agreement is None else f"\n{self.agreement}"
+        return f"{self.table}{agreement}\nwritten to {self.output}: {files}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -66,6 +68,7 @@ class Ablation:
             "skipped": self.num_skipped,
             "failed": self.failed,
             "output": str(self.output),
+            **({} if self.agreement is None else {"agreement": asdict(self.agreement)}),
         }
 
 
@@ -80,7 +83,14 @@ class _Task:
 
 
 def ablate(
-    grid: Grid, store: Path | None, output: Path, *, jobs: int = 1, device: str = "auto", say: Say = print
+    grid: Grid,
+    store: Path | None,
+    output: Path,
+    *,
+    jobs: int = 1,
+    device: str = "auto",
+    say: Say = print,
+    against: Path | None = None,
 ) -> Ablation:
     """Run or resume a grid.
 
@@ -88,13 +98,14 @@ def ablate(
         store: the feature store of cells whose encoding has none in the grid; None for data/<recipe>.
         output: folder of the runs and the tables.
         jobs: runs at the same time; they share the cores, and use the GPUs in turn.
+        against: folder of a finished ablation of the same grid, whose ranking is compared with this one's.
 
     Returns:
         The results. A run that fails (on a loss that is not finite, say) is named there and does not stop the others.
 
     Raises:
         RunError: a store is missing or has another encoding, a cell's folder contains a run with other settings, or a
-            run was stopped by a signal.
+            run was stopped by a signal; or `against` is not an ablation of this grid.
         StoreMismatchError: a store made by another encoder.
     """
     started = time.monotonic()
@@ -127,6 +138,7 @@ def ablate(
             group=task.cell.group,
             report=TrainReport(**run.state["report"]),
             wers=tuple((entry["step"], entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
+            ctc_wers=tuple((entry["step"], entry["dev_ctc_wer"]) for entry in metrics if "dev_ctc_wer" in entry),
             losses=tuple((entry["step"], entry["loss"]) for entry in metrics if "loss" in entry),
         )
         outcomes.append(outcome)
@@ -135,8 +147,16 @@ def ablate(
     write_text(output / "table.csv", tabulate_runs(outcomes).to_csv())
     if outcomes:
         plot(outcomes, output / "plot.png")
+    compared = None if against is None else agreement(outcomes, against)
     say(f"done in {time.monotonic() - started:.0f} s")
-    return Ablation(output=output, outcomes=tuple(outcomes), table=table, num_skipped=num_skipped, failed=failed)
+    return Ablation(
+        output=output,
+        outcomes=tuple(outcomes),
+        table=table,
+        num_skipped=num_skipped,
+        failed=failed,
+        agreement=compared,
+    )
 
 
 def _check(grid: Grid, store: Path | None, tasks: list[_Task]) -> None:

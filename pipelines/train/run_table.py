@@ -98,9 +98,9 @@ def _outcome(run: Run) -> tuple[str, ...]:
     metrics, report = run.metrics(), run.state.get("report", {})
     steps = max((entry["step"] for entry in metrics), default=0)
     wers = [entry["dev_wer"] for entry in metrics if "dev_wer" in entry]
-    losses = [entry["loss"] for entry in metrics if "loss" in entry]
+    losses = [entry.get("decoder_loss", entry["loss"]) for entry in metrics if "loss" in entry]
     try:
-        planned = str(run.recipe.train.steps)
+        planned = str(run.recipe.train.all_steps)
     except RecipeError:  # of a version with other settings; that must not hide the other runs
         planned = "?"
     return (

@@ -74,6 +74,16 @@ def ablate(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for runs and tables.  [default: runs/ablate-<grid>]")
     ] = None,
+    ctc_only: Annotated[
+        int | None,
+        typer.Option(
+            "--ctc-only", min=1, help="Train this many steps on the CTC loss alone: minutes instead of hours."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Folder of a finished ablation of the same grid, to compare the rankings."),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at the same time.")] = 1,
     set_: SetOption = None,
     device: DeviceOption = "auto",
@@ -86,8 +96,10 @@ def ablate(
     from pipelines.ablate.grid import load_grid
     from pipelines.ablate.sweep import ablate as run_grid
 
-    loaded = load_grid(grid, set_ or [])
-    done = run_grid(loaded, store, output or Path("runs") / f"ablate-{loaded.name}", jobs=jobs, device=device, say=say)
+    alone = [] if ctc_only is None else ["train.steps=0", f"train.ctc_steps={ctc_only}"]
+    loaded = load_grid(grid, [*(set_ or []), *alone])
+    folder = output or Path("runs") / f"ablate-{loaded.name}{'-ctc' if alone else ''}"
+    done = run_grid(loaded, store, folder, jobs=jobs, device=device, say=say, against=against)
     print_report(done, json)
     done.check()
 

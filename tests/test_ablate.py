@@ -210,7 +210,7 @@ def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):
         load_grid(write_grid(tmp_path / "key.toml", recipe_file, '"projector.kin" = ["mlp"]'))
     with pytest.raises(
         RecipeError,
-        match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of ctc, ctc-curves, demo, enc",
+        match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of ctc, ctc-c",
     ):
         load_grid("dem")
     grid = load_grid(write_grid(tmp_path / "int8.toml", recipe_file, '"store.encoding" = ["float16", "int8"]'))

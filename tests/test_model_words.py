@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -367,7 +368,7 @@ class TruthfulRecognizer(Recognizer):
     def decode(self, pieces, options):
         inside = [(p.begin_s, p.begin_s + len(p.samples) / 16_000) for p in pieces]
         self.texts = [" ".join(w for w, a, b in self.said if begin <= a and b <= end) for begin, end in inside]
-        return super().decode(pieces, options)
+        return super().decode(pieces, replace(options, draft="none"))
 
     def _write(self, *_):
         return [(text, True) for text in self.texts]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scripted_decoder import is_retry, scripted
 
-from tinyaudio.model.recognize import Options, _ended
+from tinyaudio.model.recognize import Options, Output, _ended
 from tinyaudio.model.segments import Piece
 
 
@@ -52,7 +52,7 @@ def test_loop_is_cut_if_its_second_decoding_is_empty(model, processor, spoken):
     _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))
     samples = spoken[0][0][:16_000]
     piece = Piece(samples=samples, start_s=0.0, end_s=0.9, advance_s=1.0)
-    assert recognizer.decode([piece], Options()) == [("cat", ("repetition",), None)]
+    assert recognizer.decode([piece], Options()) == [Output(text="cat", warnings=("repetition",))]
 
 
 def test_a_row_stopped_at_its_budget_is_truncated_though_padding_is_end_of_text():

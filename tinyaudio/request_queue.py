@@ -343,8 +343,8 @@ class RequestQueue:
         audio_s = sum(len(piece.samples) for piece in pieces) / SAMPLING_RATE
         self.on_batch(len(pieces), audio_s, time.monotonic() - started)
         with self._changed:
-            for (ticket, piece), (text, codes, words) in zip(batch, outputs, strict=True):
-                ticket.input.finish(piece, (text, codes, words if ticket.word_timestamps else None))
+            for (ticket, piece), output in zip(batch, outputs, strict=True):
+                ticket.input.finish(piece, output if ticket.word_timestamps else replace(output, words=None))
             for ticket in {ticket.number: ticket for ticket, _ in batch}.values():
                 self._report(ticket)
 

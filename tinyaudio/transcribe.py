@@ -98,8 +98,8 @@ class Transcriber:
             sources: recordings in any form of `inputs.as_input`: paths, URLs, encoded bytes, binary file objects,
                 arrays of samples at 16 kHz, rows of data sets.
             on_progress: called after every batch.
-            options: fields of `recognize.Options`: batch_size, num_beams, max_new_tokens, length_penalty, window_s,
-                track.
+            options: fields of `recognize.Options`: batch_size, num_beams, draft, max_new_tokens, length_penalty,
+                window_s, track.
 
         Raises:
             AudioError: the first input that cannot be read.

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperGroup
 
+from tinyaudio.cli.console import usage
+
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a bundled recipe, or path of a TOML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting. Repeatable.")
@@ -18,6 +20,20 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder or hub id.  [default: $TINYAUDIO_MODEL, else runs/latest]"),
 ]
+
+DRAFTS = ("auto", "projector", "encoder", "none")  # as `tinyaudio.model.drafts.KINDS`, which imports torch
+DraftOption = Annotated[
+    str,
+    typer.Option("--draft", help="What drafts greedy text, for speed: auto, projector, encoder or none."),
+]
+
+
+def check_draft(draft: str, num_beams: int | None) -> None:
+    """Exit with a usage error for an unknown drafter, or for one together with beams."""
+    if draft not in DRAFTS:
+        usage(f"--draft {draft!r}: expected one of {', '.join(DRAFTS)}")
+    if draft in ("projector", "encoder") and num_beams not in (None, 1):
+        usage(f"--draft {draft} is for greedy decoding; expected --num-beams 1, found {num_beams}")
 
 
 class CommandGroup(TyperGroup):

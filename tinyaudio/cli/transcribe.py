@@ -26,7 +26,7 @@ from tinyaudio.cli.inputs import (
     plan_outputs,
     write_text,
 )
-from tinyaudio.cli.options import DeviceOption, ModelOption
+from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, check_draft
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def transcribe(
         int | None,
         typer.Option("--num-beams", "--beam-size", min=1, help="Beams; 1 is greedy.  [default: the model's (4)]"),
     ] = None,
+    draft: DraftOption = "auto",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum tokens per segment.  [default: the model's (200)]")
     ] = None,
@@ -123,6 +124,7 @@ def transcribe(
     accepted too.
     """
     _check_whisper_options(language, task, temperature)
+    check_draft(draft, num_beams)
     if highlight_words and not word_timestamps:
         usage("--highlight-words: expected --word-timestamps with it; add that")
     if length_penalty is not None and not math.isfinite(length_penalty):
@@ -131,9 +133,13 @@ def transcribe(
         usage(f"--chunk-length {chunk_length:g}: expected seconds above 0")
     load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
-    decoding = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
+    decoding: dict[str, Any] = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "length_penalty": length_penalty,
+    }
     decoding |= {"batch_size": batch_size, "window_s": chunk_length, "word_timestamps": word_timestamps}
-    decoding |= {"track": track}
+    decoding |= {"track": track, "draft": draft}
 
     inputs = find_inputs(paths, recursive)
     _check_streams(inputs)

@@ -13,6 +13,7 @@ travel in the checkpoint folder, so they import each other relatively and no oth
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.utils import ModelOutput
 from .configuration_tinyaudio import TinyAudioConfig
 from .ctc import TokenCTC
 from .ctc_head import CTCHead
+from .drafts import Drafter
 from .encoder import encode, load_encoder_with_head
 from .errors import MissingModelError, ModelError, one_line
 from .frozen import check_digest, check_files, freeze, is_hub_id, load_decoder, naming_damage, place
@@ -34,6 +36,7 @@ from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
 from .projectors import build_projector, num_projected
 from .prompt import assemble, pad_left, pad_right
+from .verify import Written, write_with_drafts
 
 __all__ = ["TinyAudioConfig", "TinyAudioForConditionalGeneration", "TinyAudioPipeline", "TinyAudioProcessor"]
 
@@ -396,6 +399,23 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config = copy.deepcopy(generation_config or self.generation_config)
         others = config.update(**kwargs)
         return self._decoder().generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **others)
+
+    @torch.no_grad()
+    def generate_with_drafts(
+        self, features: Tensor, num_frames: Tensor, drafter: Drafter, vocabulary: Sequence[str], budgets: Sequence[int]
+    ) -> list[Written]:
+        """Generate transcripts as greedy `generate` does, from drafts that the decoder checks.
+
+        Args:
+            features, num_frames: as in `forward`.
+            drafter: see `drafts`. vocabulary: `drafts.vocabulary_of` the tokenizer.
+            budgets: the most tokens of each row.
+        """
+        projected, lengths = self.project(features, num_frames)
+        drafts = drafter.draft(features, num_frames, projected, lengths)
+        prefix, suffix = self._prompt_embeddings()
+        prompts = assemble(prefix, projected, lengths, suffix)
+        return write_with_drafts(self._decoder(), prompts, drafts, vocabulary, budgets, self.config.eos_token_id)
 
     @classmethod
     def from_pretrained(

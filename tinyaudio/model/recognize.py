@@ -19,13 +19,14 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from .align import word_times
 from .audio import HOP_LENGTH, SAMPLING_RATE
+from .drafts import KINDS, Drafter, open_drafter, vocabulary_of
 from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
 from .families import family_of
 from .guard import RETRIED, cut_loop, judge, token_budget
 from .reader import End, Event, Input, PieceReader
 from .segments import MAX_EXCESS_S, Piece, join_texts
-from .transcript import Segment, Transcript, Word
+from .transcript import DraftCounts, Segment, Transcript, Word
 
 # How a faulty output is decoded again. Penalties count generated tokens only, never the prompt.
 RETRY = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4}
@@ -40,8 +41,26 @@ BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
 CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
 WORD_END_LEVEL = 0.01  # of a piece's peak: the last word ends there, 40 dB below it; its segment may end in an echo
 
-# The text of a piece, its warnings (codes of `guard.CODES`) and, if they were asked for, its words.
-Output = tuple[str, tuple[str, ...], tuple[Word, ...] | None]
+# Settings that change nothing about greedy decoding; with any other, drafts would not give the text of `generate`.
+_OF_GREEDY = {"num_beams", "max_new_tokens", "length_penalty", "early_stopping", "do_sample", "temperature", "top_k"}
+_OF_GREEDY |= {"top_p", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What became of a piece.
+
+    Args:
+        text: may be empty.
+        warnings: codes of `guard.CODES`.
+        words: if they were asked for.
+        drafts: what drafts did, if any were checked.
+    """
+
+    text: str
+    warnings: tuple[str, ...] = ()
+    words: tuple[Word, ...] | None = None
+    drafts: DraftCounts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +70,7 @@ class Options:
     Args:
         batch_size: pieces decoded at once; changes the speed only. None: `default_batch_size`.
         num_beams: beams; 1 is greedy.
+        draft: what drafts the text of greedy decoding, which makes it faster; one of `drafts.KINDS`.
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
@@ -61,6 +81,7 @@ class Options:
 
     batch_size: int | None = None
     num_beams: int | None = None
+    draft: str = "auto"
     max_new_tokens: int | None = None
     length_penalty: float | None = None
     window_s: float | None = None
@@ -73,6 +94,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if self.draft not in KINDS:
+            raise ValueError(f"draft is {self.draft!r}; expected one of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +137,7 @@ class Recognizer:
 
     def __init__(self, model: Any, feature_extractor: Any, tokenizer: Any) -> None:
         self.model, self.feature_extractor, self.tokenizer = model, feature_extractor, tokenizer
+        self._vocabulary: list[str] | None = None  # of the tokenizer, once drafts are checked
 
     def stream(
         self, sources: Iterable[Input], options: Options, on_progress: OnProgress | None = None
@@ -123,8 +147,10 @@ class Recognizer:
         An input that cannot be read gives a transcript with `error` set; nothing is raised for it.
 
         Raises:
-            ModelError: a batch does not fit into the GPU's memory; or word times without a CTC head.
+            ModelError: a batch does not fit into the GPU's memory; word times without a CTC head; a drafter that the
+                model does not have, or that decoding with beams or other settings has no use for.
         """
+        self._drafter(options)
         if options.word_timestamps and self.model.ctc_head is None:
             raise ModelError(
                 f"expected an encoder with a CTC head and its letters, found none in {self.model.config.encoder_id!r}: "
@@ -180,17 +206,19 @@ class Recognizer:
             ) from error
 
     def _decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
-        config = copy.deepcopy(self.model.generation_config)
-        for name in ("num_beams", "max_new_tokens", "length_penalty"):
-            if getattr(options, name) is not None:
-                setattr(config, name, getattr(options, name))
+        config = self._settings(options)
         features, num_frames = self._encode(pieces)
         durations = [len(piece.samples) / SAMPLING_RATE for piece in pieces]
 
         def find_fault(i: int, text: str, is_complete: bool) -> str | None:
             return judge(text, durations[i], is_complete, speech_s=pieces[i].end_s - pieces[i].start_s)
 
-        first = self._write(features, num_frames, durations, config, options.generate)
+        drafter = self._drafter(options)
+        if drafter is None:
+            first = self._write(features, num_frames, durations, config, options.generate)
+            counts: Sequence[DraftCounts | None] = [None] * len(first)
+        else:
+            first, counts = self._write_with_drafts(features, num_frames, durations, config, drafter)
         faults = [find_fault(i, *output) for i, output in enumerate(first)]
         outputs: list[tuple[str, tuple[str, ...]]] = [(text, ()) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
@@ -199,10 +227,13 @@ class Recognizer:
             second = self._write(features[again], num_frames[again], [durations[i] for i in again], config, settings)
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
-        if not options.word_timestamps:
-            return [(text, codes, None) for text, codes in outputs]
-        words = self._time_words(pieces, [text for text, _ in outputs], features, num_frames)
-        return [(text, codes, timed) for (text, codes), timed in zip(outputs, words, strict=True)]
+        words: Sequence[tuple[Word, ...] | None] = [None] * len(outputs)
+        if options.word_timestamps:
+            words = self._time_words(pieces, [text for text, _ in outputs], features, num_frames)
+        return [
+            Output(text=text, warnings=codes, words=timed, drafts=counted)
+            for (text, codes), timed, counted in zip(outputs, words, counts, strict=True)
+        ]
 
     def _time_words(
         self, pieces: Sequence[Piece], texts: Sequence[str], features: Tensor, num_frames: Tensor
@@ -259,9 +290,66 @@ class Recognizer:
             tokens = self.model.generate(
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
-        return [(" ".join(text.split()), is_complete) for text, is_complete in zip(texts, ended, strict=True)]
+        return list(zip(self._texts(tokens), ended, strict=True))
+
+    def _texts(self, token_ids: Any) -> list[str]:
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [" ".join(text.split()) for text in texts]
+
+    def _settings(self, options: Options) -> GenerationConfig:
+        """Return the model's settings of generation with those of `options`, without `options.generate`."""
+        config = copy.deepcopy(self.model.generation_config)
+        for name in ("num_beams", "max_new_tokens", "length_penalty"):
+            if getattr(options, name) is not None:
+                setattr(config, name, getattr(options, name))
+        return config
+
+    def _drafter(self, options: Options) -> Drafter | None:
+        """Open the drafter; None for "none", and for "auto" if decoding is not greedy or the model has none.
+
+        Raises:
+            ModelError: a drafter that cannot be used.
+        """
+        if options.draft == "none":
+            return None
+        config = self._settings(options)
+        others = config.update(**options.generate)
+        if config.num_beams == 1 and not config.do_sample and not others and set(config.to_diff_dict()) <= _OF_GREEDY:
+            return open_drafter(self.model, self.tokenizer, options.draft)
+        if options.draft == "auto":
+            return None
+        found = f"{config.num_beams} beams" if config.num_beams != 1 else "other options of generate"
+        raise ModelError(
+            f"--draft {options.draft} (draft) expects greedy decoding, found {found}. Try --num-beams 1 (num_beams), "
+            "or omit it"
+        )
+
+    def _write_with_drafts(
+        self,
+        features: Tensor,
+        num_frames: Tensor,
+        durations: Sequence[float],
+        config: GenerationConfig,
+        drafter: Drafter,
+    ) -> tuple[list[tuple[str, bool]], list[DraftCounts]]:
+        """Run the decoder as `_write` does, greedy, over drafts; also return what these did for each row."""
+        budgets = [token_budget(duration, config.max_new_tokens) for duration in durations]
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary_of(self.tokenizer, len(self.model.get_input_embeddings().weight))
+        written = self.model.generate_with_drafts(features, num_frames, drafter, self._vocabulary, budgets)
+        texts = self._texts([one.token_ids for one in written])
+        ended = [one.token_ids[-1] == self.model.config.eos_token_id for one in written]
+        counts = [
+            DraftCounts(
+                draft=drafter.kind,
+                num_passes=one.num_passes,
+                num_tokens=len(one.token_ids),
+                num_accepted=one.num_accepted,
+            )
+            for one in written
+        ]
+        return list(zip(texts, ended, strict=True)), counts
 
 
 def default_batch_size(model: Any, options: Options) -> int:
@@ -374,10 +462,10 @@ class OpenInput:
         for piece in self.pieces:
             if piece.index not in self.outputs:
                 return segments[:-1] if piece.overlap_s else segments
-            output, codes, words = self.outputs[piece.index]
-            text = output
+            output = self.outputs[piece.index]
+            text, codes, words = output.text, output.warnings, output.words
             if piece.overlap_s and segments:
-                before, text, agreed = join_texts(previous, output, piece.overlap_s)
+                before, text, agreed = join_texts(previous, output.text, piece.overlap_s)
                 kept = before.split()[num_skipped:]
                 words_before = segments[-1].words
                 if words is not None and words_before is not None:
@@ -385,7 +473,7 @@ class OpenInput:
                     words = _not_before(words, words_before[-1].end if words_before else 0.0)
                 segments[-1] = replace(segments[-1], text=" ".join(kept), words=words_before)
                 codes = (*codes, *(() if agreed else ("seam",)))
-            previous, num_skipped = output, len(output.split()) - len(text.split())
+            previous, num_skipped = output.text, len(output.text.split()) - len(text.split())
             segments.append(
                 Segment(
                     id=piece.index,
@@ -400,6 +488,7 @@ class OpenInput:
 
     def transcript(self, end: End) -> Transcript:
         segments = self.segments()
+        counts = [output.drafts for output in self.outputs.values() if output.drafts is not None]
         return Transcript(
             source=self.name,
             text=" ".join(segment.text for segment in segments if segment.text),
@@ -409,4 +498,5 @@ class OpenInput:
             + (() if segments or end.error else ("no_speech",))
             + end.warnings,
             error=end.error,
+            drafts=sum(counts[1:], counts[0]) if counts else None,
         )

@@ -3,7 +3,7 @@
 Plain values without torch or audio, so writers of subtitles and JSON need nothing else.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -68,6 +68,41 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftCounts:
+    """What drafts did for a transcript, see `drafts`; second decodings are not counted.
+
+    Args:
+        draft: the kind of drafter.
+        num_passes: passes of the decoder, of all segments together.
+        num_tokens: that it wrote, each end-of-text included. num_accepted: those of them that were drafted.
+    """
+
+    draft: str
+    num_passes: int
+    num_tokens: int
+    num_accepted: int
+
+    def __add__(self, other: "DraftCounts") -> "DraftCounts":
+        return replace(
+            self,
+            num_passes=self.num_passes + other.num_passes,
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_accepted=self.num_accepted + other.num_accepted,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts, and how many passes a token took and which share of the tokens was drafted."""
+        return {
+            "draft": self.draft,
+            "passes": self.num_passes,
+            "tokens": self.num_tokens,
+            "accepted": self.num_accepted,
+            "passes_per_token": round(self.num_passes / max(1, self.num_tokens), 4),
+            "accepted_share": round(self.num_accepted / max(1, self.num_tokens), 4),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transcript:
     """The result for one input.
 
@@ -78,6 +113,7 @@ class Transcript:
         duration_s: length of the recording, seconds.
         warnings: one code per event, in order of time (`guard.CODES` explains each).
         error: one line, if the input could not be read to its end; text and segments are then of the part before.
+        drafts: what drafts did, if any were checked.
         model, revision, version: the model, its hub commit and the version of tinyaudio that made it.
     """
 
@@ -87,13 +123,17 @@ class Transcript:
     duration_s: float = 0.0
     warnings: tuple[str, ...] = ()
     error: str | None = None
+    drafts: DraftCounts | None = None
     model: str | None = None
     revision: str | None = None
     version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object that `--json` prints: Whisper's keys (text, language, segments) and ours."""
-        return {
+        """Return the object that `--json` prints: Whisper's keys (text, language, segments) and ours.
+
+        `drafts` is there only if drafts were checked.
+        """
+        values = {
             "source": self.source,
             "text": self.text,
             "language": "en",
@@ -105,3 +145,4 @@ class Transcript:
             "revision": self.revision,
             "version": self.version,
         }
+        return values if self.drafts is None else values | {"drafts": self.drafts.to_dict()}

@@ -10,7 +10,8 @@ class ScriptedDecoder:
 
     def __init__(self, model, tokenizer, script):
         self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
-        self.encode, self._tokenizer, self._script, self.asked = model.encode, tokenizer, script, []
+        self.encoder, self.encode = model.encoder, model.encode
+        self._tokenizer, self._script, self.asked = tokenizer, script, []
 
     def generate(self, features, num_frames, generation_config, stopping_criteria, **kwargs):
         self.asked.append((num_frames.tolist(), generation_config))

@@ -92,6 +92,7 @@ class DecoderSection(Section):
 
     id: str
     revision: str | None = None
+    gguf_file: str | None = None  # name of a GGUF file there, with the weights, configuration and tokenizer
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
@@ -216,10 +217,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, corpus: Map
     _resolve_paths(settings, path.parent)
     parsed = [_parse_override(override) for override in overrides]
     for (*sections, key), value in parsed:
-        # A revision is a commit of one repository: it does not apply to another id, name or path.
+        # A revision is a commit of one repository, and a file is in it: neither applies to another id, name or path.
         table = settings.get(sections[0])
         if isinstance(table, dict) and key in ("id", "name", "path") and value != table.get(key):
             table.pop("revision", None)
+            table.pop("gguf_file", None)
     for (*sections, key), value in parsed:
         table = settings
         for section in sections:

@@ -20,12 +20,12 @@ from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.prompt import end_of_text_id, prompt_ids
 
 
-def load_tokenizer(decoder_id: str, revision: str | None = None) -> Any:
+def load_tokenizer(decoder_id: str, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """Load the decoder's tokenizer.
 
     A decoder without a padding token gets `<|finetune_right_pad_id|>`, or its end-of-text token.
     """
-    tokenizer = load_frozen(AutoTokenizer, decoder_id, revision)
+    tokenizer = load_frozen(AutoTokenizer, decoder_id, revision, gguf_file=gguf_file)
     if tokenizer.pad_token_id is None:
         # SmolLM3-3B-Base defines none, but its vocabulary has this one for the purpose (id 128004).
         pad = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
@@ -44,9 +44,11 @@ def build_model(
     Raises:
         MissingModelError, ModelError: a part cannot be loaded or used.
     """
-    decoder = load_decoder(recipe.decoder.id, recipe.decoder.revision, getattr(torch, recipe.decoder.dtype))
-    commit = None if Path(recipe.decoder.id).is_dir() else resolved_revision(decoder, recipe.decoder.revision)
-    tokenizer = load_tokenizer(recipe.decoder.id, commit)
+    part = recipe.decoder
+    decoder = load_decoder(part.id, part.revision, getattr(torch, part.dtype), part.gguf_file)
+    file = part.gguf_file or "config.json"
+    commit = None if Path(part.id).is_dir() else resolved_revision(decoder, part.revision, file)
+    tokenizer = load_tokenizer(part.id, commit, part.gguf_file)
     prefix, suffix = prompt_ids(tokenizer)
     made_by = store.fingerprint["encoder"]
     head = None
@@ -61,11 +63,12 @@ def build_model(
         encoder_context=made_by.get("context"),
         ctc_alphabet=load_alphabet(recipe.encoder.id, made_by["revision"]),
         ctc_head_digest=None if head is None else weights_digest(head),
-        decoder_id=recipe.decoder.id,
+        decoder_id=part.id,
         decoder_revision=commit,
         decoder_digest=weights_digest(decoder),
+        decoder_gguf_file=part.gguf_file,
         decoder_dim=decoder.get_input_embeddings().embedding_dim,
-        decoder_dtype=recipe.decoder.dtype,
+        decoder_dtype=part.dtype,
         projector_kind=recipe.projector.kind,
         stack_factor=recipe.projector.stack_factor,
         projector_hidden_size=recipe.projector.hidden_size,

@@ -24,6 +24,7 @@ class TinyAudioConfig(PreTrainedConfig):
         ctc_alphabet: symbols of the encoder's CTC head, see `ctc_head.CTCHead`; None: as the encoder's tokenizer says.
         ctc_head_digest: `frozen.weights_digest` of that head; None: unknown.
         decoder_id, decoder_revision, decoder_digest: the same for the frozen decoder, in `decoder_dtype`.
+        decoder_gguf_file: name of the GGUF file with the decoder's weights; None: the usual files.
         decoder_dim: H, width of the decoder's embeddings.
         decoder_dtype: precision of the decoder's weights.
         projector_kind, stack_factor, projector_hidden_size: see `projectors`.
@@ -52,6 +53,7 @@ class TinyAudioConfig(PreTrainedConfig):
         decoder_id: str = DEFAULT_DECODER,
         decoder_revision: str | None = None,
         decoder_digest: str | None = None,
+        decoder_gguf_file: str | None = None,
         decoder_dim: int = 2048,
         decoder_dtype: str = "bfloat16",
         projector_kind: str = "mlp",
@@ -73,6 +75,7 @@ class TinyAudioConfig(PreTrainedConfig):
         self.encoder_context = encoder_context
         self.ctc_alphabet, self.ctc_head_digest = ctc_alphabet, ctc_head_digest
         self.decoder_id, self.decoder_revision, self.decoder_digest = decoder_id, decoder_revision, decoder_digest
+        self.decoder_gguf_file = decoder_gguf_file
         self.decoder_dim, self.decoder_dtype = decoder_dim, decoder_dtype
         self.projector_kind, self.stack_factor = projector_kind, stack_factor
         self.projector_hidden_size = projector_hidden_size

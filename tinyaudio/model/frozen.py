@@ -7,15 +7,18 @@ digest of the weights lets a store, a run and a checkpoint check that they were 
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
@@ -35,8 +38,8 @@ _SETTINGS = "config generation_config preprocessor_config processor_config token
 # In order of precedence, as transformers looks for them. An index names the files that it needs.
 _WEIGHTS = "model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json".split()
 _TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # in a checkpoint of a run
-# What damaged weights in a format without checks raise.
-_DAMAGE = (SafetensorError, pickle.UnpicklingError, EOFError)
+# What damaged weights raise in formats without checks; struct.error in GGUF.
+_DAMAGE = (SafetensorError, pickle.UnpicklingError, EOFError, struct.error)
 
 
 def check_files(folder: Path) -> None:
@@ -93,6 +96,19 @@ def _fault(path: Path, size: int, _: int) -> str | None:
     return None
 
 
+def _check_gguf(path: Path) -> None:
+    """Check that a GGUF file exists and begins as one; errors as `load_frozen`."""
+    if not path.is_file():
+        found = sorted(file.name for file in path.parent.glob("*.gguf"))
+        raise MissingModelError(f"expected the GGUF file {str(path)!r}, found {found}. Set decoder.gguf_file to one")
+    with path.open("rb") as stream:
+        first = stream.read(len(_POINTER))
+    if first == _POINTER:
+        _check_file(path)
+    if not first.startswith(b"GGUF"):
+        raise ModelError(f"{str(path)!r} is not a GGUF file. Download or copy it again")
+
+
 @contextlib.contextmanager
 def naming_damage(name: str) -> Iterator[None]:
     """Turn what damaged weights raise into one line.
@@ -119,22 +135,31 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
-def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: Any) -> Any:
+def load_frozen(
+    auto_class: Any, model_id: str, revision: str | None, *, gguf_file: str | None = None, **kwargs: Any
+) -> Any:
     """Call `auto_class.from_pretrained` and turn its failures into one line.
 
     Args:
         auto_class: an Auto class of transformers.
         model_id: hub id such as "facebook/hubert-large-ls960-ft", or a local folder.
         revision: hub commit, branch or tag; None for a local folder or the hub's default branch.
+        gguf_file: name of the GGUF file to read; None: the usual files.
 
     Raises:
         MissingModelError: no such folder, or the hub cannot be reached and its cache holds no copy.
-        ModelError: the files are not a model of this class, or damaged.
+        ModelError: the files are not a model of this class, or damaged; or the package `gguf` is missing.
     """
     if not Path(model_id).is_dir() and not is_hub_id(model_id):
         raise MissingModelError(f"expected a model folder or a hub id such as 'owner/name', found {model_id!r}")
-    if Path(model_id).is_dir():
+    if Path(model_id).is_dir() and gguf_file is None:
         check_files(Path(model_id))
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+        if Path(model_id).is_dir():
+            _check_gguf(Path(model_id) / gguf_file)
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"{gguf_file!r} of {model_id!r} needs the package gguf. Try: pip install 'tinyaudio[gguf]'")
     try:
         with naming_damage(model_id):
             return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)
@@ -154,9 +179,21 @@ def load_frozen(auto_class: Any, model_id: str, revision: str | None, **kwargs: 
         raise ModelError(f"{model_id!r} cannot be loaded as {auto_class.__name__}: {one_line(error)}") from error
 
 
-def load_decoder(decoder_id: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a frozen decoder, on the CPU, in eval mode; errors as `load_frozen`."""
-    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, dtype=dtype))
+def load_decoder(
+    decoder_id: str, revision: str | None, dtype: torch.dtype, gguf_file: str | None = None
+) -> PreTrainedModel:
+    """Load a frozen decoder, on the CPU, in eval mode; errors as `load_frozen`.
+
+    Args:
+        gguf_file: name of a GGUF file in the decoder's folder or repository, which is read in place of its other
+            weights, configuration and tokenizer. Quantised weights are expanded to `dtype`.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    # Newer versions of transformers leave weights packed where they have a kernel: without gradients, and with another
+    # digest than on other machines.
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, gguf_file=gguf_file, **options))
 
 
 def load_config(model_id: str, revision: str | None = None) -> Any:
@@ -164,13 +201,17 @@ def load_config(model_id: str, revision: str | None = None) -> Any:
     return load_frozen(AutoConfig, model_id, revision)
 
 
-def resolved_revision(model: Any, revision: str | None) -> str | None:
-    """Return the hub commit a model was loaded from; for a local folder, the revision as requested."""
+def resolved_revision(model: Any, revision: str | None, file: str = "config.json") -> str | None:
+    """Return the hub commit a model was loaded from; for a local folder, the revision as requested.
+
+    Args:
+        file: one that was loaded.
+    """
     name = model.config.name_or_path
     if not name or Path(name).is_dir():
         return revision
-    config = try_to_load_from_cache(name, "config.json", revision=revision or "main")
-    return Path(config).parent.name if isinstance(config, str) else revision
+    loaded = try_to_load_from_cache(name, file, revision=revision or "main")
+    return Path(loaded).parent.name if isinstance(loaded, str) else revision
 
 
 def freeze(module: ModuleT) -> ModuleT:

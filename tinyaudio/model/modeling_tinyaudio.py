@@ -468,6 +468,10 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for part in ("encoder", "decoder"):
             if f"{part}_id" in overrides:  # the pinned revision is a commit of the original's repository
                 overrides.setdefault(f"{part}_revision", None)
+        gguf_file = model.config.decoder_gguf_file
+        if gguf_file is not None and "decoder_id" in overrides:
+            if not Path(overrides["decoder_id"], gguf_file).is_file():  # a copy in the usual files
+                overrides.setdefault("decoder_gguf_file", None)
         for key, value in overrides.items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)
@@ -488,7 +492,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name, dtype = dtype, getattr(torch, dtype, None)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise ModelError(f"expected a dtype of float32, bfloat16 or float16, found {name!r}")
-        decoder = load_decoder(config.decoder_id, config.decoder_revision, dtype)
+        decoder = load_decoder(config.decoder_id, config.decoder_revision, dtype, config.decoder_gguf_file)
         # A hub revision pins the decoder; only a local folder may have changed (a digest of 6 GB takes 4 s).
         if Path(config.decoder_id).is_dir() and dtype == getattr(torch, config.decoder_dtype):
             check_digest("decoder", config.decoder_id, config.decoder_digest, decoder)
@@ -506,7 +510,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 _OVERRIDABLE = {f"{part}_{field}" for part in ("encoder", "decoder") for field in ("id", "revision", "digest")}
-_OVERRIDABLE |= {"ctc_alphabet", "ctc_head_digest"}
+_OVERRIDABLE |= {"ctc_alphabet", "ctc_head_digest", "decoder_gguf_file"}
 
 
 def _one_device(device_map: Any) -> torch.device:

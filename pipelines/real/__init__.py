@@ -1,1 +1,1 @@
-"""The whole pipeline on real pretrained parts and human speech, offline: convert, check, extract, train, evaluate, report."""
+"""Every stage on real pretrained parts and human speech, offline: from wheels to word error rates."""

@@ -42,7 +42,8 @@ def perplexity(decoder: Path, transcripts: Sequence[str]) -> Perplexity:
     """Measure a language model on transcripts, each by itself, in float32."""
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).eval()
-    prompt = sum(prompt_ids(tokenizer), [])
+    prefix, suffix = prompt_ids(tokenizer)
+    prompt = prefix + suffix
     nats, tokens = 0.0, 0
     for transcript in transcripts:
         target = transcript_ids(tokenizer, transcript)

@@ -38,7 +38,7 @@ def read_arrays(path: Path) -> Arrays:
             (version,) = _unpack(stream, "<I")
             kind = _text(stream) if version == BINARY_VERSION else f"binary version {version}"
             if kind != "WhisperSpec":
-                raise RunError(f"expected a WhisperSpec of binary version {BINARY_VERSION}, found {kind} in {str(path)!r}")
+                raise RunError(f"expected WhisperSpec, binary version {BINARY_VERSION}, found {kind} in {str(path)!r}")
             _, num_arrays = _unpack(stream, "<II")
             return dict(_array(stream) for _ in range(num_arrays))
         except (struct.error, ValueError, KeyError) as error:
@@ -101,7 +101,7 @@ def whisper_model(arrays: Mapping[str, NDArray[Any]]) -> WhisperForConditionalGe
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise RunError(f"expected the arrays of a Whisper, found others: {' '.join(str(error).split())[:200]}") from error
+        raise RunError(f"expected the arrays of a Whisper: {' '.join(str(error).split())[:200]}") from error
     return model
 
 

@@ -75,7 +75,7 @@ def convert_whisper(source: Path, out: Path) -> None:
 def convert_smollm2(source: Path, out: Path) -> None:
     """Write the language model in float32, the exact values of its 4-bit weights, with its tokenizer.
 
-    Loading the GGUF file itself through `decoder.gguf_file` gives the same weights and digest, but takes 13 s each time.
+    Loading the GGUF file itself through `decoder.gguf_file` gives the same weights and digest, but takes 13 s.
     """
     (gguf,) = source.glob("*.gguf")
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)

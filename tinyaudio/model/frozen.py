@@ -159,7 +159,7 @@ def load_frozen(
         if Path(model_id).is_dir():
             _check_gguf(Path(model_id) / gguf_file)
         if importlib.util.find_spec("gguf") is None:
-            raise ModelError(f"{gguf_file!r} of {model_id!r} needs the package gguf. Try: pip install 'tinyaudio[gguf]'")
+            raise ModelError(f"{gguf_file!r} of {model_id!r} needs the package gguf. Try pip install gguf")
     try:
         with naming_damage(model_id):
             return auto_class.from_pretrained(model_id, revision=revision or "main", **kwargs)

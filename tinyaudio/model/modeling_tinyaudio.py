@@ -468,10 +468,9 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for part in ("encoder", "decoder"):
             if f"{part}_id" in overrides:  # the pinned revision is a commit of the original's repository
                 overrides.setdefault(f"{part}_revision", None)
-        gguf_file = model.config.decoder_gguf_file
-        if gguf_file is not None and "decoder_id" in overrides:
-            if not Path(overrides["decoder_id"], gguf_file).is_file():  # a copy in the usual files
-                overrides.setdefault("decoder_gguf_file", None)
+        replacement, gguf_file = overrides.get("decoder_id"), model.config.decoder_gguf_file
+        if replacement is not None and gguf_file is not None and not Path(replacement, gguf_file).is_file():
+            overrides.setdefault("decoder_gguf_file", None)  # the copy is in the usual files
         for key, value in overrides.items():
             setattr(model.config, key, value)
         model.load_frozen_parts(torch_dtype if dtype is None else dtype)

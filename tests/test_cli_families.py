@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import NoiseMaker, write_folder_corpus, write_recipe
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from cache import FeatureReader, FeatureStore
 from pipelines.train.meter import counting_encoder_passes
 from tinyaudio.cli.app import app
 from tinyaudio.model.audio import load_audio
+from tinyaudio.model.encoder import encoder_inputs
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
@@ -28,11 +30,15 @@ def tinyaudio(*arguments: str | Path) -> dict:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "whisper-full"])
-def test_all_stages_run_with_an_encoder_of_every_family(family: str, decoder_folder: Path, tmp_path: Path) -> None:
+def test_all_stages_run_with_an_encoder_of_every_family(
+    family: str, decoder_folder: Path, tmp_path: Path, spoken: list[tuple[np.ndarray, str]]
+) -> None:
     # Stage one.
     name, _, context = family.partition("-")
     encoder, corpus = save_encoder(name, tmp_path / name), tmp_path / "corpus"
     write_folder_corpus(corpus, NoiseMaker(seed=0), {"train": 12, "dev": 4, "test": 4})
+    for i, (samples, _) in enumerate(spoken[:3]):  # noise has no transcript
+        soundfile.write(corpus / "test" / f"{i:03}.wav", samples, 16_000)
     recipe = write_recipe(tmp_path / "tiny.toml", corpus, encoder, decoder_folder)
     if context:
         recipe.write_text(recipe.read_text().replace("[encoder]", f'[encoder]\ncontext = "{context}"'))
@@ -67,15 +73,19 @@ def test_all_stages_run_with_an_encoder_of_every_family(family: str, decoder_fol
             assert abs(model(**cached, labels=labels).loss - model(**live, labels=labels).loss) < 1e-3
     assert count.passes == 10
 
-    # Stage three and transcription, at any batch size.
+    # The batch changes nothing. (Four beams of a random decoder are too close to each other to be compared.)
+    values, mask = encoder_inputs(processor.feature_extractor, [samples for samples, _ in spoken[:3]])
+    together = model.generate(values, mask, num_beams=1, max_new_tokens=8)
+    for (samples, _), row in zip(spoken, together, strict=False):
+        (alone,) = model.generate(**processor(samples), num_beams=1, max_new_tokens=8)
+        assert alone.tolist() == row[: len(alone)].tolist()
+
+    # Stage three, and transcription.
     output = tmp_path / "eval"
     tinyaudio("eval", run, "--corpus", corpus, "--batch-size", "3", "--device", "cpu", "--output", output)
     answers = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-    assert len(answers) == 4
-    texts = []
-    for size in ("1", "4"):
-        command = ["transcribe", *map(str, sorted((corpus / "test").glob("*.wav"))), "--model", str(run), "--json"]
-        result = CliRunner().invoke(app, [*command, "--device", "cpu", "--batch-size", size])
-        assert result.exit_code == 0, (result.output, result.exception)
-        texts.append([json.loads(line)["text"] for line in result.stdout.splitlines()])
-    assert texts[0] == texts[1]
+    assert sum(answer["pred_text"] != "" for answer in answers) >= 2
+    talks = map(str, sorted((corpus / "test").glob("*.wav"))[:3])
+    result = CliRunner().invoke(app, ["transcribe", *talks, "--model", str(run), "--json", "--device", "cpu"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert sum(json.loads(line)["text"] != "" for line in result.stdout.splitlines()) >= 2

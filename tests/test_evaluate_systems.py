@@ -9,8 +9,12 @@ import pytest
 import torch
 from conftest import tiny_hubert_config
 from evaluations import answers, noise_clips
+from tiny_encoders import save_ctc, save_encoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCTC,
+    AutoTokenizer,
     HubertForCTC,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
@@ -25,6 +29,8 @@ from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.registry import open_provider
 from pipelines.evaluate.stage import evaluate
 from pipelines.recipes.recipe import CorpusSection
+from tinyaudio.model.encoder import load_encoder, load_encoder_with_head
+from tinyaudio.model.frozen import weights_digest
 
 
 @pytest.fixture
@@ -50,6 +56,34 @@ def test_the_encoders_own_head_is_a_control(corpus: Path, ctc_folder: Path, tmp_
 def test_an_encoder_without_a_head_is_refused(encoder_folder: Path) -> None:
     with pytest.raises(EvaluationError, match="has no CTC head"):
         open_provider("ctc", ProviderOptions(model=str(encoder_folder)))
+
+
+def test_a_checkpoint_with_whisper_has_no_head_to_score(tmp_path: Path) -> None:
+    folder = save_encoder("whisper", tmp_path / "whisper")
+    with pytest.raises(EvaluationError, match="has no CTC head, as no whisper model has"):
+        open_provider("ctc", ProviderOptions(model=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["w2v_bert", "wavlm"])
+def test_heads_of_other_families_answer_as_transformers_does(name: str, corpus: Path, tmp_path: Path) -> None:
+    folder, clips = save_ctc(name, tmp_path / name), first_clips(corpus)
+    provider = open_provider("ctc", ProviderOptions(model=str(folder), device="cpu", batch_size=3))
+    found = {answer.utterance_id: answer.pred_text for answer in provider.transcribe(clips)}
+    model, extractor = AutoModelForCTC.from_pretrained(folder).eval(), AutoFeatureExtractor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for clip in clips:
+        inputs = extractor([clip.samples], sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            ids = model(**inputs).logits.argmax(-1)[0].tolist()
+        if name == "w2v_bert":  # it also computes half a frame at the end, and masks it
+            ids = ids[: int(inputs["attention_mask"].sum())]
+        text = tokenizer.decode(ids)
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        assert found[clip.utterance_id] == " ".join(text.split())
+    encoder, head = load_encoder_with_head(str(folder))
+    assert head is not None
+    assert weights_digest(encoder) == weights_digest(load_encoder(str(folder)))
 
 
 def test_any_hub_model_runs_through_the_stock_pipeline_and_agrees_with_our_control(

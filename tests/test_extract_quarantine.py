@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from audio_files import speech, with_av, with_soundfile
 from extractions import content, spoil, stage_one
+from tiny_encoders import save_encoder
 
 from cache import FeatureStore
 from pipelines.errors import CorpusError, TooManyBadError
@@ -50,6 +51,24 @@ def test_a_corpus_of_bad_rows_is_quarantined_row_by_row(recipe_file, tmp_path, n
     assert quarantine_of(tmp_path / "store") == {name: reason for name, (_, _, _, reason) in bad.items()}
     assert {f"good-{i}" for i in range(20)} == set(content(tmp_path / "store"))
     assert sum(report.quarantined.values()) + sum(report.planned_out.values()) == len(bad)
+
+
+def test_recordings_beyond_what_the_encoder_hears_are_left_out_or_quarantined(recipe_file, tmp_path, noise):
+    """By the stated duration before anything is decoded, and by the decoded one where the stated one was wrong."""
+    whisper = save_encoder("whisper", tmp_path / "whisper", max_s=2)
+    rows = [parquet_row(f"good-{i}", wav(noise(1.0 + i / 20)), 1.0 + i / 20, "the cat") for i in range(21)]
+    rows += [parquet_row("long", wav(noise(2.01)), 2.01, "the cat")]
+    rows += [parquet_row("lies", wav(noise(2.2)), 1.9, "the cat")]
+    write_parquet(tmp_path / "speech" / "train-00000-of-00001.parquet", rows)
+    settings = f"corpus.path={tmp_path / 'speech'}", f"encoder.id={whisper}"
+    report = stage_one(recipe_file, tmp_path / "store", *settings)
+    assert (report.utterances, report.planned_out, dict(report.quarantined)) == (
+        21,
+        {"beyond_encoder": 1},
+        {"beyond_encoder": 1},
+    )
+    lines = "".join(path.read_text() for path in (tmp_path / "store" / "quarantine").glob("*.jsonl"))
+    assert "2.20 s when decoded, the encoder takes 2 s" in lines
 
 
 def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from extractions import stage_one
 from tiny_encoders import FAMILIES, WIDTH, save_encoder
 from transformers import (
     AutoConfig,
@@ -11,10 +12,19 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from cache import FeatureStore
+from cache.errors import StoreMismatchError
+from pipelines.encoders import check_encoder
+from pipelines.errors import RunError
+from pipelines.recipes import load_recipe
+from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encode, encoder_inputs, load_encoder, load_feature_extractor
 from tinyaudio.model.errors import ModelError
 from tinyaudio.model.families import family_of
 from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.prompt import prompt_ids
+from tinyaudio.model.recognize import Options, Recognizer
 from tinyaudio.model.spectrograms import kaldi_log_mel, whisper_log_mel
 
 RATE = 16_000
@@ -133,6 +143,58 @@ def test_unknown_context_is_refused(name, expected, tmp_path):
         load_encoder(str(save_encoder(name, tmp_path)), context="half")
 
 
+@pytest.mark.parametrize("name", ["wav2vec2_base", "w2v_bert"])
+def test_encoder_that_joins_frames_is_refused(name, tmp_path):
+    config = AutoConfig.from_pretrained(save_encoder(name, tmp_path), add_adapter=True)
+    with pytest.raises(ModelError, match="expected an encoder at 50 Hz"):
+        family_of(config)
+
+
 def test_unknown_family_is_refused_by_name(decoder_folder):
     with pytest.raises(ModelError, match=r"expected an encoder of hubert, .*found 'smollm3'"):
         load_encoder(str(decoder_folder))
+
+
+def test_windows_are_no_longer_than_what_whisper_hears(tmp_path, decoder_folder, tokenizer, spoken):
+    """Ten seconds of speech without a pause through an encoder of 5 s, whatever window is asked for."""
+    prefix, suffix = prompt_ids(tokenizer)
+    folder = save_encoder("whisper", tmp_path / "whisper", max_s=5)
+    config = TinyAudioConfig(
+        encoder_id=str(folder),
+        encoder_dim=WIDTH,
+        decoder_id=str(decoder_folder),
+        decoder_dim=48,
+        decoder_dtype="float32",
+        prompt_prefix_ids=prefix,
+        prompt_suffix_ids=suffix,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = TinyAudioForConditionalGeneration(config)
+    model.load_frozen_parts()
+    recognizer = Recognizer(model.eval(), load_feature_extractor(str(folder)), tokenizer)
+    samples = np.concatenate([samples for samples, _ in spoken[:8]])
+    for window_s in (None, 30.0):
+        (transcript,) = recognizer.stream([samples], Options(window_s=window_s, num_beams=1, max_new_tokens=2))
+        assert transcript.error is None
+        assert len(transcript.segments) > len(samples) / RATE / 5
+
+
+def test_a_store_of_one_context_is_not_trained_or_continued_with_another(tmp_path, recipe_file):
+    folder, store = save_encoder("whisper", tmp_path / "whisper"), tmp_path / "store"
+    settings = (f"encoder.id={folder}", "encoder.context=full")
+    stage_one(recipe_file, store, *settings)
+    for other in ((), ("encoder.context=own",)):
+        recipe = load_recipe(str(recipe_file), [settings[0], *other])
+        with pytest.raises(RunError, match=r"its encoder.context is 'full', the recipe's"):
+            check_encoder(recipe.encoder, FeatureStore.open(store).fingerprint, store)
+        with pytest.raises(StoreMismatchError, match="context"):
+            stage_one(recipe_file, store, settings[0], *other)
+    check_encoder(load_recipe(str(recipe_file), settings).encoder, FeatureStore.open(store).fingerprint, store)
+
+
+def test_own_context_may_be_named_or_not(tmp_path, recipe_file):
+    folder, store = save_encoder("whisper", tmp_path / "whisper"), tmp_path / "store"
+    stage_one(recipe_file, store, f"encoder.id={folder}")
+    report = stage_one(recipe_file, store, f"encoder.id={folder}", "encoder.context=own")
+    assert report.shards_written == 0

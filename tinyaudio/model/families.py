@@ -92,6 +92,10 @@ class Waveform(Family):
                 f"expected an encoder with window {WINDOW_LENGTH} and hop {HOP_LENGTH} samples (50 Hz), "
                 f"found window {window} and hop {hop}"
             )
+        if getattr(config, "add_adapter", False):  # of wav2vec 2.0 and WavLM
+            raise ModelError(
+                "expected an encoder at 50 Hz, found one with an adapter (add_adapter), which joins frames"
+            )
         # Group norm (the "base" sizes) averages over time, and Data2Vec's positional convolutions read beyond a row's
         # end; padding would change the features.
         self.takes_padding = config.model_type != "data2vec-audio" and config.feat_extract_norm == "layer"
@@ -179,7 +183,9 @@ class W2vBert(Family):
     def __init__(self, config: Any, context: str | None = None) -> None:
         super().__init__(config, context)
         if config.add_adapter:
-            raise ModelError("expected a w2v-BERT encoder at 50 Hz, found one with an adapter (add_adapter)")
+            raise ModelError(
+                "expected an encoder at 50 Hz, found one with an adapter (add_adapter), which joins frames"
+            )
         self.num_bands = config.feature_projection_input_dim // 2
 
     def num_frames(self, num_samples: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CTC_MAPPING, AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from pipelines.encoders import pick_device
 from pipelines.errors import EvaluationError
@@ -20,7 +20,7 @@ from pipelines.evaluate.providers.base import ProviderOptions, in_batches, lengt
 from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encode, encoder_inputs, load_feature_extractor
-from tinyaudio.model.frozen import freeze, load_frozen, place, resolved_revision, weights_digest
+from tinyaudio.model.frozen import freeze, load_config, load_frozen, place, resolved_revision, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +46,11 @@ class CTCProvider:
         if options.model is None:
             raise EvaluationError("provider 'ctc' needs a model: a run's folder, whose encoder is used, or a CTC model")
         model_id, revision = _encoder_of(options.model, options.revision)
+        if type(config := load_config(model_id, revision)) not in MODEL_FOR_CTC_MAPPING:
+            raise EvaluationError(
+                f"{model_id!r} has no CTC head, as no {config.model_type} model has; "
+                "name a fine-tuned encoder, such as facebook/hubert-large-ls960-ft"
+            )
         model, info = load_frozen(AutoModelForCTC, model_id, revision, output_loading_info=True)
         if info["missing_keys"]:
             raise EvaluationError(

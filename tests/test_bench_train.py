@@ -12,6 +12,7 @@ from pipelines.bench import train as bench_train
 from pipelines.bench.memory import CountFlops, measuring_peak
 from pipelines.bench.train import LIVE, OURS, PLAIN, Contestant
 from pipelines.errors import RunError
+from tinyaudio.model import ctc
 from tinyaudio.model.prompt import transcript_ids
 
 CPU = torch.device("cpu")
@@ -99,6 +100,12 @@ def test_loss_part_takes_at_most_a_quarter_of_the_memory_of_full_logits():
     assert bench_train.loss_memory_vs_full(CPU) <= 0.25
 
 
+def test_the_ctc_loss_does_not_keep_the_scores_of_all_classes(monkeypatch):
+    monkeypatch.setattr(bench_train, "VOCABULARY", 2**14)
+    monkeypatch.setattr(ctc, "BLOCK_ENTRIES", 2**20)
+    assert bench_train.peak_ctc_bytes(CPU, is_full=False) <= 0.15 * bench_train.peak_ctc_bytes(CPU, is_full=True)
+
+
 class FakeStep:
     """Steps that take no time and no memory."""
 
@@ -142,6 +149,8 @@ def test_bench_train_reaches_its_ratios_on_the_bundled_models(tmp_path):
     assert result["vs_plain"] >= 2
     assert result["vs_live"] >= 1.3
     assert result["loss_memory_vs_full"] <= 0.25
+    assert result["ctc_memory_vs_full"] <= 0.25
+    assert result["ctc_peak_bytes"] <= 300e6
     assert result["loader_share"] <= 0.02
     assert result["matmul_share"] is None
     assert 0 < result["peak_bytes"] < result["total_bytes"]

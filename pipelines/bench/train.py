@@ -30,6 +30,7 @@ from pipelines.encoders import pick_device
 from pipelines.errors import RunError
 from pipelines.train.batches import BATCHES_AHEAD, TrainingBatches, pad_labels
 from tinyaudio.model.audio import SAMPLING_RATE
+from tinyaudio.model.ctc import TokenCTC
 from tinyaudio.model.encoder import encoder_inputs
 from tinyaudio.model.loss import summed_cross_entropy
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
@@ -39,11 +40,15 @@ OURS, LIVE, PLAIN = "this stage two", "encoder in the loop", "plain transformers
 TURNS, STEPS_A_TURN = 5, 3
 LOADER_STEPS = 32  # in one stretch, for the share of waiting
 VOCABULARY, LOSS_ROWS, LOSS_TARGETS, LOSS_WIDTH = 128_256, 1536, 384, 64
+CTC_ROWS, CTC_FRAMES, CTC_TOKENS = 16, 64, 20  # projected frames and tokens of a row
 
 NOTES = {
     "vs_plain": "times as much audio per second as a plain loop",
     "vs_live": "times as much audio per second as with the encoder in the loop",
     "loss_memory_vs_full": "at most 0.25",
+    "ctc_step_share": "time of a step on the CTC loss alone over one through the decoder",
+    "ctc_memory_vs_full": f"peak memory of the CTC loss over {VOCABULARY:,} classes, over that with all its logits",
+    "ctc_peak_bytes": f"of the CTC loss for 4,096 projected frames and {VOCABULARY:,} classes",
     "loader_share": f"at most 0.02: waiting for batches, over {LOADER_STEPS} steps from a cold store",
     "matmul_share": "of the device's matmul peak; not measured without a GPU",
     "peak_bytes": "beyond weights and inputs",
@@ -81,10 +86,12 @@ def bench_train(
 
     Returns:
         `vs_plain`, `vs_live`: our audio seconds per second over theirs, None where they do not fit into the GPU.
-        `loss_memory_vs_full`: peak memory of our loss over that of full logits. `loader_share`: fraction of our step
-        time spent waiting for batches, from a cold store. `matmul_share`: fraction of the measured matmul peak, None
-        without a GPU. `peak_bytes`: of our step, beyond the weights; `total_bytes`: with them. `contestants`: by name.
-        Then `device`, `full_size`, `tflops_per_step`, `load_average`.
+        `loss_memory_vs_full`: peak memory of our loss over that of full logits. `ctc_step_share`: time of a step on the
+        CTC loss alone over that of a whole step. `ctc_memory_vs_full`: peak memory of the CTC loss over that with the
+        logits of all classes; `ctc_peak_bytes`: its peak for 4,096 projected frames. `loader_share`: fraction of our
+        step time spent waiting for batches, from a cold store. `matmul_share`: fraction of the measured matmul peak,
+        None without a GPU. `peak_bytes`: of our step, beyond the weights; `total_bytes`: with them. `contestants`: by
+        name. Then `device`, `full_size`, `tflops_per_step`, `load_average`.
 
     Raises:
         RunError: our own step does not fit into the GPU.
@@ -100,10 +107,14 @@ def bench_train(
         with CountFlops() as counter:
             step(ours, batch)
         fastest_s = min(seconds(lambda: step(ours, batch, waits=True)) for _ in range(5))
+        ctc_step_share = _ctc_step_share(ours, step, parts)
     return {
         "vs_plain": by_name[PLAIN]["ours_is_faster_by"],
         "vs_live": by_name[LIVE]["ours_is_faster_by"],
         "loss_memory_vs_full": loss_memory_vs_full(where),
+        "ctc_step_share": ctc_step_share,
+        "ctc_memory_vs_full": peak_ctc_bytes(where, is_full=False) / peak_ctc_bytes(where, is_full=True),
+        "ctc_peak_bytes": peak_ctc_bytes(where, is_full=False, num_rows=4096 // CTC_FRAMES),
         "loader_share": loader_share,
         "matmul_share": counter.flops / fastest_s / matmul_peak(where) if where.type == "cuda" else None,
         "peak_bytes": ours.peak_bytes,
@@ -304,7 +315,25 @@ def _loader_share(ours: Contestant, step: Step, parts: Parts) -> float:
     return batches.waited_s / (time.perf_counter() - started)
 
 
-# ------------------------------------------------------------------------------------------- memory of the loss
+def _ctc_step_share(ours: Contestant, step: Step, parts: Parts) -> float:
+    """Measure a step on the CTC loss over the tokens of the transcripts beside one through the decoder, in turns."""
+    tokens = np.unique(parts.targets.ids).astype(np.int64)
+    parts.model.add_token_ctc(torch.from_numpy(tokens[tokens != parts.model.config.eos_token_id]))
+
+    def ctc_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+        names = ("features", "num_frames", "labels", "host_counts")
+        loss = model(**{name: batch.get(name) for name in names}, is_ctc_only=True).loss
+        assert loss is not None
+        return loss
+
+    ctc, batch = Contestant(name="CTC alone", next_batch=ours.next_batch, loss=ctc_loss), ours.next_batch()
+    step(ctc, batch)
+    ways = {one.name: partial(seconds, partial(step, one, batch, True)) for one in (ctc, ours)}
+    took = race(ways, TURNS)
+    return median_ratio(took[ctc.name], took[ours.name])
+
+
+# ------------------------------------------------------------------------------------------- memory of the losses
 
 
 def loss_memory_vs_full(device: torch.device) -> float:
@@ -325,4 +354,25 @@ def peak_loss_bytes(device: torch.device, *, is_full: bool) -> int:
         else:
             is_target = labels != IGNORED_LABEL
             torch.autograd.backward(summed_cross_entropy(hidden[is_target], head, labels[is_target]))
+    return peak.size_bytes
+
+
+def peak_ctc_bytes(device: torch.device, *, is_full: bool, num_rows: int = CTC_ROWS) -> int:
+    """Measure the CTC loss over all tokens of SmolLM3's vocabulary, from projected frames to their gradient."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(VOCABULARY, LOSS_WIDTH, device=device)
+    head = TokenCTC(VOCABULARY, LOSS_WIDTH).to(device)
+    projected = torch.randn(num_rows, CTC_FRAMES, LOSS_WIDTH, device=device, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (num_rows, CTC_TOKENS), device=device)
+    lengths, num_tokens = [CTC_FRAMES] * num_rows, [CTC_TOKENS] * num_rows
+    head.best_path(projected[:1], torch.tensor(lengths[:1]), embeddings)  # keeps the class vectors
+    with measuring_peak(device) as peak:
+        if is_full:
+            vectors = torch.cat([head.blank[None], nn.functional.normalize(embeddings, dim=-1)])
+            scores = nn.functional.normalize(projected, dim=-1) @ vectors.T * head.log_scale.exp() + head.bias
+            by_frame = scores.log_softmax(-1).transpose(0, 1)
+            loss = nn.functional.ctc_loss(by_frame, labels + 1, torch.tensor(lengths), torch.tensor(num_tokens))
+        else:
+            loss, _ = head.loss(projected, lengths, labels, num_tokens, embeddings)
+        torch.autograd.backward(loss)
     return peak.size_bytes

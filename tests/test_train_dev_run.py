@@ -18,6 +18,7 @@ from pipelines.train.dev_set import DevSet
 from pipelines.train.meter import release_memory
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
+from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.model import frozen
 
 
@@ -139,3 +140,19 @@ def test_interrupt_prints_how_to_resume(recipe_file, store, tmp_path, monkeypatc
     done = invoke("--recipe", recipe_file, "--store", store, "--device", "cpu", "--run", tmp_path / "run")
     assert done.exit_code == 130
     assert f"run the same command with --run {tmp_path / 'run'} --resume to resume" in done.output
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(300, [True, False]), (0, [True, True])])
+def test_a_dev_run_takes_a_step_of_each_phase(recipe_file, store, monkeypatch, steps, expected):
+    """Not all the steps of a long CTC phase."""
+    seen: list[bool] = []
+    compute = ProjectorTrainer.compute_loss
+
+    def counted(self, *arguments, **options):
+        seen.append(self.state.global_step < self.settings.ctc_steps)
+        return compute(self, *arguments, **options)
+
+    monkeypatch.setattr(ProjectorTrainer, "compute_loss", counted)
+    recipe = load_recipe(str(recipe_file), ["train.ctc_steps=500", f"train.steps={steps}"])
+    assert dev_run(recipe, store, device="cpu").steps == 2
+    assert seen == expected

@@ -29,7 +29,7 @@ from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {
-    **{"steps": STEPS, "warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1},
+    **{"warmup_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1},
     **{"report_to": [], "overfit_utterances": None},  # two steps cannot overfit
 }
 
@@ -62,7 +62,10 @@ def dev_run(recipe: Recipe, store: Path, *, device: str = "auto", say: Callable[
     """
     if num_processes() > 1:
         raise RunError(f"--dev-run with {num_processes()} processes; expected one. Run --dev-run without torchrun")
-    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=SETTINGS)})
+    # One step of each phase, or two of the only one.
+    of_ctc = min(recipe.train.ctc_steps, 1 if recipe.train.steps else STEPS)
+    settings = {**SETTINGS, "ctc_steps": of_ctc, "steps": STEPS - of_ctc}
+    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)})
     with tempfile.TemporaryDirectory(prefix="tinyaudio-dev-run-") as folder:
         run = Run(Path(folder) / "run")
         where = pick_device(device)

@@ -9,7 +9,8 @@ import jiwer
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, SmolLM3Config, SmolLM3ForCausalLM
+from tiny_decoders import DECODERS, SIZES, WIDTH
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from tinyaudio.cli.options import DRAFTS
 from tinyaudio.model.align import BLANK, SPACE
@@ -31,33 +32,22 @@ from tinyaudio.model.transcript import DraftCounts
 from tinyaudio.model.verify import write_with_drafts
 from tinyaudio.transcribe import Transcriber
 
-VOCABULARY_SIZE, BUDGET = 200, 24
-WORDS = [f" w{i}" for i in range(VOCABULARY_SIZE)]
+BUDGET = 24
+WORDS = [f" w{i}" for i in range(500)]  # more than the decoders have tokens
 
 
 def random_decoder(kind):
-    """A decoder whose greedy texts vary: weights ten times larger than usual."""
+    """A decoder whose greedy texts vary: weights many times larger than those of a new one."""
     torch.manual_seed(3)
-    shape = {
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
-    made = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else SmolLM3ForCausalLM(SmolLM3Config(**shape))
+    made, _ = DECODERS[kind]()
+    for weight in made.parameters():
+        weight.data *= 15 if weight.dim() == 2 else 1
     return made.eval()
 
 
 def random_prompts(count):
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(5 + 3 * (i % 7), 32, generator=generator) for i in range(count)]
+    return [torch.randn(5 + 3 * (i % 7), WIDTH, generator=generator) for i in range(count)]
 
 
 def greedy(decoder, prompts, budget=BUDGET, eos_token_id=0):
@@ -71,7 +61,7 @@ def greedy(decoder, prompts, budget=BUDGET, eos_token_id=0):
 def ending(decoder, prompts):
     """Greedy texts that end: with an end-of-text that several rows write, at different positions."""
     texts = greedy(decoder, prompts)
-    counts = [sum(token in row for row in texts) for token in range(VOCABULARY_SIZE)]
+    counts = [sum(token in row for row in texts) for token in range(decoder.config.vocab_size)]
     eos_token_id = int(np.argmax(counts))
     return eos_token_id, greedy(decoder, prompts, eos_token_id=eos_token_id)
 
@@ -84,21 +74,22 @@ def spoiled(text, rate, seed):
         draw = rng.random()
         if draw < rate / 3:
             continue
-        draft.append(rng.randrange(2, VOCABULARY_SIZE) if draw < 2 * rate / 3 else token)
+        draft.append(rng.randrange(2, 100) if draw < 2 * rate / 3 else token)
         if 2 * rate / 3 <= draw < rate:
-            draft.append(rng.randrange(2, VOCABULARY_SIZE))
+            draft.append(rng.randrange(2, 100))
     return draft
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "llama"])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("kind", "batch_size"),
+    [("smollm3", 1), ("smollm3", 4), ("smollm3", 16), ("llama", 4), ("qwen3", 16), ("gemma", 16), ("granite", 16)],
+)
 def test_any_draft_gives_the_tokens_of_generate(kind, batch_size):
     decoder, prompts = random_decoder(kind), random_prompts(16)
     eos_token_id, expected = ending(decoder, prompts)
     lengths = {len(row) for row in expected}
-    assert len(lengths) > 3, "rows end at different positions"
-    assert BUDGET in lengths, "and some do not end"
-    for seed, rate in enumerate([0.0, 0.1, 0.3, 0.6, 1.0, None]):
+    assert len(lengths) > 2, "rows end at different positions"
+    for seed, rate in enumerate([0.0, 0.2, 0.6, None]):
         texts = [row[:-1] if row[-1] == eos_token_id else row for row in expected]
         drafts = [[] if rate is None else spoiled(text, rate, seed * 100 + i) for i, text in enumerate(texts)]
         written = []
@@ -261,12 +252,12 @@ def test_auto_takes_the_best_drafter_that_there_is(model, ctc_folder, tokenizer)
     assert open_drafter(model, tokenizer, "none") is None
 
 
-def test_decoders_with_windows_cannot_check_drafts(with_head, tokenizer):
-    assert can_verify(SmolLM3Config())
-    assert can_verify(LlamaConfig())
-    assert not can_verify(MistralConfig(sliding_window=4096))
-    assert not can_verify(SmolLM3Config(use_sliding_window=True, sliding_window=8, no_rope_layers=[1, 1, 1, 0] * 9))
-    with_head.decoder.config.sliding_window = 8
+def test_decoders_with_windows_cannot_check_drafts(with_head, tokenizer, monkeypatch):
+    able = {name for name, make in DECODERS.items() if can_verify(make()[0])}
+    assert set(DECODERS) - able == {"gemma2", "gemma3"}
+    assert not can_verify(MistralForCausalLM(MistralConfig(**SIZES, vocab_size=20, sliding_window=8)))
+    assert not can_verify(BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2))), "ALiBi, by the mask"
+    monkeypatch.setattr("tinyaudio.model.drafts.can_verify", lambda decoder: False)
     assert open_drafter(with_head, tokenizer, "auto") is None
     with pytest.raises(ModelError, match="does not attend to all earlier positions"):
         open_drafter(with_head, tokenizer, "encoder")

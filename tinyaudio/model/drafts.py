@@ -5,10 +5,13 @@ costs time and never changes the text, since `verify` keeps only what the decode
 letters as in `modeling_tinyaudio`. Travels with the checkpoint.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from .ctc import TokenCTC
 from .ctc_head import CTCHead
@@ -85,7 +88,7 @@ def open_drafter(model: Any, tokenizer: Any, kind: str) -> Drafter | None:
         raise ValueError(f"draft is {kind!r}; expected one of {', '.join(KINDS)}")
     if kind == "none":
         return None
-    if not can_verify(model.decoder.config):
+    if not can_verify(model.decoder):
         if kind == "auto":
             return None
         raise ModelError(
@@ -110,10 +113,14 @@ def vocabulary_of(tokenizer: Any, size: int) -> list[str]:
     return [(piece or "").casefold() for piece in tokenizer.convert_ids_to_tokens(list(range(size)))]
 
 
-def can_verify(config: Any) -> bool:
-    """Tell whether a decoder attends to all earlier positions: rejected ones are masked, which no window may count."""
-    types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return types == {"full_attention"} and getattr(config, "sliding_window", None) is None
+def can_verify(decoder: PreTrainedModel) -> bool:
+    """Tell whether all layers attend to all earlier positions, and take the positions' numbers from the caller.
+
+    Rejected positions are masked and not counted; a window or a recurrent state would contain them.
+    """
+    layers = DynamicCache(config=decoder.config).layers
+    takes_positions = "position_ids" in inspect.signature(decoder.get_decoder().forward).parameters
+    return takes_positions and all(type(layer) is DynamicLayer for layer in layers)
 
 
 class Remainder:

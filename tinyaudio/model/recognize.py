@@ -315,7 +315,9 @@ class Recognizer:
             return None
         config = self._settings(options)
         others = config.update(**options.generate)
-        if config.num_beams == 1 and not config.do_sample and not others and set(config.to_diff_dict()) <= _OF_GREEDY:
+        own_end = self.model.config.eos_token_id
+        is_greedy = config.num_beams == 1 and not config.do_sample and config.eos_token_id in (own_end, [own_end])
+        if is_greedy and not others and set(config.to_diff_dict()) <= _OF_GREEDY:
             return open_drafter(self.model, self.tokenizer, options.draft)
         if options.draft == "auto":
             return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .drafts import Remainder
-from .loss import CHUNK_ENTRIES
+from .loss import CHUNK_ENTRIES, head_of
 from .prompt import pad_left
 
 
@@ -57,7 +57,7 @@ def write_with_drafts(
         budgets: the most tokens of each row, at least 1.
         eos_token_id: ends a text.
     """
-    embed, body, head = decoder.get_input_embeddings(), decoder.get_decoder(), decoder.get_output_embeddings()
+    embed, body, head = decoder.get_input_embeddings(), decoder.get_decoder(), head_of(decoder)
     texts = [Written() for _ in prompts]
     remainders = [Remainder(draft, vocabulary) for draft in drafts]
     rows = list(range(len(prompts)))  # that are not done

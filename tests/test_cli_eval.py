@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import typer
 from evaluations import NUM_CLIPS, noise_clips, numbers, run_eval
 
@@ -15,6 +16,7 @@ from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import Columns
 from tinyaudio.cli import demo
 from tinyaudio.cli import evaluate as cli_eval
+from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import MissingModelError
 
 
@@ -179,3 +181,57 @@ def test_an_unknown_corpus_is_one_clear_line(checkpoint: Path) -> None:
     result = run_eval(str(checkpoint), "--corpus", "librispech")
     with pytest.raises(EvaluationError, match="no corpus 'librispech'; expected a folder, a hub data set, or one of"):
         raise result.exception
+
+
+def test_what_drafts_did_is_reported(spoken: Any, model: Any, processor: Any, ctc_folder: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "test").mkdir(parents=True)
+    rows = [f"{i}.wav,{transcript}" for i, (_, transcript) in enumerate(spoken[:4])]
+    (corpus / "test" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
+    for i, (samples, _) in enumerate(spoken[:4]):
+        soundfile.write(corpus / "test" / f"{i}.wav", samples, 16_000)
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    model.attach(encoder=encoder, ctc_head=head)
+    model.config.encoder_id = str(ctc_folder)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    common = [str(tmp_path / "model"), "--corpus", str(corpus), "--max-new-tokens", "8", "--device", "cpu", "--json"]
+    with_drafts = run_eval(*common, "--num-beams", "1", "--output", str(tmp_path / "a"))
+    assert with_drafts.exit_code == 0, with_drafts.output
+    found = numbers(with_drafts)["drafts"]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
+    passes, tokens = (sum(line[name] for line in lines) for name in ("num_passes", "num_tokens"))
+    assert found["utterances"] == 4
+    assert found["passes_per_utterance"] == passes / 4
+    assert found["passes_per_token"] == passes / tokens
+    assert found["accepted_share"] == sum(line["num_accepted"] for line in lines) / tokens
+    assert f"{passes / 4:.2f} decoder passes an utterance with drafts" in with_drafts.stdout
+    assert "of the tokens were drafted" in (tmp_path / "a" / "report.md").read_text()
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["environments"][0]["draft"] == "encoder"
+    again = run_eval("--rescore", str(tmp_path / "a"), "--output", str(tmp_path / "c"), "--json")
+    assert numbers(again)["drafts"] == found
+
+    without = run_eval(*common, "--num-beams", "1", "--draft", "none", "--output", str(tmp_path / "b"))
+    assert numbers(without)["drafts"] is None
+    assert numbers(without)["wer"] == numbers(with_drafts)["wer"]
+    resumed = run_eval(*common, "--num-beams", "1", "--draft", "none", "--output", str(tmp_path / "a"))
+    assert "already contains every answer" in resumed.output, "drafts change no answer"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--draft", "fast"), "expected one of auto, projector, encoder, none"),
+        (("--draft", "encoder", "--num-beams", "4"), "expected --num-beams 1, found 4"),
+        (("--draft", "encoder", "--num-beams", "1"), "expected an encoder with a CTC head"),
+        (("--draft", "encoder"), "expects greedy decoding, found 4 beams"),
+        (("--draft", "none", "--no-guard"), "the model alone takes no drafts"),
+        (("--draft", "none", "--provider", "ctc"), "does not take --draft"),
+    ],
+)
+def test_a_draft_that_cannot_be_used_is_refused(
+    corpus: Path, checkpoint: Path, tmp_path: Path, options: tuple[str, ...], reason: str
+) -> None:
+    result = run_eval(str(checkpoint), "--corpus", str(corpus), "--output", str(tmp_path / "out"), *options)
+    assert result.exit_code != 0
+    assert reason in f"{result.output} {result.exception}"

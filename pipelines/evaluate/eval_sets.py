@@ -25,6 +25,7 @@ from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import CorpusSection, recipe_names
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
 from tinyaudio.model.errors import AudioError
+from tinyaudio.model.transcript import DraftCounts
 
 NAMED = Path(__file__).parent / "eval_sets.toml"
 WINDOW_S = 1_200.0  # seconds of audio held in memory at once: 77 MB of float32 samples
@@ -81,10 +82,15 @@ class Clip:
         error: str | None = None,
         warnings: tuple[str, ...] = (),
         provider_id: str | None = None,
+        drafts: DraftCounts | None = None,
     ) -> Prediction:
         """Make the prediction of this clip; either `text` or `error` is None, the others are as in `Prediction`."""
         utterance = replace(self.utterance, duration_s=self.duration_s)
-        return _predict(utterance, text, time_s, error=error, warnings=warnings, provider_id=provider_id)
+        counts = {}
+        if drafts is not None:
+            names = ("num_passes", "num_tokens", "num_accepted")
+            counts = {name: getattr(drafts, name) for name in names}
+        return _predict(utterance, text, time_s, error=error, warnings=warnings, provider_id=provider_id, **counts)
 
 
 def _predict(utterance: Utterance, text: str | None, time_s: float, **details: Any) -> Prediction:

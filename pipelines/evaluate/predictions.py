@@ -32,6 +32,8 @@ class Prediction:
         error: why there is no answer; None if there is one.
         warnings: codes of the guard, as in `tinyaudio.Transcript.warnings`, or of the provider.
         provider_id: the id under which a paid provider keeps the answer.
+        num_passes, num_tokens, num_accepted: what drafts did, as in `tinyaudio.model.transcript.DraftCounts`; None
+            without drafts.
 
     Raises:
         ValueError: both an answer and an error, or neither.
@@ -49,6 +51,9 @@ class Prediction:
     error: str | None = None
     warnings: tuple[str, ...] = ()
     provider_id: str | None = None
+    num_passes: int | None = None
+    num_tokens: int | None = None
+    num_accepted: int | None = None
 
     def __post_init__(self) -> None:
         if (self.pred_text is None) == (self.error is None):

@@ -81,6 +81,22 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """What drafts did in greedy decoding, over the utterances that were decoded with them.
+
+    Args:
+        passes_per_utterance: passes of the decoder.
+        passes_per_token: of the tokens that it wrote; 1 without drafts.
+        accepted_share: of these tokens, those that were drafted.
+    """
+
+    utterances: int
+    passes_per_utterance: float
+    passes_per_token: float
+    accepted_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """How long it took.
 
@@ -89,11 +105,13 @@ class Timing:
         time_s: seconds of wall time of their answers, summed.
         rtfx: audio_s / time_s of a local system. Reading and decoding files is not included, warm-up is. None for a
             remote system, whose times are latencies with network and queue.
+        drafts: None without drafts.
     """
 
     audio_s: float
     time_s: float
     rtfx: float | None
+    drafts: Drafting | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,10 +249,28 @@ def summarize(
         scores=tuple(_score(each, of_it, len(failed)) for each, of_it in zip(normalizers, pairs, strict=True)),
         analysis=analyse(pairs[0], failed),
         failures=tuple(failures[:MAX_FAILURES_LISTED]),
-        timing=Timing(audio_s=audio_s, time_s=time_s, rtfx=audio_s / time_s if time_s and not is_remote else None),
+        timing=Timing(
+            audio_s=audio_s,
+            time_s=time_s,
+            rtfx=audio_s / time_s if time_s and not is_remote else None,
+            drafts=_drafting(answered),
+        ),
         notes=tuple(notes),
         comparison=comparison,
         versions=code_versions(),
+    )
+
+
+def _drafting(answered: Sequence[Prediction]) -> Drafting | None:
+    counts = [(one.num_passes, one.num_tokens, one.num_accepted or 0) for one in answered if one.num_tokens]
+    if not counts:
+        return None
+    passes, tokens, accepted = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Drafting(
+        utterances=len(counts),
+        passes_per_utterance=passes / len(counts),
+        passes_per_token=passes / tokens,
+        accepted_share=accepted / tokens,
     )
 
 

@@ -3,14 +3,14 @@
 import json as json_module
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyaudio.cli.console import ProgressBar, say, usage
-from tinyaudio.cli.options import DeviceOption, JsonOption, SetOption
+from tinyaudio.cli.options import DeviceOption, DraftOption, JsonOption, SetOption, check_draft
 
 PAID = ("assemblyai",)  # providers whose models are not folders; a run then only says what to score and where to write
 
@@ -49,6 +49,7 @@ def evaluate(
     provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, hf or assemblyai.")] = "tinyaudio",
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams.  [default: the model's own]")] = None,
+    draft: DraftOption = "auto",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens per piece of audio.  [default: the model's own]")
     ] = None,
@@ -100,6 +101,7 @@ def evaluate(
 
     if length_penalty is not None and not math.isfinite(length_penalty):
         usage(f"--length-penalty {length_penalty:g}: expected a number")
+    check_draft(draft, num_beams)
 
     if rescore is not None:
         given = {"MODEL": model, "--corpus": corpus, "--recipe": recipe, "--split": split, "--source": source}
@@ -143,6 +145,7 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         num_beams=num_beams,
+        draft=draft,
         max_new_tokens=max_new_tokens,
         length_penalty=length_penalty,
         guard=guard,
@@ -255,6 +258,7 @@ def _finish(summary: Any, written: str, folder: Path, fail_over: float | None, j
     counts, interval = summary.word_errors, summary.headline.interval
     if json:
         numbers = {**counts.to_dict(), "wer": summary.headline.wer, "cer": summary.headline.cer}
+        numbers["drafts"] = None if summary.timing.drafts is None else asdict(summary.timing.drafts)
         numbers["interval"] = None if interval is None else [interval.low, interval.high]
         print(json_module.dumps({**numbers, "output": str(folder)}))
     if fail_over is not None and counts.wer > fail_over:

@@ -150,7 +150,7 @@ class Recognizer:
             ModelError: a batch does not fit into the GPU's memory; word times without a CTC head; a drafter that the
                 model does not have, or that decoding with beams or other settings has no use for.
         """
-        self._drafter(options)
+        self.drafter(options)
         if options.word_timestamps and self.model.ctc_head is None:
             raise ModelError(
                 f"expected an encoder with a CTC head and its letters, found none in {self.model.config.encoder_id!r}: "
@@ -213,7 +213,7 @@ class Recognizer:
         def find_fault(i: int, text: str, is_complete: bool) -> str | None:
             return judge(text, durations[i], is_complete, speech_s=pieces[i].end_s - pieces[i].start_s)
 
-        drafter = self._drafter(options)
+        drafter = self.drafter(options)
         if drafter is None:
             first = self._write(features, num_frames, durations, config, options.generate)
             counts: Sequence[DraftCounts | None] = [None] * len(first)
@@ -305,7 +305,7 @@ class Recognizer:
                 setattr(config, name, getattr(options, name))
         return config
 
-    def _drafter(self, options: Options) -> Drafter | None:
+    def drafter(self, options: Options) -> Drafter | None:
         """Open the drafter; None for "none", and for "auto" if decoding is not greedy or the model has none.
 
         Raises:

@@ -21,6 +21,7 @@ from pipelines.evaluate.providers.base import (
 )
 from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.recognize import Options
 from tinyaudio.transcribe import Transcriber
 
 
@@ -37,6 +38,8 @@ class TinyAudioProvider:
         """Load a checkpoint folder or hub id; errors as `Transcriber.load`."""
         if options.model is None:
             raise EvaluationError("provider 'tinyaudio' needs a model: a run's folder or a hub id")
+        if options.draft != "auto" and not options.guard:
+            raise EvaluationError(f"--draft {options.draft} and --no-guard: the model alone takes no drafts. Omit one")
         loaded = Transcriber.load(options.model, device=options.device, revision=options.revision)
         return cls(transcriber=loaded, options=options)
 
@@ -63,7 +66,12 @@ class TinyAudioProvider:
         model = self.transcriber.model
         precision = model.config.encoder_precision if model.device.type == "cuda" else "float32"
         where = local_environment(model.device)
-        return {"batch_size": self.options.clips_at_once(), "encoder_precision": precision, **where}
+        drafter = self.transcriber.recognizer.drafter(self._options()) if self.options.guard else None
+        drafted = {} if drafter is None else {"draft": drafter.kind}
+        return {"batch_size": self.options.clips_at_once(), "encoder_precision": precision, **drafted, **where}
+
+    def _options(self, **options: Any) -> Options:
+        return Options(draft=self.options.draft, **self.options.decoding(), **options)
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         transcribe_batch = self._with_guard if self.options.guard else self._model_alone
@@ -71,9 +79,11 @@ class TinyAudioProvider:
 
     def _with_guard(self, batch: list[Clip]) -> list[Prediction]:
         sources = [clip.samples for clip in batch]
-        transcripts = self.transcriber.stream(sources, batch_size=len(batch), **self.options.decoding())
+        transcripts = self.transcriber.recognizer.stream(sources, self._options(batch_size=len(batch)))
         return [
-            clip.answer(one.text if one.error is None else None, error=one.error, warnings=one.warnings)
+            clip.answer(
+                one.text if one.error is None else None, error=one.error, warnings=one.warnings, drafts=one.drafts
+            )
             for clip, one in zip(batch, transcripts, strict=True)
         ]
 

@@ -147,6 +147,8 @@ def _facts(summary: Summary) -> str:
     ]
     if summary.timing.rtfx is not None:
         parts.append(f"RTFx {summary.timing.rtfx:,.1f}")
+    if summary.timing.drafts is not None:
+        parts.append(f"{summary.timing.drafts.passes_per_utterance:.2f} decoder passes an utterance with drafts")
     return " | ".join(parts)
 
 
@@ -216,6 +218,14 @@ def _provenance(summary: Summary) -> list[tuple[str, Any]]:
     rows.append(("bootstrap", f"{summary.bootstrap.replications:,} replications, seed {summary.bootstrap.seed}"))
     is_remote = any(environment.get("is_remote") for environment in settings.environments)
     kind = "latency, with network and queue" if is_remote else "wall time"
+    if (drafts := timing.drafts) is not None:
+        rows.append(
+            (
+                "drafts",
+                f"{drafts.passes_per_utterance:.2f} decoder passes an utterance, {drafts.passes_per_token:.3f} a "
+                f"token; {percent(drafts.accepted_share)} of the tokens were drafted",
+            )
+        )
     rows.append(("time", f"{timing.time_s:,.1f} s ({kind}) for {timing.audio_s:,.1f} s of audio"))
     return [(name, value) for name, value in rows if value is not None]
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app
 from tinyaudio.model.errors import MissingModelError
+from tinyaudio.model.recognize import Recognizer
 from tinyaudio.transcribe import Transcriber
 
 FEW = ["--num-beams", "1", "--max-new-tokens", "4"]
@@ -283,6 +284,7 @@ def test_word_timestamps_are_in_json_and_subtitles(run_with_head, talk):
     assert done.exit_code == 0, done.stderr
     (segment,) = json.loads((out / "talk.json").read_text())["segments"]
     assert [word["word"].strip() for word in segment["words"]] == segment["text"].split()
+    assert all(0 < word["probability"] < 1 for word in segment["words"])
     assert (out / "talk.vtt").read_text().count("<u>") == len(segment["words"]) > 0
     assert (out / "talk.srt").read_text().count("<u>") == len(segment["words"])
 
@@ -301,6 +303,30 @@ def test_word_timestamps_take_the_values_of_whisper(run_with_head, talk, words, 
     done = run_with_head(*words, talk, "--json")
     assert done.exit_code == 0, done.stderr
     assert ("words" in json.loads(done.stdout)["segments"][0]) == has_words
+
+
+@pytest.mark.parametrize(
+    ("options", "is_scored"),
+    [
+        (["--json"], True),
+        (["-f", "srt,json"], True),
+        (["-f", "json", "-o", "-"], True),
+        (["-f", "txt"], False),
+        ([], False),
+    ],
+)
+def test_scores_are_computed_for_json_only(run_with_head, talk, monkeypatch, options, is_scored):
+    asked, stream = [], Recognizer.stream
+    monkeypatch.setattr(Recognizer, "stream", lambda *args: asked.append(args[2].confidence) or stream(*args))
+    done = run_with_head(talk, *options)
+    assert done.exit_code == 0, done.stderr
+    assert asked == [is_scored]
+    written = [*talk.parent.glob("*.json"), *([done.stdout] if done.stdout.startswith("{") else [])]
+    assert bool(written) == is_scored
+    for one in written:
+        (segment,) = json.loads(one if isinstance(one, str) else one.read_text())["segments"]
+        assert segment["avg_logprob"] < 0 <= segment["no_speech_prob"] <= 1
+        assert "words" not in segment
 
 
 def test_word_timestamps_without_a_head_are_one_line(run, talk):

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from servers import running
 
+from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import TinyAudioError
 from tinyaudio.page import _uploads_only, build_page, follow_recording, mount_page
 from tinyaudio.request_queue import RequestQueue
@@ -55,9 +56,24 @@ def test_recording_gives_text_segments_and_warnings_in_words(queue, files, spoke
     answer = last(queue, files / "talk.wav")
     assert answer.text
     ((start, end, text),) = answer.rows
+    assert answer.words == [], "this encoder has no CTC head"
     assert (start, text) == (answer.rows[0][0], answer.text)
     assert end == pytest.approx(len(spoken[0][0]) / 16_000, abs=0.15)
     assert "token budget" in answer.notes, "the random model never ends by itself"
+
+
+def test_words_are_shown_with_their_doubts(transcriber, queue, files, ctc_folder):
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    transcriber.model.attach(encoder=encoder, ctc_head=head)
+    answer = last(queue, files / "three.wav")
+    (expected,) = transcriber.transcribe([files / "three.wav"], word_timestamps=True)
+    said = [word for segment in expected.segments for word in segment.words]
+    assert [word for word, _ in answer.words] == [word.word for word in said] == answer.text.split() != []
+    assert answer.starts == pytest.approx([word.start for word in said], abs=0.01)
+    marks = {word: mark for (_, mark), word in zip(answer.words, said, strict=True)}
+    assert all((mark == "unheard") == word.is_unheard for word, mark in marks.items())
+    assert all((mark is None) == (word.probability >= 0.5 and not word.is_unheard) for word, mark in marks.items())
+    assert "probability" in answer.files["json"]
 
 
 def test_downloads_are_the_command_lines_formats_without_the_servers_folders(queue, files):
@@ -263,6 +279,18 @@ def test_in_a_browser_a_click_on_a_segment_plays_from_there(tab, server, files):
     player = f"{roots}.flatMap(root => [...root.querySelectorAll('audio')])[0]"
     tab.wait_for_function(f"{player}.currentTime > {starts[2]}")
     assert tab.evaluate(f"!{player}.paused || {player}.ended")
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_click_on_a_word_plays_from_there(tab, server, transcriber, ctc_folder, files):
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    transcriber.model.attach(encoder=encoder, ctc_head=head)
+    put_in(tab, files / "three.wav", "s of audio")
+    answer = last(server.queue, files / "three.wav")
+    tab.locator("#words").get_by_text(answer.words[-1][0], exact=True).last.click()
+    roots = "[...document.querySelectorAll('#recording *')].map(e => e.shadowRoot).filter(root => root)"
+    player = f"{roots}.flatMap(root => [...root.querySelectorAll('audio')])[0]"
+    tab.wait_for_function(f"{player}.currentTime > {answer.starts[-1]}")
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from scripted_decoder import scripted
 
+from tinyaudio.model.align import BLANK
+from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.recognize import Options
 from tinyaudio.request_queue import NotReadyError, QueueFullError, RequestQueue
 from tinyaudio.transcribe import Transcriber
@@ -37,9 +40,9 @@ def started():
     assert not [t for t in threading.enumerate() if t.name.startswith("tinyaudio-")]
 
 
-def submit(queue, source):
+def submit(queue, source, **options):
     ticket, updates = queue.enter(), queues.SimpleQueue()
-    ticket.submit(source, updates.put)
+    ticket.submit(source, updates.put, **options)
     return ticket, updates
 
 
@@ -72,6 +75,29 @@ def test_transcripts_are_those_of_the_command_line(transcriber, started, recordi
     got = [finish(*each) for each in [submit(queue, samples) for samples in recordings]]
     assert [t.to_dict() for t in got] == [t.to_dict() for t in expected]
     assert queue.num_requests == 0
+
+
+def test_scores_are_for_those_who_ask(transcriber, started, ctc_folder, spoken):
+    """Requests of both kinds share a batch; what one did not ask for, warnings included, it does not get."""
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    silence = torch.nn.functional.one_hot(torch.tensor(head.alphabet[BLANK]), head.linear.out_features).float()
+    head.forward = lambda features: silence.clamp(1e-6).log().expand(*features.shape[:2], -1)
+    transcriber.model.attach(encoder=encoder, ctc_head=head)
+    samples = spoken[0][0]
+    plain, sure, timed = (
+        transcriber.transcribe([samples], **FEW, **options)[0].to_dict()
+        for options in ({}, {"confidence": True}, {"word_timestamps": True})
+    )
+    assert "unheard" in sure["warnings"]
+    assert "unheard" not in plain["warnings"]
+    queue = started(transcriber, Options(batch_size=4, **FEW))
+    options = [{}, {"confidence": True}, {"word_timestamps": True}, {}]
+    got = [finish(*each).to_dict() for each in [submit(queue, samples, **each) for each in options]]
+    for one, expected in zip(got, (plain, sure, timed, plain), strict=True):
+        assert one["warnings"] == expected["warnings"]
+        (segment,), (same,) = one["segments"], expected["segments"]
+        assert segment.keys() == same.keys()
+        assert segment.get("avg_logprob") == pytest.approx(same.get("avg_logprob"), abs=1e-3)
 
 
 def test_an_unreadable_file_is_a_transcript_with_its_error(transcriber, started, tmp_path):

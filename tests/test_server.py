@@ -165,10 +165,14 @@ def test_word_times_are_those_of_the_command_line(transcriber, ctc_folder, three
     (expected,) = transcriber.transcribe([three], word_timestamps=True, **FEW)
     with running(transcriber, options=Options(**FEW)) as server:
         words = server.post(three, response_format="verbose_json", timestamp_granularities="word").json()["words"]
-        assert "words" not in server.post(three, response_format="verbose_json").json()
+        verbose = server.post(three, response_format="verbose_json").json()
+        assert "words" not in verbose
     said = [word for segment in expected.segments for word in segment.words]
     assert [word["word"] for word in words] == [word.word for word in said] != []
     assert [word["start"] for word in words] == pytest.approx([word.start for word in said], abs=0.001)
+    for name in ("avg_logprob", "no_speech_prob"):
+        scores = [getattr(segment, name) for segment in expected.segments]
+        assert [segment[name] for segment in verbose["segments"]] == pytest.approx(scores, abs=1e-3)
 
 
 @pytest.mark.parametrize(

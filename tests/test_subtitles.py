@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,12 +79,24 @@ def timed_example() -> Transcript:
     first = [("Good", 0.1, 0.4), ("morning.", 0.4, 1.0), ("It", 2.0, 2.2), ("is", 2.2, 2.3), ("9:30,", 2.3, 2.9)]
     first += [("so", 2.9, 3.1), ("<we>", 3.1, 3.3), ("begin", 3.3, 3.7), ("&", 3.7, 3.8), ("look.", 3.8, 4.25)]
     words = [
-        Word(word=w, start=a, end=b, probability=0.0 if w == "9:30," else 0.875, is_estimated=w == "9:30,")
+        Word(
+            word=w,
+            start=a,
+            end=b,
+            probability=0.875,
+            acoustic_score=None if w == "9:30," else 0.96875,
+            is_estimated=w == "9:30,",
+        )
         for w, a, b in first
     ]
+    words[-2:] = [
+        replace(words[-2], acoustic_score=0.0, is_estimated=True, is_unheard=True),
+        replace(words[-1], probability=None),
+    ]
+    text, scores = " ".join(word.word for word in words), {"avg_logprob": -0.25, "no_speech_prob": 0.0625}
     segments = (
-        Segment(id=0, start=0.1, end=4.25, text=" ".join(word.word for word in words), words=tuple(words)),
-        Segment(id=1, start=5.0, end=5.5, text="", words=()),
+        Segment(id=0, start=0.1, end=4.25, text=text, warnings=("unheard",), words=tuple(words), **scores),
+        Segment(id=1, start=5.0, end=5.5, text="", words=(), avg_logprob=-1.5),
     )
     return Transcript(source="talk.wav", text=segments[0].text, segments=segments, duration_s=6.0, version="0.1.0")
 
@@ -123,8 +136,11 @@ def test_json_has_words_as_whisper_writes_them():
     segments = json.loads((GOLDEN / "words.json").read_text())["segments"]
     assert "".join(word["word"] for word in segments[0]["words"]).strip() == segments[0]["text"]
     assert all({"word", "start", "end", "probability"} <= word.keys() for word in segments[0]["words"])
-    assert [word["is_estimated"] for word in segments[0]["words"]] == [False] * 4 + [True] + [False] * 5
+    assert [word["is_estimated"] for word in segments[0]["words"]] == [False] * 4 + [True] + [False] * 3 + [True, False]
+    assert segments[0]["words"][4]["acoustic_score"] is None
+    assert {"avg_logprob", "no_speech_prob"} <= segments[0].keys()
     assert segments[1]["words"] == []
+    assert "no_speech_prob" not in segments[1]
 
 
 words = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=60), max_size=60)

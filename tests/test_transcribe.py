@@ -20,15 +20,20 @@ from tinyaudio.model import audio, recognize, source
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.errors import AudioError, MissingModelError, ModelError
 from tinyaudio.model.guard import EVENTS
+from tinyaudio.model.reader import End
 from tinyaudio.model.recognize import (
     GPU_MAX_BATCH_S,
+    OpenInput,
     Options,
+    Output,
     Recognizer,
+    Scores,
     batches_by_length,
     cache_bytes,
     default_batch_size,
 )
 from tinyaudio.model.segments import Piece
+from tinyaudio.model.transcript import Word
 from tinyaudio.transcribe import Transcriber, default_model, pick_device
 
 FEW = {"max_new_tokens": 3, "num_beams": 1}
@@ -121,6 +126,14 @@ def test_the_codes_that_eval_counts_are_those_that_transcription_emits(model, pr
     ]
     for transcript in recognizer.stream(sources, Options(window_s=3.0)):
         seen.update(transcript.warnings)
+    piece = Piece(samples=talk, begin_s=0.0, start_s=0.0, end_s=1.0, advance_s=1.0)
+    opened = OpenInput("talk")
+    opened.add(piece)
+    unheard = (Word(word="cat", start=0.0, end=1.0, is_unheard=True),)
+    opened.finish(piece, Output(text="cat", scores=Scores(words=unheard, is_missing=True)))
+    end = End(input=0, name="talk", duration_s=1.0)
+    opened.add(end)
+    seen.update(opened.transcript(end).warnings)
     assert seen == EVENTS
 
 

@@ -1,4 +1,4 @@
-"""A web page to try a model: microphone and upload, transcript, segments to click, explained warnings, downloads.
+"""A web page to try a model: microphone and upload, transcript, segments and words to click, warnings, downloads.
 
 Requires the optional extra `serve` (gradio), which is imported when a page is built. Recordings go through the same
 request queue as those of the API. `pipelines/space` shows the same page as a Hugging Face Space.
@@ -7,7 +7,7 @@ request queue as those of the API. `pipelines/space` shows the same page as a Hu
 import contextlib
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TITLE = "tinyaudio"
 COLUMNS = ["start", "end", "text"]
+UNSURE = 0.5  # a word of a smaller probability is marked
+COLORS = {"unsure": "#f2b705", "unheard": "#e5484d"}
 DOWNLOADS = ("srt", "vtt", "txt", "json")
 KEPT_S = 3600  # how long gradio keeps an uploaded recording, seconds
 WAIT_S = 1.0  # between two looks whether the reader of the page still waits
@@ -64,12 +66,16 @@ class Answer:
     Args:
         text: the transcript.
         rows: (start, end, text) of each segment.
+        words: each word, and one of `COLORS` if it is doubtful; none if the encoder has no CTC head.
+        starts: when each word begins, seconds.
         notes: Markdown: how far it is, then the warnings in words.
         files: the texts to download by format, and the `name` of the recording.
     """
 
     text: str = ""
     rows: list[list[Any]] = field(default_factory=list)
+    words: list[tuple[str, str | None]] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
     notes: str = ""
     files: dict[str, str] | None = None
 
@@ -108,10 +114,14 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
 
     def answer(path: str | None) -> Iterator[tuple[Any, ...]]:
         for latest in follow_recording(requests, path):
-            yield latest.text, latest.rows, latest.notes, latest.files
+            words = gr.update(value=latest.words, visible=bool(latest.words))
+            yield latest.text, words, latest.starts, latest.rows, latest.notes, latest.files
 
     def pick(event: gr.SelectData) -> float:
         return float(event.row_value[0])
+
+    def pick_word(starts: list[float], event: gr.SelectData) -> float:
+        return starts[event.index]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_S // 4, KEPT_S)) as page:
         gr.Markdown(f"# {TITLE}\nEnglish speech to text. Model: `{name}`", elem_id="title")
@@ -123,6 +133,14 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
             go = gr.Button("Transcribe", variant="primary", min_width=120, elem_id="go")
             stop = gr.Button("Stop", min_width=120, elem_id="stop")
         text = gr.Textbox(label="Transcript", lines=4, elem_id="transcript", buttons=["copy"])
+        words = gr.HighlightedText(
+            label="Words (click to listen)",
+            color_map=COLORS,
+            show_legend=True,
+            visible=False,
+            elem_id="words",
+        )
+        starts = gr.JSON(visible=False)
         notes = gr.Markdown(elem_id="notes")
         rows = gr.Dataframe(
             headers=COLUMNS,
@@ -141,12 +159,13 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
         running = go.click(
             answer,
             recording,
-            [text, rows, notes, files],
+            [text, words, starts, rows, notes, files],
             api_name="transcribe",
             concurrency_limit=requests.max_requests,
         )
         stop.click(None, cancels=[running])
         rows.select(pick, None, start, show_progress="hidden").then(None, start, None, js=SEEK)
+        words.select(pick_word, starts, start, show_progress="hidden").then(None, start, None, js=SEEK)
         if examples:
             gr.Examples([[str(path)] for path in examples], recording, label="Examples")
     return page
@@ -205,7 +224,7 @@ def follow_recording(requests: RequestQueue, path: str | None) -> Iterator[Answe
     segments: list[Segment] = []
     latest = Answer(notes="waiting")
     try:
-        ticket.submit(path, updates.put)
+        ticket.submit(path, updates.put, word_timestamps=requests.has_word_times, confidence=True)
         while True:
             with contextlib.suppress(queue.Empty):
                 update = updates.get(timeout=WAIT_S)
@@ -223,21 +242,32 @@ def follow_recording(requests: RequestQueue, path: str | None) -> Iterator[Answe
 
 def _so_far(segments: list[Segment], done_s: float) -> Answer:
     text = " ".join(segment.text for segment in segments if segment.text)
-    return Answer(text=text, rows=_rows(segments), notes=f"{done_s:.0f} s of audio done")
+    return Answer(text=text, rows=_rows(segments), **_words(segments), notes=f"{done_s:.0f} s of audio done")
 
 
 def _rows(segments: list[Segment]) -> list[list[Any]]:
     return [[round(segment.start, 2), round(segment.end, 2), segment.text] for segment in segments]
 
 
+def _words(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Return `words` and `starts` of an answer."""
+    words = [word for segment in segments for word in segment.words or ()]
+    is_unsure = [word.probability is not None and word.probability < UNSURE for word in words]
+    marks = ["unheard" if word.is_unheard else "unsure" if is_unsure[i] else None for i, word in enumerate(words)]
+    return {
+        "words": [(word.word, mark) for word, mark in zip(words, marks, strict=True)],
+        "starts": [round(word.start, 2) for word in words],
+    }
+
+
 def describe(transcript: Transcript, path: str) -> Answer:
     """Describe a finished transcription for the page."""
-    rows = _rows(list(transcript.segments))
+    shown = {"text": transcript.text, "rows": _rows(list(transcript.segments)), **_words(transcript.segments)}
     name = Path(path).name  # as the user knows it, without the server's folders
     if transcript.error is not None:
         reason = transcript.error.replace(repr(path), repr(name)).replace(path, name)
         notes = f"**This recording could not be read.** {reason}"
-        return Answer(text=transcript.text, rows=rows, notes=notes)
+        return Answer(**shown, notes=notes)
     lines = [f"{transcript.duration_s:.1f} s of audio"]
     for code in dict.fromkeys(transcript.warnings):
         fault = CODES[code.removesuffix(RETRIED)]
@@ -246,7 +276,7 @@ def describe(transcript: Transcript, path: str) -> Answer:
         lines.append(f"- **{code}**: {explanation}")
     files = {kind: WRITERS[kind](_named(transcript, name), Layout()) for kind in DOWNLOADS}
     files["name"] = Path(name).stem
-    return Answer(text=transcript.text, rows=rows, notes="\n".join(lines), files=files)
+    return Answer(**shown, notes="\n".join(lines), files=files)
 
 
 def _named(transcript: Transcript, name: str) -> Transcript:

@@ -20,7 +20,15 @@ from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.encoder import give_back_free_memory
 from tinyaudio.model.errors import AudioError, TinyAudioError
 from tinyaudio.model.reader import End, Input, read_events
-from tinyaudio.model.recognize import BATCH_SIZE, BATCHES_AHEAD, OpenInput, Options, batches_by_length, longest_window_s
+from tinyaudio.model.recognize import (
+    BATCH_SIZE,
+    BATCHES_AHEAD,
+    OpenInput,
+    Options,
+    Scores,
+    batches_by_length,
+    longest_window_s,
+)
 from tinyaudio.model.segments import Piece
 from tinyaudio.model.source import describe
 from tinyaudio.model.transcript import Segment, Transcript
@@ -79,17 +87,19 @@ class Ticket:
         self.is_too_long = self.is_open = False
         self._has_place = True
 
-    def submit(self, source: Input, on_update: OnUpdate, *, word_timestamps: bool = False) -> None:
+    def submit(
+        self, source: Input, on_update: OnUpdate, *, word_timestamps: bool = False, confidence: bool = False
+    ) -> None:
         """Transcribe a recording.
 
         Args:
             source: as `Transcriber.stream`; a file object must stay open until the ticket has left.
             on_update: called in threads of the queue; must return at once.
-            word_timestamps: see `recognize.Options`; the model must have a CTC head.
+            word_timestamps, confidence: see `recognize.Options`; for word times the model must have a CTC head.
         """
-        self.word_timestamps = word_timestamps
+        self.is_scored = word_timestamps or confidence
         self.source, self.on_update, self.num_samples, self.num_sent = source, on_update, 0, 0
-        self.input = OpenInput(describe(source))
+        self.input = OpenInput(describe(source), with_words=word_timestamps)
         self.pending: deque[Piece] = deque()
         self.is_being_read = False
         self.events = read_events(self.number, source, self._queue.window_s, self._count)
@@ -331,7 +341,7 @@ class RequestQueue:
         pieces = [piece for _, piece in batch]
         started = time.monotonic()
         try:
-            options = replace(self.options, word_timestamps=any(ticket.word_timestamps for ticket, _ in batch))
+            options = replace(self.options, confidence=any(ticket.is_scored for ticket, _ in batch))
             outputs = self.transcriber.recognizer.decode(pieces, options)
         except Exception as error:
             if not isinstance(error, TinyAudioError):
@@ -344,7 +354,7 @@ class RequestQueue:
         self.on_batch(len(pieces), audio_s, time.monotonic() - started)
         with self._changed:
             for (ticket, piece), output in zip(batch, outputs, strict=True):
-                ticket.input.finish(piece, output if ticket.word_timestamps else replace(output, words=None))
+                ticket.input.finish(piece, output if ticket.is_scored else replace(output, scores=Scores()))
             for ticket in {ticket.number: ticket for ticket, _ in batch}.values():
                 self._report(ticket)
 

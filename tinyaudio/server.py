@@ -247,7 +247,7 @@ def _event(**content: Any) -> str:
 class Answer:
     """The updates of one request, awaited; a client that goes away ends it."""
 
-    def __init__(self, request: Request, ticket: Ticket, upload: UploadFile, word_timestamps: bool) -> None:
+    def __init__(self, request: Request, ticket: Ticket, upload: UploadFile, parameters: Parameters) -> None:
         self.request, self.ticket = request, ticket
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -256,7 +256,12 @@ class Answer:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._updates.put_nowait, update)
 
-        ticket.submit(upload.file, pass_on, word_timestamps=word_timestamps)
+        ticket.submit(
+            upload.file,
+            pass_on,
+            word_timestamps="word" in parameters.timestamp_granularities,
+            confidence=parameters.response_format == "verbose_json",
+        )
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """Yield updates, the one with the transcript last.
@@ -576,7 +581,7 @@ def build_app(
             message = "this model's encoder has no CTC head for word times; expected timestamp_granularities[]=segment"
             raise Refusal(400, message, "invalid_value", "timestamp_granularities[]")
         ignored = {"X-Tinyaudio-Ignored": "prompt"} if parameters.prompt else {}
-        updates = aiter(Answer(request, ticket, upload, "word" in parameters.timestamp_granularities))
+        updates = aiter(Answer(request, ticket, upload, parameters))
         update = await anext(updates)
         if parameters.stream:
             events = stream_events(update, updates)

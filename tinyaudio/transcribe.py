@@ -99,7 +99,7 @@ class Transcriber:
                 arrays of samples at 16 kHz, rows of data sets.
             on_progress: called after every batch.
             options: fields of `recognize.Options`: batch_size, num_beams, draft, max_new_tokens, length_penalty,
-                window_s, track.
+                window_s, word_timestamps, confidence, track.
 
         Raises:
             AudioError: the first input that cannot be read.

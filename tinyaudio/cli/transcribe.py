@@ -148,6 +148,7 @@ def transcribe(
         layout=Layout(max_line_width=max_line_width, max_line_count=max_line_count, highlight_words=highlight_words),
         quiet=quiet or _is_false(verbose),
     )
+    decoding["confidence"] = "json" in (*sink.kinds, sink.on_stdout)  # the one format that shows it
     for item in inputs:
         if item.note and not sink.quiet:
             warn(item.note)

@@ -21,6 +21,8 @@ CODES = {
     "input_damaged": "parts of the file cannot be decoded; what was said there is missing",
     "channels_cancel": "channels of the file cancel each other; one of them was inverted before they were mixed",
     "several_tracks": "the file has several audio tracks; the default one was used, --track N (track=N) uses another",
+    "unheard": "words were written where the encoder heard nothing; they may be invented",
+    "missing": "the encoder heard letters where nothing was written; words may be missing",
     "seam": "overlapping windows have no word in common; a word may be doubled or lost where they were joined",
 }
 RETRIED = "_retried"

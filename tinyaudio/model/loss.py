@@ -77,6 +77,15 @@ def check_head(decoder: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def target_log_probs(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Compute the log-probability of each target, (N,) float32, in nats; arguments as `summed_cross_entropy`."""
+    chunk_rows = max(1, CHUNK_ENTRIES // _vocabulary(head, hidden))
+    chunks = zip(torch.split(hidden, chunk_rows), torch.split(targets, chunk_rows), strict=True)
+    losses = [nn.functional.cross_entropy(head(rows).float(), wanted, reduction="none") for rows, wanted in chunks]
+    return -torch.cat(losses)
+
+
 def _vocabulary(head: nn.Module, hidden: Tensor) -> int:
     if isinstance(head, nn.Linear):
         return head.out_features

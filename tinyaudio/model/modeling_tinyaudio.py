@@ -31,7 +31,7 @@ from .drafts import Drafter
 from .encoder import encode, load_encoder_with_head
 from .errors import MissingModelError, ModelError, one_line
 from .frozen import check_digest, check_files, freeze, is_hub_id, load_decoder, naming_damage, place
-from .loss import head_of, summed_cross_entropy
+from .loss import head_of, summed_cross_entropy, target_log_probs
 from .pipeline_tinyaudio import TinyAudioPipeline
 from .processing_tinyaudio import TinyAudioProcessor
 from .projectors import build_projector, num_projected
@@ -371,6 +371,26 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             prefix, suffix = (torch.tensor(part, dtype=torch.long, device=embed.weight.device) for part in parts)
             ids = self._cached_prompt_ids = (prefix, suffix)
         return embed(ids[0]), embed(ids[1])
+
+    @torch.no_grad()
+    def target_log_probs(
+        self, features: Tensor, num_frames: Tensor, targets: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, ...]:
+        """Compute how probable given transcripts are: one pass of the decoder, without generation.
+
+        Args:
+            features, num_frames: as in `project`.
+            targets: ids of `prompt.transcript_ids` of each row; at least one.
+
+        Returns:
+            For each row (L_i,) float32 on the CPU, the log-probability of each target after those before it, in nats.
+        """
+        projected, lengths = self.project(features, num_frames)
+        num_targets = torch.tensor([len(row) for row in targets])
+        labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in targets], batch_first=True)
+        hidden, flat = self._hidden_at_targets(projected, lengths.cpu(), labels.to(projected.device), num_targets)
+        found = target_log_probs(hidden, head_of(self._decoder()), flat)
+        return torch.split(found.cpu(), num_targets.tolist())
 
     @torch.no_grad()
     def generate(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from .align import word_times
+from .align import align_words
 from .audio import HOP_LENGTH, SAMPLING_RATE
+from .confidence import no_speech_probs, tokens_of_words, word_probabilities
 from .drafts import KINDS, Drafter, open_drafter, vocabulary_of
 from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
@@ -47,19 +48,34 @@ _OF_GREEDY |= {"top_p", "use_cache", "bos_token_id", "eos_token_id", "pad_token_
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How sure the text of a piece is, if that was asked for; what is not explained here is as in `Segment`.
+
+    Args:
+        words: with their times; None without a CTC head.
+        is_missing: whether the head heard letters where nothing is written, outside of what other pieces hold as well.
+    """
+
+    avg_logprob: float | None = None
+    no_speech_prob: float | None = None
+    words: tuple[Word, ...] | None = None
+    is_missing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """What became of a piece.
 
     Args:
         text: may be empty.
         warnings: codes of `guard.CODES`.
-        words: if they were asked for.
+        scores: if they were asked for.
         drafts: what drafts did, if any were checked.
     """
 
     text: str
     warnings: tuple[str, ...] = ()
-    words: tuple[Word, ...] | None = None
+    scores: Scores = Scores()
     drafts: DraftCounts | None = None
 
 
@@ -74,7 +90,8 @@ class Options:
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
-        word_timestamps: find out when each word was said; needs an encoder with a CTC head.
+        word_timestamps: find out when each word was said, and how sure it is; needs an encoder with a CTC head.
+        confidence: compute the scores of `Segment`; with a CTC head also the warnings `unheard` and `missing`.
         track: number of the audio track of files, from 1; None is each file's default track.
         generate: any other options of `generate`.
     """
@@ -86,6 +103,7 @@ class Options:
     length_penalty: float | None = None
     window_s: float | None = None
     word_timestamps: bool = False
+    confidence: bool = False
     track: int | None = None
     generate: dict[str, Any] = field(default_factory=dict)
 
@@ -173,7 +191,8 @@ class Recognizer:
 
             for events in reader.groups():
                 for event in events:
-                    inputs.setdefault(event.input, OpenInput(event.name)).add(event)
+                    opened = OpenInput(event.name, with_words=options.word_timestamps)
+                    inputs.setdefault(event.input, opened).add(event)
                 pieces = [event for event in events if isinstance(event, Piece)]
                 for batch in batches_by_length(pieces, options.batch_size, max_batch_s):
                     for piece, output in zip(batch, self.decode(batch, options), strict=True):
@@ -220,42 +239,42 @@ class Recognizer:
         else:
             first, counts = self._write_with_drafts(features, num_frames, durations, config, drafter)
         faults = [find_fault(i, *output) for i, output in enumerate(first)]
-        outputs: list[tuple[str, tuple[str, ...]]] = [(text, ()) for text, _ in first]
+        outputs = [Output(text=text) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
         if again:
             settings = {**options.generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
             second = self._write(features[again], num_frames[again], [durations[i] for i in again], config, settings)
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
-        words: Sequence[tuple[Word, ...] | None] = [None] * len(outputs)
-        if options.word_timestamps:
-            words = self._time_words(pieces, [text for text, _ in outputs], features, num_frames)
-        return [
-            Output(text=text, warnings=codes, words=timed, drafts=counted)
-            for (text, codes), timed, counted in zip(outputs, words, counts, strict=True)
-        ]
+        outputs = [replace(output, drafts=counted) for output, counted in zip(outputs, counts, strict=True)]
+        if not (options.word_timestamps or options.confidence):
+            return outputs
+        scores = self._score(pieces, [output.text for output in outputs], features, num_frames)
+        return [replace(output, scores=one) for output, one in zip(outputs, scores, strict=True)]
 
-    def _time_words(
+    def _score(
         self, pieces: Sequence[Piece], texts: Sequence[str], features: Tensor, num_frames: Tensor
-    ) -> list[tuple[Word, ...]]:
-        """Find when the words of each piece were said, seconds from the beginning of its recording."""
-        head, spans = self.model.ctc_head, []
-        for piece in pieces:
-            begins, ends = 0.0, len(piece.samples) / SAMPLING_RATE
-            if not piece.overlap_s:
-                begins = piece.start_s - piece.begin_s
-            if not piece.overlap_after_s:
-                levels = np.abs(piece.samples)
-                loud = np.flatnonzero(levels > WORD_END_LEVEL * levels.max())
-                ends = min(piece.end_s - piece.begin_s, (loud[-1] + 1) / SAMPLING_RATE if len(loud) else ends)
-            spans.append((begins, max(begins, ends)))
-        rows = word_times(
-            texts, head(features), num_frames.tolist(), head.alphabet, offset_s=head.offset_s, spans=spans
-        )
-        return [
-            tuple(replace(word, start=word.start + piece.begin_s, end=word.end + piece.begin_s) for word in row)
-            for piece, row in zip(pieces, rows, strict=True)
-        ]
+    ) -> list[Scores]:
+        """Score finished texts: by the decoder, which reads them once more, and by the CTC head if there is one."""
+        ids, tokens = tokens_of_words(self.tokenizer, texts)
+        log_probs = self.model.target_log_probs(features, num_frames, ids)
+        scores = [Scores(avg_logprob=float(row.mean())) for row in log_probs]
+        head = self.model.ctc_head
+        if head is None:
+            return scores
+        heard, counts = head(features), num_frames.tolist()
+        spans = [_speech_span(piece) for piece in pieces]
+        aligned = align_words(texts, heard, counts, head.alphabet, offset_s=head.offset_s, spans=spans)
+        silences = no_speech_probs(heard, counts, head.alphabet)
+        for i, piece in enumerate(pieces):
+            words = [
+                replace(word, start=word.start + piece.begin_s, end=word.end + piece.begin_s, probability=probability)
+                for word, probability in zip(aligned[i].words, word_probabilities(log_probs[i], tokens[i]), strict=True)
+            ]
+            first_s, last_s = piece.overlap_s, len(piece.samples) / SAMPLING_RATE - piece.overlap_after_s
+            is_missing = any(begin >= first_s and end <= last_s for begin, end in aligned[i].missing)
+            scores[i] = replace(scores[i], words=tuple(words), no_speech_prob=silences[i], is_missing=is_missing)
+        return scores
 
     def _encode(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """Run the encoder, over a part of a large batch at a time; shapes as `encoder.encode`."""
@@ -354,6 +373,18 @@ class Recognizer:
         return list(zip(texts, ended, strict=True)), counts
 
 
+def _speech_span(piece: Piece) -> tuple[float, float]:
+    """Find where the words of a piece begin and end, seconds from its first sample."""
+    begins, ends = 0.0, len(piece.samples) / SAMPLING_RATE
+    if not piece.overlap_s:
+        begins = piece.start_s - piece.begin_s
+    if not piece.overlap_after_s:
+        levels = np.abs(piece.samples)
+        loud = np.flatnonzero(levels > WORD_END_LEVEL * levels.max())
+        ends = min(piece.end_s - piece.begin_s, (loud[-1] + 1) / SAMPLING_RATE if len(loud) else ends)
+    return begins, max(begins, ends)
+
+
 def default_batch_size(model: Any, options: Options) -> int:
     """Choose how many pieces to decode at once: on a GPU as many as its free memory holds, from 64 down; else 8.
 
@@ -414,13 +445,13 @@ def _ended(tokens: Tensor, eos_token_id: int, budgets: Tensor) -> Tensor:
     return (num_written < tokens.shape[1]) & (num_written != budgets)
 
 
-def _choose(first: str, fault: str, second: str, new_fault: str | None) -> tuple[str, tuple[str, ...]]:
+def _choose(first: str, fault: str, second: str, new_fault: str | None) -> Output:
     """Choose between a faulty output and its second decoding. An empty text is no better than a loop that was cut."""
     if new_fault is None and (second or fault in ("refusal", "implausible_rate")):
-        return second, (fault + RETRIED,)
+        return Output(text=second, warnings=(fault + RETRIED,))
     if fault == "repetition":  # cut the first output: penalties distort the text of a loop that did not end
-        return cut_loop(first), (fault,)
-    return first, (fault,)
+        return Output(text=cut_loop(first), warnings=(fault,))
+    return Output(text=first, warnings=(fault,))
 
 
 def _not_before(words: Sequence[Word], second: float) -> tuple[Word, ...]:
@@ -434,6 +465,7 @@ class OpenInput:
 
     Args:
         name: of the input.
+        with_words: whether its segments show their words.
         pieces: so far, without their samples.
         outputs: of the pieces that are decoded, in any order.
         end: the last event, once it is read.
@@ -441,6 +473,7 @@ class OpenInput:
     """
 
     name: str
+    with_words: bool = False
     pieces: list[Piece] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
     end: End | None = None
@@ -462,10 +495,11 @@ class OpenInput:
         segments: list[Segment] = []
         previous, num_skipped = "", 0  # the previous output, and how many words its seam took from its beginning
         for piece in self.pieces:
-            if piece.index not in self.outputs:
-                return segments[:-1] if piece.overlap_s else segments
-            output = self.outputs[piece.index]
-            text, codes, words = output.text, output.warnings, output.words
+            output = self.outputs.get(piece.index)
+            if output is None:
+                return self._finished(segments[:-1] if piece.overlap_s else segments)
+            text, codes, scores = output.text, output.warnings, output.scores
+            words = scores.words
             if piece.overlap_s and segments:
                 before, text, agreed = join_texts(previous, output.text, piece.overlap_s)
                 kept = before.split()[num_skipped:]
@@ -482,11 +516,22 @@ class OpenInput:
                     start=piece.start_s,
                     end=piece.end_s,
                     text=text,
-                    warnings=(*piece.warnings, *codes),
+                    warnings=(*piece.warnings, *codes, *(("missing",) if scores.is_missing else ())),
                     words=None if words is None else words[num_skipped:],
+                    avg_logprob=scores.avg_logprob,
+                    no_speech_prob=scores.no_speech_prob,
                 )
             )
-        return segments if self.end is not None else segments[:-1]
+        return self._finished(segments if self.end is not None else segments[:-1])
+
+    def _finished(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Warn of words that were not heard, of those that the seams have left."""
+        finished = []
+        for segment in segments:
+            is_unheard = any(word.is_unheard for word in segment.words or ())
+            codes = (*segment.warnings, *(("unheard",) if is_unheard else ()))
+            finished.append(replace(segment, warnings=codes, words=segment.words if self.with_words else None))
+        return finished
 
     def transcript(self, end: End) -> Transcript:
         segments = self.segments()

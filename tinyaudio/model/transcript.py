@@ -3,7 +3,7 @@
 Plain values without torch or audio, so writers of subtitles and JSON need nothing else.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,16 +14,21 @@ class Word:
     Args:
         word: as in the segment's text, without spaces.
         start, end: seconds from the beginning of the recording.
-        probability: of its letters where they were heard, by the encoder's CTC head: their geometric mean, 0 to 1.
-        is_estimated: whether its time is that between its neighbours, since the head cannot spell it; its probability
-            is then 0.
+        probability: of the word after those before it, by the language model: the mean over its tokens, 0 to 1. None if
+            it was not computed.
+        acoustic_score: probability of its letters where they are, by the encoder's CTC head: their geometric mean,
+            0 to 1. None if the head cannot spell the word.
+        is_estimated: whether its time is that between its neighbours, since the head cannot spell or did not hear it.
+        is_unheard: whether the head heard nothing where the word should be.
     """
 
     word: str
     start: float
     end: float
-    probability: float
+    probability: float | None = None
+    acoustic_score: float | None = None
     is_estimated: bool = False
+    is_unheard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,10 @@ class Segment:
         text: may be empty.
         warnings: codes, see `Transcript`.
         words: its words with their times, if they were asked for.
+        avg_logprob: the mean logarithm of the language model's probabilities of its tokens and of the end of the text,
+            if it was asked for. Where windows overlap, of all that was written for this window.
+        no_speech_prob: how little the encoder's CTC head heard, 0 to 1 (`confidence.no_speech_probs`); if it was asked
+            for and there is a head.
     """
 
     id: int
@@ -44,27 +53,38 @@ class Segment:
     text: str
     warnings: tuple[str, ...] = ()
     words: tuple[Word, ...] | None = None
+    avg_logprob: float | None = None
+    no_speech_prob: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return Whisper's keys and ours; `words` only if they were asked for, each with a space before it."""
-        values = asdict(self) | {
+        """Return Whisper's keys and ours; each word has a space before it. What was not asked for is omitted."""
+        values: dict[str, Any] = {
+            "id": self.id,
             "start": round(self.start, 3),
             "end": round(self.end, 3),
+            "text": self.text,
             "warnings": list(self.warnings),
-            "words": [
-                {
-                    "word": f" {word.word}",
-                    "start": round(word.start, 3),
-                    "end": round(word.end, 3),
-                    "probability": round(word.probability, 4),
-                    "is_estimated": word.is_estimated,
-                }
-                for word in self.words or ()
-            ],
+            "words": None if self.words is None else [_word_dict(word) for word in self.words],
+            "avg_logprob": _rounded(self.avg_logprob),
+            "no_speech_prob": _rounded(self.no_speech_prob),
         }
-        if self.words is None:
-            del values["words"]
-        return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _word_dict(word: Word) -> dict[str, Any]:
+    return {
+        "word": f" {word.word}",
+        "start": round(word.start, 3),
+        "end": round(word.end, 3),
+        "probability": _rounded(word.probability),
+        "acoustic_score": _rounded(word.acoustic_score),
+        "is_estimated": word.is_estimated,
+        "is_unheard": word.is_unheard,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ from pipelines.evaluate.stage import evaluate
 from pipelines.recipes.recipe import CorpusSection
 from tinyaudio.model.encoder import load_encoder, load_encoder_with_head
 from tinyaudio.model.frozen import weights_digest
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 
 @pytest.fixture
@@ -51,6 +53,40 @@ def test_the_encoders_own_head_is_a_control(corpus: Path, ctc_folder: Path, tmp_
         texts.append(answers(tmp_path / str(batch_size)))
     assert texts[0] == texts[1]
     assert not any("<" in text for text in texts[0].values())
+
+
+def test_the_projectors_own_head_is_a_control(
+    corpus: Path,
+    model: TinyAudioForConditionalGeneration,
+    processor: TinyAudioProcessor,
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(3)
+    model.add_token_ctc(torch.arange(20, 60))
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    texts = []
+    for batch_size in (1, 5):
+        options = ProviderOptions(model=str(folder), device="cpu", batch_size=batch_size)
+        provider = open_provider("projector", options)
+        evaluate(provider, open_eval_set(CorpusSection(path=str(corpus)), split="test"), tmp_path / str(batch_size))
+        texts.append(answers(tmp_path / str(batch_size)))
+    assert texts[0] == texts[1]
+    assert provider.identity()["decoding"] == "greedy, projector alone"
+    for clip in first_clips(corpus):
+        projected, lengths = model.project(*model.encode(**processor(clip.samples)))
+        (path,) = model.token_ctc.best_path(projected, lengths, model.get_input_embeddings().weight)
+        assert path
+        assert set(path) <= set(range(20, 60))
+        assert texts[0][clip.utterance_id] == processor.tokenizer.decode(path).strip()
+
+
+def test_a_projector_without_a_head_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"has no CTC head; expected a run with train.ctc_steps"):
+        open_provider("projector", ProviderOptions(model=str(checkpoint), device="cpu"))
+    with pytest.raises(EvaluationError, match="does not take --num-beams"):
+        open_provider("projector", ProviderOptions(model=str(checkpoint), num_beams=4))
 
 
 def test_an_encoder_without_a_head_is_refused(encoder_folder: Path) -> None:

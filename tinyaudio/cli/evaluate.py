@@ -46,7 +46,7 @@ def evaluate(
     max_samples: Annotated[int | None, typer.Option(min=1, help="Score a random sample of this many.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for --max-samples.")] = 0,
     source: Annotated[str | None, typer.Option(help="Score only utterances of this source.")] = None,
-    provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, hf or assemblyai.")] = "tinyaudio",
+    provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, projector, hf or assemblyai.")] = "tinyaudio",
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams.  [default: the model's own]")] = None,
     draft: DraftOption = "auto",
@@ -118,7 +118,7 @@ def evaluate(
     # The model, and the recipe that it was trained with.
     if provider not in PROVIDERS:
         usage(f"--provider {provider!r}: expected one of {', '.join(PROVIDERS)}")
-    if model is None and provider in ("tinyaudio", "ctc"):
+    if model is None and provider in ("tinyaudio", "ctc", "projector"):
         model = default_model()
     is_folder = model is not None and Path(model).is_dir()
     own = None

@@ -15,6 +15,7 @@ _LOCAL = ("revision", "device", "batch_size")
 PROVIDERS = {
     "tinyaudio": (*_LOCAL, *DECODING, "draft", "guard"),
     "ctc": _LOCAL,
+    "projector": _LOCAL,
     "hf": (*_LOCAL, *DECODING),
     "assemblyai": ("api_key", "concurrency"),
 }
@@ -42,6 +43,10 @@ def open_provider(name: str, options: ProviderOptions) -> Provider:
         from pipelines.evaluate.providers.ctc import CTCProvider
 
         return CTCProvider.load(options)
+    if name == "projector":
+        from pipelines.evaluate.providers.projector import ProjectorProvider
+
+        return ProjectorProvider.load(options)
     if name == "hf":
         from pipelines.evaluate.providers.hf import HubProvider
 

@@ -5,6 +5,10 @@ PYTHON ?= python3
 RECIPE ?= demo
 STORE  ?= data/$(RECIPE)
 RUN    ?=
+PARTS  ?=
+SPEECH ?=
+OUT    ?= data/real
+HOURS  ?=
 GRID   ?= demo
 ARGS   ?=
 
@@ -17,7 +21,7 @@ TINY   := $(BIN)/tinyaudio
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo transcribe serve extract train-projector eval ablate bench check test test-all lint format smoke demo-assets clean
+.PHONY: help setup demo transcribe serve extract train-projector eval ablate real bench check test test-all lint format smoke demo-assets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -54,6 +58,9 @@ eval: $(READY) ## word error rate of a run on its test split, from raw audio (RU
 
 ablate: $(READY) ## train every combination of a grid on one store (GRID, STORE)
 	$(TINY) ablate $(GRID) --store $(STORE) $(ARGS)
+
+real: $(READY) ## real pretrained parts and human speech, hours (PARTS, SPEECH; OUT, HOURS): docs/real-speech.md
+	$(BIN)/python -m pipelines.real.run --parts "$(PARTS)" --speech "$(SPEECH)" --out $(OUT) $(if $(HOURS),--hours $(HOURS)) $(ARGS)
 
 ##@ Measure
 bench: $(READY) ## speed and memory of the store (ARGS=extract, train, transcribe: of the stages)

@@ -225,7 +225,7 @@ def test_an_encoder_with_group_norm_answers_the_same_in_any_batch(
 
 
 def test_a_provider_of_another_name_is_refused() -> None:
-    with pytest.raises(EvaluationError, match="no provider 'deepgram'; expected one of tinyaudio, ctc, hf, assemblyai"):
+    with pytest.raises(EvaluationError, match="no provider 'deepgram'; expected one of tinyaudio, ctc, projector, hf"):
         open_provider("deepgram", ProviderOptions())
 
 

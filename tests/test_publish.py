@@ -21,6 +21,7 @@ from pipelines.evaluate.stage import Scoring, score_again
 from pipelines.evaluate.summary import Settings, load_summary, save_settings
 from pipelines.publish.stage import publish, read_model
 from pipelines.recipes import load_recipe
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 PUBLISHED = {"encoder_id": "facebook/hubert-large-ls960-ft", "decoder_id": "HuggingFaceTB/SmolLM3-3B-Base"}
 
@@ -246,6 +247,14 @@ def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
     save_file({"projector.wrong": torch.zeros(1)}, run / "model.safetensors")
     with pytest.raises(PublishError, match=r"does not fit config.json"):
         publish(run, "someone/tiny", dry_run=True)
+
+
+def test_a_ctc_head_beside_the_projector_is_not_counted(run: Path, model: TinyAudioForConditionalGeneration) -> None:
+    before = read_model(run)
+    model.add_token_ctc(torch.arange(20, 60))
+    model.save_pretrained(run)
+    assert read_model(run).num_parameters == before.num_parameters
+    assert read_model(run).projector_digest == before.projector_digest
 
 
 def test_a_folder_without_model_and_a_bad_name_are_refused(tmp_path: Path) -> None:

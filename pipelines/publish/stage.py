@@ -169,7 +169,9 @@ def read_model(run: Path) -> Checkpoint:
     projector = build_projector(
         config.projector_kind, config.encoder_dim, config.decoder_dim, config.stack_factor, config.projector_hidden_size
     )
-    weights = {key.removeprefix("projector."): tensor for key, tensor in load_file(run / WEIGHTS).items()}
+    prefix = "projector."  # a CTC head may be beside it
+    stored = load_file(run / WEIGHTS)
+    weights = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
     try:
         projector.load_state_dict(weights)
     except RuntimeError as error:

@@ -46,7 +46,9 @@ def evaluate(
     max_samples: Annotated[int | None, typer.Option(min=1, help="Score a random sample of this many.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for --max-samples.")] = 0,
     source: Annotated[str | None, typer.Option(help="Score only utterances of this source.")] = None,
-    provider: Annotated[str, typer.Option(help="System to score: tinyaudio, ctc, projector, hf or assemblyai.")] = "tinyaudio",
+    provider: Annotated[
+        str, typer.Option(help="System to score: tinyaudio, ctc, projector, hf or assemblyai.")
+    ] = "tinyaudio",
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams.  [default: the model's own]")] = None,
     draft: DraftOption = "auto",

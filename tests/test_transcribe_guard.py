@@ -47,6 +47,15 @@ def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, co
     assert len(fake.asked) == 2
 
 
+def test_a_line_break_ends_a_transcript(model, processor, spoken):
+    """A language model that has hardly been trained writes the line again, and ends nowhere."""
+    fake, recognizer = scripted(model, processor, lambda *_: ("\n the cat sat\n\n" + "the cat sat\n\n" * 9, False))
+    (transcript,) = recognizer.stream([spoken[0][0][:20_000]], Options())
+    assert (transcript.text, transcript.warnings, len(fake.asked)) == ("the cat sat", (), 1)
+    ids = processor.tokenizer([" the cat sat \nthe dog", "a dog\n"])["input_ids"]
+    assert processor.decode_transcripts(ids) == ["the cat sat", "a dog"]
+
+
 def test_loop_is_cut_if_its_second_decoding_is_empty(model, processor, spoken):
     """The speech is too short for an empty second output to be a fault by itself."""
     _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))

@@ -9,6 +9,7 @@ from transformers import BatchFeature, ProcessorMixin
 from .audio import Samples, load_audio
 from .encoder import encoder_inputs
 from .inputs import as_input, each, is_single
+from .prompt import first_line
 
 
 class TinyAudioProcessor(ProcessorMixin):
@@ -40,9 +41,9 @@ class TinyAudioProcessor(ProcessorMixin):
         return BatchFeature({"input_values": values, "attention_mask": mask.long()})
 
     def decode_transcripts(self, sequences: Any) -> list[str]:
-        """Decode generated ids (B, L) into transcripts without special tokens or surrounding space."""
+        """Decode generated ids (B, L) into transcripts: one line without special tokens or surrounding space."""
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [text.strip() for text in texts]
+        return [first_line(text) for text in texts]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save both parts, and the location of this class for a process without tinyaudio."""

@@ -57,6 +57,15 @@ def end_of_text_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def first_line(text: str) -> str:
+    """Return what a decoder wrote up to its first line break, without surrounding space.
+
+    No transcript contains a line break, so it ends one as end-of-text does: behind it a language model that has hardly
+    been trained continues the page, often with the same line again.
+    """
+    return text.strip().partition("\n")[0].rstrip()
+
+
 def assemble(
     prefix: Tensor, audio: Tensor, num_projected: Tensor, suffix: Tensor, targets: Sequence[Tensor] | None = None
 ) -> list[Tensor]:

@@ -25,6 +25,7 @@ from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
 from .families import family_of
 from .guard import RETRIED, cut_loop, judge, token_budget
+from .prompt import first_line
 from .reader import End, Event, Input, PieceReader
 from .segments import MAX_EXCESS_S, Piece, join_texts
 from .transcript import DraftCounts, Segment, Transcript, Word
@@ -310,11 +311,15 @@ class Recognizer:
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
         ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
-        return list(zip(self._texts(tokens), ended, strict=True))
+        return self._lines(tokens, ended)
 
-    def _texts(self, token_ids: Any) -> list[str]:
+    def _lines(self, token_ids: Any, ended: Sequence[bool]) -> list[tuple[str, bool]]:
+        """Decode rows into one line each, and say whether it ended by itself; a line break ends it, too."""
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [" ".join(text.split()) for text in texts]
+        return [
+            (" ".join(first_line(text).split()), has_ended or "\n" in text.strip())
+            for text, has_ended in zip(texts, ended, strict=True)
+        ]
 
     def _settings(self, options: Options) -> GenerationConfig:
         """Return the model's settings of generation with those of `options`, without `options.generate`."""
@@ -359,7 +364,6 @@ class Recognizer:
         if self._vocabulary is None:
             self._vocabulary = vocabulary_of(self.tokenizer, len(self.model.get_input_embeddings().weight))
         written = self.model.generate_with_drafts(features, num_frames, drafter, self._vocabulary, budgets)
-        texts = self._texts([one.token_ids for one in written])
         ended = [one.token_ids[-1] == self.model.config.eos_token_id for one in written]
         counts = [
             DraftCounts(
@@ -370,7 +374,7 @@ class Recognizer:
             )
             for one in written
         ]
-        return list(zip(texts, ended, strict=True)), counts
+        return self._lines([one.token_ids for one in written], ended), counts
 
 
 def _speech_span(piece: Piece) -> tuple[float, float]:

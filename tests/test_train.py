@@ -16,9 +16,13 @@ from pipelines.recipes import load_recipe
 from pipelines.train import stage as train_module
 from pipelines.train import trainer as trainer_module
 from pipelines.train.batches import Dequantizer
+from pipelines.train.dev_set import DevSet
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
 from pipelines.train.trainer import ProjectorTrainer
+from tinyaudio.model.guard import token_budget
+from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
+from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +270,18 @@ def test_four_steps_on_a_gpu_follow_the_cpu(recipe_file, store, tmp_path, more):
     expected, found = logged(tmp_path / "cpu", "loss"), logged(tmp_path / "gpu", "loss")
     assert list(found) == [1, 2, 3, 4]
     assert all(abs(found[step] - expected[step]) < 0.02 * expected[step] for step in expected)
+
+
+def test_the_dev_set_has_inferences_token_budget_and_loops_are_cut(recipe_file, store, whole):
+    """One looping transcript would count more errors than all others together."""
+    model = TinyAudioForConditionalGeneration.from_pretrained(whole)
+    processor = TinyAudioProcessor.from_pretrained(whole)
+    budgets: list[int] = []
+    generate = model.generate
+    model.generate = lambda **options: (budgets.append(options["max_new_tokens"]), generate(**options))[1]
+    processor.decode_transcripts = lambda tokens: ["the cat " + "fur " * 90] * len(tokens)
+    dev = DevSet.open(load_recipe(str(recipe_file)), FeatureStore.open(store), processor)
+    references, hypotheses = dev.transcribe(model)
+    assert hypotheses == ["the cat fur"] * len(references)
+    longest_s = max(int(dev.reader.num_frames[p]) for p in dev.positions) / 50
+    assert max(budgets) == token_budget(longest_s, 200) < 200

@@ -16,6 +16,7 @@ from pipelines.train.runs import Run
 from pipelines.train.targets import tokenize
 from tinyaudio.model import ctc as ctc_module
 from tinyaudio.model.ctc import TokenCTC
+from tinyaudio.model.drafts import open_drafter
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 BOTH = ("train.ctc_steps=2", "train.steps=4", "train.ctc_weight=0.3")
@@ -249,3 +250,14 @@ class _Letters:
 
     def __len__(self):
         return 30
+
+
+def test_drafts_are_left_alone_where_the_ctc_loss_had_no_weight(recipe_file, store, tmp_path):
+    """Training through the decoder alone makes the projector forget them; they can still be asked for."""
+    stage_two(recipe_file, store, tmp_path / "run", "train.ctc_steps=2", "train.steps=2")
+    model = TinyAudioForConditionalGeneration.from_pretrained(tmp_path / "run")
+    assert model.token_ctc is not None
+    assert open_drafter(model, None, "auto") is None
+    assert open_drafter(model, None, "projector").kind == "projector"
+    model.config.ctc_weight = 0.3
+    assert open_drafter(model, None, "auto").kind == "projector"

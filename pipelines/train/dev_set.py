@@ -18,6 +18,8 @@ from pipelines.processes import gather, num_processes, rank
 from pipelines.recipes import Recipe
 from pipelines.train.batches import Dequantizer, collate, cut_by_budget
 from pipelines.train.targets import Targets, stored_targets
+from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
+from tinyaudio.model.guard import cut_loop, token_budget
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 
@@ -74,7 +76,7 @@ class DevSet:
     def transcribe(
         self, model: TinyAudioForConditionalGeneration, should_stop: Callable[[], bool] = lambda: False
     ) -> tuple[list[str], list[str]] | None:
-        """Generate greedily.
+        """Generate greedily, within the token budget of inference, and cut loops as inference does.
 
         Args:
             should_stop: called before every batch.
@@ -87,8 +89,13 @@ class DevSet:
         for positions, batch in self._batches(self.positions, model.device):
             if should_stop():
                 break
-            tokens = model.generate(features=dequantize(batch), num_frames=batch["num_frames"], num_beams=1)
-            hypotheses |= dict(zip(positions, self.processor.decode_transcripts(tokens), strict=True))
+            longest_s = int(self.reader.num_frames[positions].max()) * HOP_LENGTH / SAMPLING_RATE
+            budget = token_budget(longest_s, model.generation_config.max_new_tokens)
+            tokens = model.generate(
+                features=dequantize(batch), num_frames=batch["num_frames"], num_beams=1, max_new_tokens=budget
+            )
+            texts = map(cut_loop, self.processor.decode_transcripts(tokens))
+            hypotheses |= dict(zip(positions, texts, strict=True))
         for others in gather(hypotheses):
             hypotheses |= others
         if len(hypotheses) < len(self.positions):

@@ -75,7 +75,7 @@ def open_drafter(model: Any, tokenizer: Any, kind: str) -> Drafter | None:
     """Open a drafter of a model with its parts attached.
 
     Args:
-        kind: one of `KINDS`. "auto" is the projector's where there is one, else the encoder's, else none.
+        kind: one of `KINDS`. "auto" is the projector's if its CTC loss had a weight, else the encoder's, else none.
 
     Returns:
         The drafter; None for "none", and for "auto" if the model has no drafter or a decoder that cannot check one.
@@ -95,7 +95,9 @@ def open_drafter(model: Any, tokenizer: Any, kind: str) -> Drafter | None:
             f"the decoder {model.config.decoder_id!r} does not attend to all earlier positions in every layer; drafts "
             "need that. Try --draft none (draft)"
         )
-    if kind in ("auto", "projector") and model.token_ctc is not None:
+    # Without a weight beside the decoder's loss, training through the decoder made the projector's drafts useless.
+    has_kept = model.token_ctc is not None and (kind == "projector" or model.config.ctc_weight)
+    if kind in ("auto", "projector") and has_kept:
         return ProjectorDrafter(model.token_ctc, model.get_input_embeddings().weight)
     if kind in ("auto", "encoder") and model.ctc_head is not None:
         return EncoderDrafter(model.ctc_head, tokenizer)

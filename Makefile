@@ -60,7 +60,7 @@ ablate: $(READY) ## train every combination of a grid on one store (GRID, STORE)
 	$(TINY) ablate $(GRID) --store $(STORE) $(ARGS)
 
 real: $(READY) ## real pretrained parts and human speech, hours (PARTS, SPEECH; OUT, HOURS): docs/real-speech.md
-	$(BIN)/python -m pipelines.real.run --parts "$(PARTS)" --speech "$(SPEECH)" --out $(OUT) $(if $(HOURS),--hours $(HOURS)) $(ARGS)
+	$(BIN)/python -m pipelines.real.run --parts "$(PARTS)" $(if $(SPEECH),--speech "$(SPEECH)") --out $(OUT) $(if $(HOURS),--hours $(HOURS)) $(ARGS)
 
 ##@ Measure
 bench: $(READY) ## speed and memory of the store (ARGS=extract, train, transcribe: of the stages)

@@ -10,7 +10,7 @@ class ScriptedDecoder:
 
     def __init__(self, model, tokenizer, script):
         self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
-        self.encoder, self.encode = model.encoder, model.encode
+        self.encoder, self.encode, self.token_ctc = model.encoder, model.encode, None
         self._tokenizer, self._script, self.asked = tokenizer, script, []
 
     def generate(self, features, num_frames, generation_config, stopping_criteria, **kwargs):

@@ -57,6 +57,7 @@ def test_one_command_goes_from_parts_to_tables_and_does_nothing_twice(
     parts: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, said = tmp_path / "out", []
+    assert real(parts, None, out) == parts
     results = real(parts, speech, out, plain=True, max_samples=3, overrides=SMALL, say=said.append)
     table = results.read_text()
     for name in ("Whisper tiny.en itself", "the projector's CTC head alone", "with a CTC loss", "without a CTC loss"):

@@ -1,5 +1,7 @@
 """The guard in transcription: loops are decoded again or cut, and every fault is in the warnings."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scripted_decoder import is_retry, scripted
@@ -45,6 +47,20 @@ def test_every_fault_is_in_the_warnings(model, processor, spoken, text, ends, co
     (transcript,) = recognizer.stream([spoken[0][0][:20_000]], Options())
     assert transcript.warnings == (code,)
     assert len(fake.asked) == 2
+
+
+def test_a_projectors_ctc_head_is_the_second_decoding(model, processor, spoken):
+    fake, recognizer = scripted(model, processor, lambda *_: ("cat " * 12, True))
+    path = processor.tokenizer(" the dog and")["input_ids"]
+    fake.token_ctc = SimpleNamespace(best_path=lambda projected, lengths, embeddings: [path] * len(lengths))
+    fake.config.ctc_weight = 0.3
+    fake.project, fake.get_input_embeddings = model.project, model.get_input_embeddings
+    (transcript,) = recognizer.stream([spoken[0][0]], Options(draft="none"))
+    assert (transcript.text, transcript.warnings) == ("the dog and", ("repetition_retried",))
+    assert len(fake.asked) == 1
+    path.clear()  # what is left of the loop is better than nothing
+    (transcript,) = recognizer.stream([spoken[0][0]], Options(draft="none"))
+    assert (transcript.text, transcript.warnings) == ("cat", ("repetition",))
 
 
 def test_a_line_break_ends_a_transcript(model, processor, spoken):

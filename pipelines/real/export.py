@@ -44,6 +44,10 @@ def export(run: Path, out: Path, *, encoder_id: str, decoder_id: str) -> Path:
         config = {key: value for key, value in config.items() if key not in WITH_CODE and key != "_name_or_path"}
         config |= {"encoder_id": encoder_id, "decoder_id": decoder_id, "dtype": str(torch.float16)[6:]}
         write_text(made / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        load_recipe(str(recipe), [f"encoder.id={encoder_id}", f"decoder.id={decoder_id}"]).save(made / "recipe.toml")
+        settings = load_recipe(str(recipe), [f"encoder.id={encoder_id}", f"decoder.id={decoder_id}"])
+        if settings.corpus.path is not None:
+            corpus = settings.corpus.model_copy(update={"path": Path(settings.corpus.path).name})
+            settings = settings.model_copy(update={"corpus": corpus})
+        settings.save(made / "recipe.toml")
         shutil.move(made, out)
     return out

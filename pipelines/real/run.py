@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 def real(
     parts: Path,
-    speech: Path,
+    speech: Path | None,
     out: Path,
     *,
     hours: float | None = None,
@@ -62,7 +62,7 @@ def real(
 
     Args:
         parts: folder with the two wheels, or with the two converted folders.
-        speech: folder of a corpus with the splits that real.toml names.
+        speech: folder of a corpus with the splits that real.toml names; None: convert the parts and stop.
         out: folder of everything that is made.
         hours: time of each training on this machine; None: the recipe's number of steps.
         plain: also train without a CTC loss, for as long.
@@ -71,7 +71,7 @@ def real(
         say: receives messages.
 
     Returns:
-        The file with the tables.
+        The file with the tables; without speech, the folder of the parts.
 
     Raises:
         RunError: wheels that are missing or others. Other errors as the stages.
@@ -84,6 +84,8 @@ def real(
         wheels, parts = parts, out / "parts"
         for part in PARTS:
             say(f"   {convert_part(part, wheels, parts)}")
+    if speech is None:
+        return parts
     recipe = load_recipe(
         str(Path(__file__).with_name("real.toml")),
         [
@@ -225,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pipelines.real.run", description="Run every stage on real parts and speech."
     )
     parser.add_argument("--parts", type=Path, required=True, help="folder of the two wheels, or of converted parts")
-    parser.add_argument("--speech", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument("--speech", type=Path, help="folder of the corpus; without it, only the parts are converted")
     parser.add_argument("--out", type=Path, default=Path("data/real"), help="folder of everything that is made")
     parser.add_argument("--hours", type=float, help="time of each training; default: the recipe's steps")
     parser.add_argument("--plain", action="store_true", help="also train without a CTC loss, for as long")

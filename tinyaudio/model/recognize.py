@@ -243,8 +243,9 @@ class Recognizer:
         outputs = [Output(text=text) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
         if again:
-            settings = {**options.generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
-            second = self._write(features[again], num_frames[again], [durations[i] for i in again], config, settings)
+            second = self._write_again(
+                features[again], num_frames[again], [durations[i] for i in again], config, options.generate
+            )
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
         outputs = [replace(output, drafts=counted) for output, counted in zip(outputs, counts, strict=True)]
@@ -312,6 +313,26 @@ class Recognizer:
             )
         ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
         return self._lines(tokens, ended)
+
+    def _write_again(
+        self,
+        features: Tensor,
+        num_frames: Tensor,
+        durations: Sequence[float],
+        config: GenerationConfig,
+        generate: dict[str, Any],
+    ) -> list[tuple[str, bool]]:
+        """Decode faulty rows again, as `_write` does: without the decoder, if the projector kept its CTC head.
+
+        The head's text follows the audio, and cannot loop, refuse or invent; penalties make a decoder write
+        other words.
+        """
+        if self.model.token_ctc is None or not self.model.config.ctc_weight:
+            settings = {**generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
+            return self._write(features, num_frames, durations, config, settings)
+        projected, lengths = self.model.project(features, num_frames)
+        paths = self.model.token_ctc.best_path(projected, lengths, self.model.get_input_embeddings().weight)
+        return self._lines(paths, [True] * len(paths))
 
     def _lines(self, token_ids: Any, ended: Sequence[bool]) -> list[tuple[str, bool]]:
         """Decode rows into one line each, and say whether it ended by itself; a line break ends it, too."""

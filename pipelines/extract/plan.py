@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,13 @@ from cache import make_plan
 from pipelines.corpora.corpus import SCAN_SCHEMA, Corpus
 from pipelines.corpora.no_speech import is_no_speech, no_speech_rows
 from pipelines.corpora.transcripts import prepare_transcript
-from pipelines.encoders import family_in
 from pipelines.errors import CorpusError
 from pipelines.recipes import Recipe
 from pipelines.recipes.recipe import Columns, CorpusSection
 from tinyaudio.model.audio import RESAMPLER, SAMPLING_RATE
-from tinyaudio.model.families import Family
+
+if TYPE_CHECKING:
+    from tinyaudio.model.families import Family
 
 SCAN_ROWS = 100_000  # utterances whose texts are Python strings at the same time
 TEXT_GRACE_S = 1.0  # very short recordings may be dense: "twenty-five percent" in 0.6 s
@@ -82,6 +83,8 @@ def plan_corpus(recipe: Recipe, corpus: Corpus, splits: Sequence[str], store: Pa
         CorpusError: a split does not exist, or contains nothing to store.
         MissingModelError, ModelError, FetchError: as `family_in`.
     """
+    from pipelines.encoders import family_in  # a finished store answers without torch, and needs this module too
+
     section, rows_per_shard = recipe.corpus, recipe.store.rows_per_shard
     family = family_in(recipe.encoder)
     tables: list[pa.Table] = []
@@ -124,7 +127,7 @@ def _tell_apart(table: pa.Table, split: str, earlier: Sequence[pa.Table]) -> pa.
     )
 
 
-def _judge(section: CorpusSection, family: Family, scanned: pa.Table, split: str) -> pa.Table:
+def _judge(section: CorpusSection, family: "Family", scanned: pa.Table, split: str) -> pa.Table:
     """Add split, num_frames, the prepared transcript and, for rejected utterances, the reason."""
     ids, durations, frames, texts, reasons = [], [], [], [], []
     for row in scanned.select(["utterance_id", "source_id", "duration_s", "transcript"]).to_pylist():
@@ -159,7 +162,7 @@ def _judge(section: CorpusSection, family: Family, scanned: pa.Table, split: str
     return table
 
 
-def audio_fingerprint(family: Family) -> dict[str, Any]:
+def audio_fingerprint(family: "Family") -> dict[str, Any]:
     """Describe what happens to samples before the encoder."""
     return {
         "sampling_rate": SAMPLING_RATE,

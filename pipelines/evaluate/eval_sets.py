@@ -20,7 +20,7 @@ import soundfile
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.corpora.sources import source_of
 from pipelines.errors import EvaluationError
-from pipelines.evaluate.predictions import Prediction
+from pipelines.evaluate.predictions import Prediction, WordScore
 from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import CorpusSection, recipe_names
 from tinyaudio.model.audio import SAMPLING_RATE, Samples, load_audio
@@ -81,6 +81,7 @@ class Clip:
         time_s: float = 0.0,
         error: str | None = None,
         warnings: tuple[str, ...] = (),
+        words: tuple[WordScore, ...] | None = None,
         provider_id: str | None = None,
         drafts: DraftCounts | None = None,
     ) -> Prediction:
@@ -90,7 +91,9 @@ class Clip:
         if drafts is not None:
             names = ("num_passes", "num_tokens", "num_accepted")
             counts = {name: getattr(drafts, name) for name in names}
-        return _predict(utterance, text, time_s, error=error, warnings=warnings, provider_id=provider_id, **counts)
+        return _predict(
+            utterance, text, time_s, error=error, warnings=warnings, words=words, provider_id=provider_id, **counts
+        )
 
 
 def _predict(utterance: Utterance, text: str | None, time_s: float, **details: Any) -> Prediction:

@@ -20,6 +20,16 @@ from pipelines.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordScore:
+    """How sure one word of an answer is; as in `tinyaudio.model.transcript.Word`."""
+
+    word: str
+    probability: float | None
+    acoustic_score: float | None
+    is_unheard: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """One utterance and what a system made of it.
 
@@ -31,6 +41,7 @@ class Prediction:
         pred_text: the answer, as the system gave it; None if it failed.
         error: why there is no answer; None if there is one.
         warnings: codes of the guard, as in `tinyaudio.Transcript.warnings`, or of the provider.
+        words: of the answer, with their scores; None if the system gives none.
         provider_id: the id under which a paid provider keeps the answer.
         num_passes, num_tokens, num_accepted: what drafts did, as in `tinyaudio.model.transcript.DraftCounts`; None
             without drafts.
@@ -50,6 +61,7 @@ class Prediction:
     source: str | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    words: tuple[WordScore, ...] | None = None
     provider_id: str | None = None
     num_passes: int | None = None
     num_tokens: int | None = None
@@ -88,6 +100,8 @@ def read_predictions(path: Path) -> list[Prediction]:
             values: dict[str, Any] = json.loads(line)
             values.setdefault("utterance_id", values.get("audio_filepath"))
             values["warnings"] = tuple(values.get("warnings", ()))
+            if values.get("words") is not None:
+                values["words"] = tuple(WordScore(**word) for word in values["words"])
             one = Prediction(**{name: value for name, value in values.items() if name in _FIELDS})
         except (TypeError, ValueError, AttributeError) as error:
             raise EvaluationError(

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.corpora.sources import contamination_notes, source_of
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.comparison import Comparison, compare
+from pipelines.evaluate.confidence import Confidence, measure_confidence
 from pipelines.evaluate.error_analysis import Analysis, analyse
 from pipelines.evaluate.normalizers import Normalizer, Pair, make_pairs, open_normalizer
 from pipelines.evaluate.predictions import Prediction
@@ -141,6 +142,7 @@ class Summary:
     timing: Timing
     notes: tuple[str, ...]
     comparison: Comparison | None
+    confidence: Confidence | None = None
     versions: dict[str, str]
     bootstrap: Bootstrap = Bootstrap()
     format: int = FORMAT
@@ -257,6 +259,7 @@ def summarize(
         ),
         notes=tuple(notes),
         comparison=comparison,
+        confidence=measure_confidence(pairs[0], normalizers[0]),
         versions=code_versions(),
     )
 

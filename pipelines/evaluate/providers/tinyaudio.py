@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip
-from pipelines.evaluate.predictions import Prediction
+from pipelines.evaluate.predictions import Prediction, WordScore
 from pipelines.evaluate.providers.base import (
     DECODING,
     ProviderOptions,
@@ -22,6 +22,7 @@ from pipelines.evaluate.providers.base import (
 from pipelines.recipes.recipe import encoder_name
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.recognize import Options
+from tinyaudio.model.transcript import Transcript
 from tinyaudio.transcribe import Transcriber
 
 
@@ -79,10 +80,17 @@ class TinyAudioProvider:
 
     def _with_guard(self, batch: list[Clip]) -> list[Prediction]:
         sources = [clip.samples for clip in batch]
-        transcripts = self.transcriber.recognizer.stream(sources, self._options(batch_size=len(batch)))
+        has_head = self.transcriber.model.ctc_head is not None
+        transcripts = self.transcriber.recognizer.stream(
+            sources, self._options(batch_size=len(batch), word_timestamps=has_head)
+        )
         return [
             clip.answer(
-                one.text if one.error is None else None, error=one.error, warnings=one.warnings, drafts=one.drafts
+                one.text if one.error is None else None,
+                error=one.error,
+                warnings=one.warnings,
+                words=_word_scores(one) if has_head else None,
+                drafts=one.drafts,
             )
             for clip, one in zip(batch, transcripts, strict=True)
         ]
@@ -93,3 +101,20 @@ class TinyAudioProvider:
         on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         texts = processor.decode_transcripts(model.generate(**on_device, **self._decoding()))
         return [clip.answer(text) for clip, text in zip(batch, texts, strict=True)]
+
+
+def _word_scores(transcript: Transcript) -> tuple[WordScore, ...]:
+    return tuple(
+        WordScore(
+            word=word.word,
+            probability=_rounded(word.probability),
+            acoustic_score=_rounded(word.acoustic_score),
+            is_unheard=word.is_unheard,
+        )
+        for segment in transcript.segments
+        for word in segment.words or ()
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

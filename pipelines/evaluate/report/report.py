@@ -23,6 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from pipelines.evaluate.comparison import Comparison
+from pipelines.evaluate.confidence import Confidence
 from pipelines.evaluate.error_analysis import Slice, Step
 from pipelines.evaluate.summary import Summary
 from pipelines.files import write_text
@@ -63,6 +64,8 @@ def write_reports(folder: Path, summary: Summary) -> None:
 
     charts = {f"By {name}": _interval_chart(slices) for name, slices in summary.analysis.breakdowns.items()}
     charts["Word errors per utterance"] = _bar_chart(labels, histogram[: last + 1])
+    if summary.confidence is not None:
+        charts["Confidence"] = _calibration_chart(summary.confidence)
     body = _to_html(markdown, [pair.steps for pair in summary.analysis.worst])
     for heading, svg in charts.items():
         body = body.replace(f"<h2>{heading}</h2>\n", f"<h2>{heading}</h2>\n<figure>{svg}</figure>\n")
@@ -262,6 +265,26 @@ def _bar_chart(labels: Sequence[str], counts: Sequence[int]) -> str:
         axes.annotate(f"{count:,}", (count, bar.get_y() + bar.get_height() / 2), xytext=(6, 0),
                       textcoords="offset points", va="center", color=_INK)  # fmt: skip
     axes.set_xlabel("utterances", color=_INK)
+    return _to_svg(figure)
+
+
+def _calibration_chart(confidence: Confidence) -> str:
+    """Draw the share of right words over the mean score of each bin; a calibrated score is on the diagonal."""
+    figure = Figure(figsize=(7.5, 4.0), facecolor="none", layout="constrained")
+    axes = figure.subplots(subplot_kw={"facecolor": "none"})
+    axes.plot((0, 1), (0, 1), color=_GRID)
+    for score, marker, color in zip(confidence.scores, ("o-", "s--"), (_ACCENT, _INK), strict=True):
+        means = [one.mean_score for one in score.bins]
+        shares = [one.num_right / one.num_words for one in score.bins]
+        axes.plot(means, shares, marker, color=color, markersize=5, label=score.name, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_xlabel("mean score", color=_INK)
+    axes.set_ylabel("share of right words", color=_INK)
+    axes.tick_params(colors=_INK, length=0)
+    axes.grid(color=_GRID)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=_INK)
     return _to_svg(figure)
 
 

@@ -70,7 +70,10 @@ def test_one_command_goes_from_parts_to_tables_and_does_nothing_twice(
     assert Run(out / "plain").recipe.train.all_steps == schedule["plain_steps"]
     assert [point.step for point in curve_of(Run(out / "main"))] == [2, 3, 4, 6, 7]
     assert curve_of(Run(out / "main"))[0].ctc is not None
-    assert curve_of(Run(out / "main"))[-1].decoder is not None
+    last = curve_of(Run(out / "main"))[-1]
+    assert last.decoder is not None
+    assert last.insertions is not None
+    assert last.insertions <= last.decoder
 
     # What is evaluated is the copy in half precision, which opens as it is.
     weights = load_file(out / "model" / "model.safetensors")

@@ -24,8 +24,9 @@ from servers import running
 from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app as cli
+from tinyaudio.cli.serve import serve as serve_command
 from tinyaudio.model.encoder import load_encoder_with_head
-from tinyaudio.model.errors import MissingModelError
+from tinyaudio.model.errors import MissingModelError, ModelError
 from tinyaudio.model.recognize import Options
 from tinyaudio.request_queue import RequestQueue
 from tinyaudio.server import Limits, bind, build_app, is_loopback, public_name, serve
@@ -411,6 +412,27 @@ def test_a_folders_name_is_shown_without_its_path(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- the command
+
+
+def test_beams_and_drafts_reach_the_queue_and_are_checked_when_the_model_is_loaded(checkpoint, monkeypatch, capsys):
+    given = []
+
+    class Queue:
+        def __init__(self, load, options, max_requests):
+            given.append((load, options))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyaudio.request_queue.RequestQueue", Queue)
+    monkeypatch.setattr("tinyaudio.server.bind", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        serve_command(model=str(checkpoint), num_beams=1, draft="encoder", device="cpu", batch_size=3, no_page=True)
+    ((load, options),) = given
+    assert options == Options(num_beams=1, draft="encoder", batch_size=3)
+    with pytest.raises(ModelError, match="expected an encoder with a CTC head"):
+        load()
+    with pytest.raises(SystemExit):
+        serve_command(model=str(checkpoint), num_beams=4, draft="encoder", no_page=True)
+    assert "expected --num-beams 1, found 4" in capsys.readouterr().err
 
 
 @pytest.fixture

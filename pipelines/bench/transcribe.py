@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, pipeline
 
+from pipelines.bench.drafts import measure_drafts
 from pipelines.bench.memory import measuring_resident
 from pipelines.bench.models import DEMO, full_size_model
 from pipelines.bench.race import race, seconds
@@ -59,7 +60,8 @@ def bench_transcribe(
         median of the repeats; single is plain `pipeline()`, one by one), their `ratio`, and `shares`: fractions of a
         batched run's busy time in decode (audio), encoder, prefill, generation. `same_text`: whether all ways at equal
         beams gave the same texts; None at random weights. `peak_rss_bytes`: of this process, which holds one model.
-        `peak_gpu_bytes`: allocated on the GPU, None without one. Then `device`, `batch_size`, `repeats`.
+        `peak_gpu_bytes`: allocated on the GPU, None without one. Then `device`, `batch_size`, `repeats`, and `drafts`
+        (see `pipelines.bench.drafts`; not at full size).
 
     Raises:
         ModelError: an unknown device, or too little memory for the full size.
@@ -74,7 +76,7 @@ def bench_transcribe(
 def measure(
     model: str, device: str, num_utterances: int = NUM_UTTERANCES, batch_size: int = 16, repeats: int = 3
 ) -> dict[str, Any]:
-    """Measure a model on the bundled test split, at 1 and 4 beams.
+    """Measure a model on the bundled test split, at 1 and 4 beams, and drafts, see `pipelines.bench.drafts`.
 
     Raises:
         TinyAudioError: the model cannot be loaded.
@@ -83,7 +85,8 @@ def measure(
         transcriber = Transcriber.load(model, device=device)
         recordings = [row["wav"]["bytes"] for row in _bundled(num_utterances)]
         result = _compare(transcriber, recordings, batch_size=batch_size, beams=(1, 4), repeats=repeats, generate={})
-    return {"model": model, **result, "peak_rss_bytes": peak.size_bytes}
+    drafts = measure_drafts(transcriber, [load_audio(data) for data in recordings], repeats)
+    return {"model": model, **result, "peak_rss_bytes": peak.size_bytes, "drafts": drafts}
 
 
 def measure_full_size(device: str, audio_s: float | None = None, rounds: int | None = None) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def _compare(
     generate: dict[str, Any],
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure one by one against batched.
+    """Measure one by one against batched, both without drafts.
 
     Args:
         recordings: encoded audio.
@@ -192,10 +195,10 @@ def _compare(
     few_s = sum(len(load_audio(data)) for data in few) / SAMPLING_RATE
 
     def single(num_beams: int) -> list[str]:
-        return [asr(data, num_beams=num_beams, **options, **generate)["text"] for data in few]
+        return [asr(data, num_beams=num_beams, draft="none", **options, **generate)["text"] for data in few]
 
     def batched(num_beams: int) -> list[str]:
-        settings = {**options, "num_beams": num_beams, "batch_size": batch_size, "generate": generate}
+        settings = {**options, "num_beams": num_beams, "draft": "none", "batch_size": batch_size, "generate": generate}
         return [transcript.text for transcript in transcriber.transcribe(recordings, **settings)]
 
     def timed(way: Callable[[int], list[str]], num_beams: int, texts: list[list[str]]) -> float:

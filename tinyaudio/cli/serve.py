@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tinyaudio.cli.console import say, usage
-from tinyaudio.cli.options import DeviceOption, ModelOption
+from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, check_draft
 from tinyaudio.model.errors import TinyAudioError
 
 KEY_VARIABLE = "TINYAUDIO_API_KEY"
@@ -31,12 +31,17 @@ def serve(
     ] = None,
     max_upload_mb: Annotated[int, typer.Option("--max-upload-mb", min=1, help="Largest request, in MiB.")] = 200,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests accepted at a time; others get status 429.")] = 64,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams; 1 is greedy, and the fastest.  [default: the model's (4)]")
+    ] = None,
+    draft: DraftOption = "auto",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Segments decoded at once; changes the speed, not the text.")
     ] = 8,
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only; needs no gradio.")] = False,
 ) -> None:
     """Serve OpenAI's transcription API, and a page at / to try the model. Needs the extra: tinyaudio[serve]."""
+    check_draft(draft, num_beams)
     for name in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", *(() if no_page else ("gradio",))):
         if find_spec(name) is None:
             hint = ", or add --no-page" if name == "gradio" else ""
@@ -56,9 +61,14 @@ def serve(
 
     name = model if model is not None else default_model()
     listener = bind(host, port)
-    queue = RequestQueue(
-        lambda: Transcriber.load(name, device=device), Options(batch_size=batch_size), max_requests=max_queue
-    )
+    options = Options(num_beams=num_beams, draft=draft, batch_size=batch_size)
+
+    def load() -> Transcriber:
+        transcriber = Transcriber.load(name, device=device)
+        transcriber.recognizer.drafter(options)  # an error now, and not with every request
+        return transcriber
+
+    queue = RequestQueue(load, options, max_requests=max_queue)
     mount = None
     with tempfile.TemporaryDirectory(prefix="tinyaudio-") as folder:
         if not no_page:

@@ -68,7 +68,7 @@ def write_with_drafts(
         proposals = [remainders[row].proposal()[: budgets[row] - len(texts[row].token_ids) - 1] for row in rows]
         given = [[*texts[row].token_ids[-1:], *proposal] for row, proposal in zip(rows, proposals, strict=True)]
         width = max(map(len, given))
-        ids = torch.tensor([[*block, *[eos_token_id] * (width - len(block))] for block in given], dtype=torch.long)
+        ids = torch.tensor([[*block, *[0] * (width - len(block))] for block in given], dtype=torch.long)
         block = embed(ids.to(mask.device))
         if is_first:
             block = torch.cat([embeds, block], dim=1)

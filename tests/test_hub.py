@@ -121,7 +121,7 @@ def world(tmp_path_factory):
         soundfile.write(clip, 0.1 * np.sin(np.arange(16_000) / 20), 16_000)
         extract_it = ["extract", "--recipe", name, "--store", "store", "--set", f"store.rows_per_shard={SHARD_ROWS}"]
         train = ["train", "--recipe", name, "--store", "store", "--run", "run", "--device", "cpu"]
-        for key in ("steps=2", "warmup_steps=1", "eval_every=2", "eval_utterances=2", "save_every=2"):
+        for key in ("steps=2", "ctc_steps=1", "warmup_steps=1", "eval_every=2", "eval_utterances=2", "save_every=2"):
             train += ["--set", f"train.{key}"]
         commands = {
             "plan": [*extract_it, "--plan", "--json"],

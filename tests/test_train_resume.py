@@ -126,8 +126,9 @@ def test_sigkill_leaves_no_trace(recipe_file, store, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_sigkills_leave_no_trace(recipe_file, store, tmp_path):
-    text = recipe_file.read_text().replace("steps = 6", "steps = 30").replace("every = 2", "every = 1")
+@pytest.mark.parametrize("steps", ["steps = 30", "steps = 15\nctc_steps = 15\nctc_weight = 0.3"], ids=["plain", "ctc"])
+def test_twenty_sigkills_leave_no_trace(recipe_file, store, tmp_path, steps):
+    text = recipe_file.read_text().replace("steps = 6", steps).replace("every = 2", "every = 1")
     recipe_file = tmp_path / "long.toml"
     recipe_file.write_text(text)
     stage_two(recipe_file, store, tmp_path / "whole")

@@ -180,7 +180,7 @@ def test_a_phase_alone_needs_no_step_through_the_decoder(recipe_file, store, tmp
 
 def test_no_steps_at_all_are_refused():
     with pytest.raises(RecipeError, match="steps and ctc_steps are both 0"):
-        load_recipe("demo", ["train.steps=0"])
+        load_recipe("demo", ["train.steps=0", "train.ctc_steps=0"])
 
 
 def test_a_run_without_ctc_is_not_touched_by_it(recipe_file, store, tmp_path):

@@ -32,6 +32,7 @@ from pipelines.train.batches import BATCHES_AHEAD, TrainingBatches, pad_labels
 from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.ctc import TokenCTC
 from tinyaudio.model.encoder import encoder_inputs
+from tinyaudio.model.frozen import place
 from tinyaudio.model.loss import summed_cross_entropy
 from tinyaudio.model.modeling_tinyaudio import IGNORED_LABEL, TinyAudioForConditionalGeneration
 from tinyaudio.model.prompt import assemble, pad_right
@@ -361,7 +362,7 @@ def peak_ctc_bytes(device: torch.device, *, is_full: bool, num_rows: int = CTC_R
     """Measure the CTC loss over all tokens of SmolLM3's vocabulary, from projected frames to their gradient."""
     torch.manual_seed(0)
     embeddings = torch.randn(VOCABULARY, LOSS_WIDTH, device=device)
-    head = TokenCTC(VOCABULARY, LOSS_WIDTH).to(device)
+    head = place(TokenCTC(VOCABULARY, LOSS_WIDTH), device)
     projected = torch.randn(num_rows, CTC_FRAMES, LOSS_WIDTH, device=device, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (num_rows, CTC_TOKENS), device=device)
     lengths, num_tokens = [CTC_FRAMES] * num_rows, [CTC_TOKENS] * num_rows

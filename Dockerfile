@@ -9,7 +9,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 COPY constraints.txt ./
 # torch first and alone, so that a change of the code does not download it again.
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+-i "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY tinyaudio tinyaudio
 COPY cache cache

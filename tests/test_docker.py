@@ -86,7 +86,7 @@ def test_the_build_argument_is_expanded_by_a_plain_shell(instructions, index):
         text=True,
         check=True,
     ).stdout.split()
-    expected = ["--index-url", index] if index else []
+    expected = ["-i", index] if index else []
     assert shown == ["--constraint", "constraints.txt", *expected, "torch"]
 
 

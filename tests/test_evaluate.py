@@ -153,7 +153,7 @@ def test_an_evaluation_that_is_declined_before_it_starts_changes_nothing(folder:
     def say_no(missing: Sequence[Utterance]) -> None:
         asked.append([one.utterance_id for one in missing])
         with pytest.raises(EvaluationError, match="another process"), claimed(tmp_path / "out"):
-            pass  # the folder is ours while somebody is asked
+            pass  # this process holds the folder while a provider is asked
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

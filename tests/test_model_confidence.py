@@ -189,7 +189,7 @@ def test_words_that_were_heard_as_others_are_not_unheard(text, pattern, expected
         ("", "____", []),
     ],
 )
-def test_letters_that_nobody_wrote_are_missing(text, pattern, expected):
+def test_letters_that_are_not_in_the_text_are_missing(text, pattern, expected):
     found = listened(text, pattern).missing
     assert [edge for span in found for edge in span] == pytest.approx([edge for span in expected for edge in span])
 

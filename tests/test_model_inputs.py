@@ -255,7 +255,7 @@ def test_an_address_that_fails_is_one_line(server, monkeypatch, path, message):
     assert "\n" not in str(raised.value)
 
 
-def test_addresses_that_nobody_answers_are_one_line(model, processor, spoken):
+def test_addresses_without_a_server_are_one_line(model, processor, spoken):
     for address in ("http://127.0.0.1:9/x.wav", "http://", "http://[::", "https://127.0.0.1:9/"):
         bad, good = Transcriber(model, processor).stream([address, spoken[0][0]], **FEW)
         assert address in str(bad.error)

@@ -64,7 +64,7 @@ def load_encoder_with_head(
 
     Returns:
         The encoder, with the same weights as without its head; and the head, None where the checkpoint has none or
-        nobody knows its alphabet.
+        its alphabet is unknown.
     """
     alphabet = alphabet or load_alphabet(encoder_id, revision)
     if alphabet is None:

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two busy-waiting pools on
 import numpy as np
 import pytest
 import torch
+from bundled import DEMO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     HubertConfig,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
+from tinyaudio.model.encoder import load_encoder_with_head, load_feature_extractor
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.prompt import prompt_ids
@@ -266,3 +268,18 @@ def write_recipe(path: Path, corpus_folder: Path, encoder_folder: Path, decoder_
         """
     )
     return path
+
+
+@pytest.fixture
+def with_head(model: TinyAudioForConditionalGeneration, ctc_folder: Path) -> TinyAudioForConditionalGeneration:
+    """The tiny model with an encoder that has a CTC head of letters."""
+    encoder, head = load_encoder_with_head(str(ctc_folder))
+    model.attach(encoder=encoder, ctc_head=head)
+    return model
+
+
+@pytest.fixture(scope="session")
+def bundled_encoder():
+    """The demo's encoder, its CTC head and its feature extractor."""
+    encoder, head = load_encoder_with_head(str(DEMO / "encoder"))
+    return encoder, head, load_feature_extractor(str(DEMO / "encoder"))

@@ -5,24 +5,21 @@
 
 import itertools
 import random
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
+from bundled import utterances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyaudio.model import loss, recognize
 from tinyaudio.model.align import BLANK, SPACE, _words, align, align_words
-from tinyaudio.model.audio import load_audio
 from tinyaudio.model.confidence import no_speech_probs, tokens_of_words, word_probabilities
-from tinyaudio.model.encoder import encode, encoder_inputs, load_encoder_with_head, load_feature_extractor
+from tinyaudio.model.encoder import encode, encoder_inputs
 from tinyaudio.model.prompt import transcript_ids
 from tinyaudio.transcribe import Transcriber
 
-DEMO = Path(__file__).parent.parent / "pipelines/demo"
 LETTERS = {BLANK: 0, SPACE: 1, **{letter: i + 2 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz'")}}
 FEW = {"num_beams": 1, "max_new_tokens": 4}
 
@@ -210,13 +207,6 @@ def test_no_speech_is_told_by_the_clearest_letters():
 # ---------------------------------------------------------------------------------------------------- in transcripts
 
 
-@pytest.fixture
-def with_head(model, ctc_folder):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
-    return model
-
-
 def test_confidence_changes_no_text_and_no_score_depends_on_the_batch(with_head, processor, spoken):
     transcriber, sources = Transcriber(with_head, processor), [samples for samples, _ in spoken[:6]]
     plain = transcriber.transcribe(sources, **FEW)
@@ -266,20 +256,12 @@ def test_nothing_is_scored_unless_asked(with_head, processor, spoken, monkeypatc
 # ---------------------------------------------------------------------------------------------------- how well
 
 
-@pytest.fixture(scope="module")
-def bundled():
-    encoder, head = load_encoder_with_head(str(DEMO / "encoder"))
-    return encoder, head, load_feature_extractor(str(DEMO / "encoder"))
+def spoken_words(split, count):
+    return [(text.split(), samples) for _, text, samples in utterances(split, count)]
 
 
-def utterances(split, count):
-    (path,) = (DEMO / "corpus").glob(f"{split}-0*.parquet")
-    rows = pyarrow.parquet.read_table(path).slice(0, count).to_pylist()
-    return [(row["text"].split(), load_audio(row["wav"]["bytes"])) for row in rows]
-
-
-def heard_in(bundled, recordings):
-    encoder, head, extractor = bundled
+def heard_in(bundled_encoder, recordings):
+    encoder, head, extractor = bundled_encoder
     found = []
     for samples in recordings:
         features, num_frames = encode(encoder, *encoder_inputs(extractor, [samples]))
@@ -287,8 +269,8 @@ def heard_in(bundled, recordings):
     return found
 
 
-def aligned_with(bundled, heard, texts):
-    head, found = bundled[1], []
+def aligned_with(bundled_encoder, heard, texts):
+    head, found = bundled_encoder[1], []
     for at in range(0, len(texts), 32):
         rows = heard[at : at + 32]
         lengths = [len(row) for row in rows]
@@ -309,11 +291,11 @@ def aligned_with(bundled, heard, texts):
         pytest.param("test_unseen", 200, 4, marks=pytest.mark.slow),
     ],
 )
-def test_planted_words_are_found_and_right_text_is_left_alone(bundled, split, count, num_planted):
-    rng, spoken = random.Random(0), utterances(split, count)
-    heard = heard_in(bundled, [samples for _, samples in spoken])
+def test_planted_words_are_found_and_right_text_is_left_alone(bundled_encoder, split, count, num_planted):
+    rng, spoken = random.Random(0), spoken_words(split, count)
+    heard = heard_in(bundled_encoder, [samples for _, samples in spoken])
     vocabulary = sorted({word for words, _ in spoken for word in words})
-    right = aligned_with(bundled, heard, [words for words, _ in spoken])
+    right = aligned_with(bundled_encoder, heard, [words for words, _ in spoken])
     inserted, replaced, deleted, places, lengths = [], [], [], [], []
     for words, _ in spoken:
         for _ in range(num_planted):
@@ -325,7 +307,7 @@ def test_planted_words_are_found_and_right_text_is_left_alone(bundled, split, co
             places.append(i)
             lengths.append(len(words[k]))
     again = [row for row in heard for _ in range(num_planted)]
-    extra, swapped, shorter = (aligned_with(bundled, again, texts) for texts in (inserted, replaced, deleted))
+    extra, swapped, shorter = (aligned_with(bundled_encoder, again, texts) for texts in (inserted, replaced, deleted))
     caught = []
     for found, texts, i in zip(extra, inserted, places, strict=True):
         near = range(max(0, i - 1), min(len(texts), i + 2))  # of two equal neighbours either may be the one
@@ -346,10 +328,10 @@ def test_planted_words_are_found_and_right_text_is_left_alone(bundled, split, co
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_words_invented_in_noise_are_unheard(bundled, count):
+def test_words_invented_in_noise_are_unheard(bundled_encoder, count):
     """Pairs of utterances with 1.5 s of noise between them, 20 dB below speech, where the text has words too many."""
     rng, random_noise = random.Random(1), np.random.default_rng(1)
-    spoken = utterances("test_unseen", 2 * count)
+    spoken = spoken_words("test_unseen", 2 * count)
     vocabulary = sorted({word for words, _ in spoken for word in words})
     recordings, texts, invented = [], [], []
     for (before, first), (after, second) in zip(spoken[::2], spoken[1::2], strict=True):
@@ -359,9 +341,9 @@ def test_words_invented_in_noise_are_unheard(bundled, count):
         phrase = [rng.choice(vocabulary) for _ in range(rng.randrange(1, 5))]
         texts.append([*before, *phrase, *after])
         invented.append(range(len(before), len(before) + len(phrase)))
-    heard = heard_in(bundled, recordings)
+    heard = heard_in(bundled_encoder, recordings)
     caught, false = [], []
-    for found, places in zip(aligned_with(bundled, heard, texts), invented, strict=True):
+    for found, places in zip(aligned_with(bundled_encoder, heard, texts), invented, strict=True):
         for i, word in enumerate(found.words):
             (caught if i in places else false).append(word.is_unheard)
     print(f"unheard: {np.mean(caught):.1%} of {len(caught)} invented words, {sum(false)} of {len(false)} spoken ones")

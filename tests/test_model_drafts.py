@@ -230,13 +230,6 @@ def test_the_command_line_knows_every_drafter():
     assert DRAFTS == KINDS
 
 
-@pytest.fixture
-def with_head(model, ctc_folder):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
-    return model
-
-
 def test_auto_takes_the_best_drafter_that_there_is(model, ctc_folder, tokenizer):
     assert open_drafter(model, tokenizer, "auto") is None
     assert open_drafter(model, tokenizer, "none") is None

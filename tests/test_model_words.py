@@ -7,12 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
+from bundled import utterances
 
 from tinyaudio.model.align import ANYTHING, BLANK, SPACE, align, align_words, spell
-from tinyaudio.model.audio import load_audio
 from tinyaudio.model.ctc_head import CTCHead, load_alphabet
 from tinyaudio.model.encoder import (
     encode,
@@ -28,7 +27,6 @@ from tinyaudio.model.recognize import Options, Recognizer
 from tinyaudio.transcribe import Transcriber
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "pipelines/demo"
 TRUTH = json.loads((ROOT / "tests/data/word_times.json").read_text())  # by python -m pipelines.demo.make.word_times
 LETTERS = {BLANK: 0, SPACE: 1, **{letter: i + 2 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz'")}}
 FEW = {"num_beams": 1, "max_new_tokens": 4}
@@ -284,20 +282,8 @@ def test_pipeline_returns_words_in_the_format_of_transformers(with_head, process
 # ---------------------------------------------------------------------------------------------------- how exact
 
 
-@pytest.fixture(scope="module")
-def demo():
-    encoder, head = load_encoder_with_head(str(DEMO / "encoder"))
-    return encoder, head, load_feature_extractor(str(DEMO / "encoder"))
-
-
-def utterances(split, count):
-    (path,) = (DEMO / "corpus").glob(f"{split}-0*.parquet")
-    rows = pyarrow.parquet.read_table(path).slice(0, count).to_pylist()
-    return [(row["ID"], row["text"], load_audio(row["wav"]["bytes"])) for row in rows]
-
-
-def timed(demo, texts, recordings, batch_size, offset_s=None):
-    encoder, head, extractor = demo
+def timed(bundled_encoder, texts, recordings, batch_size, offset_s=None):
+    encoder, head, extractor = bundled_encoder
     words = []
     for at in range(0, len(texts), batch_size):
         part = recordings[at : at + batch_size]
@@ -314,11 +300,11 @@ def timed(demo, texts, recordings, batch_size, offset_s=None):
     return words
 
 
-def edges_off(demo, split, count, **options):
+def edges_off(bundled_encoder, split, count, **options):
     """By how many seconds onsets and ends are late, where the truth is known."""
     ids, texts, recordings = zip(*utterances(split, count), strict=True)
     onsets, ends = [], []
-    for name, words in zip(ids, timed(demo, texts, recordings, 16, **options), strict=True):
+    for name, words in zip(ids, timed(bundled_encoder, texts, recordings, 16, **options), strict=True):
         for i, word in enumerate(words):
             start, end = TRUTH[name][i : i + 2]
             onsets += [] if start is None else [word.start - start / 1000]
@@ -335,24 +321,24 @@ def edges_off(demo, split, count, **options):
         pytest.param("test_unseen", 200, marks=pytest.mark.slow),
     ],
 )
-def test_words_are_where_the_synthesiser_says(demo, split, count):
-    for name, off in zip(("onsets", "ends"), edges_off(demo, split, count), strict=True):
+def test_words_are_where_the_synthesiser_says(bundled_encoder, split, count):
+    for name, off in zip(("onsets", "ends"), edges_off(bundled_encoder, split, count), strict=True):
         mean, within = np.abs(off).mean(), (np.abs(off) <= 0.08).mean()
         print(f"{split}, {len(off)} {name}: {1000 * mean:.1f} ms off on average, {within:.1%} within 80 ms")
         assert mean <= 0.025
         assert within >= 0.95
 
 
-def test_the_offset_of_the_bundled_head_is_its_median_on_dev(demo):
-    onsets, _ = edges_off(demo, "dev", 120, offset_s=0.0)
+def test_the_offset_of_the_bundled_head_is_its_median_on_dev(bundled_encoder):
+    onsets, _ = edges_off(bundled_encoder, "dev", 120, offset_s=0.0)
     measured = np.median(onsets[onsets != 0])  # a first word begins at the first sample, which no letter precedes
     print(f"median {1000 * measured:.1f} ms over {len(onsets)} words")
-    assert demo[1].offset_s == pytest.approx(measured, abs=0.002)
+    assert bundled_encoder[1].offset_s == pytest.approx(measured, abs=0.002)
 
 
-def test_words_are_the_same_at_any_batch_size(demo):
+def test_words_are_the_same_at_any_batch_size(bundled_encoder):
     _, texts, recordings = zip(*utterances("test_unseen", 16), strict=True)
-    alone, together = timed(demo, texts, recordings, 1), timed(demo, texts, recordings, 16)
+    alone, together = timed(bundled_encoder, texts, recordings, 1), timed(bundled_encoder, texts, recordings, 16)
     for one, many in zip(alone, together, strict=True):
         assert edges_of(one) == pytest.approx(edges_of(many))
 
@@ -360,8 +346,8 @@ def test_words_are_the_same_at_any_batch_size(demo):
 class TruthfulRecognizer(Recognizer):
     """Writes the words that were said in each piece, and finds their times with the bundled head."""
 
-    def __init__(self, model, processor, demo, said):
-        encoder, self.head, extractor = demo
+    def __init__(self, model, processor, bundled_encoder, said):
+        encoder, self.head, extractor = bundled_encoder
         model.encode, model.ctc_head = (lambda values, mask: encode(encoder, values, mask)), self.head
         model.target_log_probs = lambda features, num_frames, ids: [torch.zeros(len(row)) for row in ids]
         super().__init__(model, extractor, processor.tokenizer)
@@ -388,12 +374,12 @@ def joined(count, pause_s):
 
 
 @pytest.mark.parametrize(("pause_s", "window_s", "has_seams"), [(0.7, 4.0, False), (0.0, 4.0, True)])
-def test_words_are_right_across_pieces_and_seams(model, processor, demo, pause_s, window_s, has_seams):
+def test_words_are_right_across_pieces_and_seams(model, processor, bundled_encoder, pause_s, window_s, has_seams):
     """Joined at pauses, and without any, where windows overlap; pauses stay out of the words."""
     samples, said = joined(12, pause_s)
     found = []
     for batch_size in (1, 16):
-        recognizer = TruthfulRecognizer(model, processor, demo, said)
+        recognizer = TruthfulRecognizer(model, processor, bundled_encoder, said)
         options = Options(batch_size=batch_size, window_s=window_s, word_timestamps=True, num_beams=1)
         (transcript,) = recognizer.stream([samples], options)
         words = [word for segment in transcript.segments for word in segment.words]

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from pipelines.bench.models import smollm2_135m
 from pipelines.bench.race import median_ratio, race, seconds
 from tinyaudio.model.drafts import Drafter, open_drafter, vocabulary_of
 from tinyaudio.model.encoder import encoder_inputs
@@ -104,20 +105,6 @@ def measure_large(like: Sequence[Written], num_positions: int, repeats: int) -> 
         return written
 
     return _compare(plain, drafted, repeats)[0]
-
-
-def smollm2_135m() -> LlamaConfig:
-    """Return the shape of HuggingFaceTB/SmolLM2-135M: 134,515,008 parameters."""
-    return LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1_536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        eos_token_id=None,  # random weights end no text
-    )
 
 
 def _with_errors(text: Sequence[int], count: int) -> list[int]:

@@ -12,7 +12,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from transformers import HubertConfig, HubertModel, SmolLM3Config, SmolLM3ForCausalLM, Wav2Vec2FeatureExtractor
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    LlamaConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Wav2Vec2FeatureExtractor,
+)
 
 from cache import FeatureReader, FeatureStore, make_plan
 from pipelines.corpora import open_corpus
@@ -106,6 +113,20 @@ def hubert_large() -> HubertConfig:
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
         conv_bias=True,
+    )
+
+
+def smollm2_135m() -> LlamaConfig:
+    """Return the shape of HuggingFaceTB/SmolLM2-135M: 134,515,008 parameters."""
+    return LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        eos_token_id=None,  # random weights end no text
     )
 
 

@@ -16,7 +16,7 @@ from conftest import NoiseMaker, write_folder_corpus, write_recipe
 
 from pipelines.ablate import sweep as ablate_module
 from pipelines.ablate.grid import load_grid
-from pipelines.ablate.report import Outcome, agreement
+from pipelines.ablate.report import Outcome, agreement, read_wers
 from pipelines.ablate.sweep import ablate, gpus_for
 from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
@@ -301,12 +301,24 @@ def test_the_rank_correlation_is_spearmans_over_the_means_of_seeds(tmp_path):
     outcomes = [outcome(f"run-{i}", group, wer / 100) for i, (group, wer) in enumerate(here)]
     rows = [f"run-{i},{wer}" for i, wer in enumerate((0.02, 0.04, 0.02, 0.04, 0.08))]
     (tmp_path / "table.csv").write_text("\n".join(["run,dev_wer", *rows]) + "\n")
-    found = agreement(outcomes, tmp_path)
+    names = [one.name for one in outcomes]
+    found = agreement(outcomes, tmp_path, read_wers(tmp_path, names))
     expected = statistics.correlation([1, 2.5, 2.5, 4], [2, 1, 3, 4])
     assert (found.num_groups, found.best_here, found.best_there) == (4, 2, 3)
     assert abs(found.correlation - expected) < 1e-12
     (tmp_path / "table.csv").write_text("run,dev_wer\nrun-0,0.1\n")
     with pytest.raises(RunError, match="no dev WER of 4 runs, such as 'run-1'; expected the same grid"):
-        agreement(outcomes, tmp_path)
+        read_wers(tmp_path, names)
     with pytest.raises(RunError, match="expected the folder of a finished ablation"):
-        agreement(outcomes, tmp_path / "none")
+        read_wers(tmp_path / "none", names)
+
+
+def test_what_cannot_be_compared_is_said_before_the_first_run(recipe_file, store, tmp_path):
+    grid = load_grid(write_grid(tmp_path / "grid.toml", recipe_file, '"projector.hidden_size" = [8, 16]'))
+    with pytest.raises(RunError, match="expected the folder of a finished ablation"):
+        ablate(grid, store, tmp_path / "out", device="cpu", say=lambda _: None, against=tmp_path / "none")
+    single = load_grid(write_grid(tmp_path / "single.toml", recipe_file, '"train.seed" = [0, 1]'))
+    (tmp_path / "table.csv").write_text("run,dev_wer\nseed-0,0.1\nseed-1,0.2\n")
+    with pytest.raises(RunError, match="expected at least two, found 1"):
+        ablate(single, store, tmp_path / "out", device="cpu", say=lambda _: None, against=tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -137,14 +137,15 @@ class Agreement:
         )
 
 
-def agreement(outcomes: Sequence[Outcome], other: Path) -> Agreement:
-    """Compare the ranking with that of a finished ablation of the same grid.
+def read_wers(other: Path, names: Sequence[str]) -> dict[str, float]:
+    """Read the dev WER of each run of a finished ablation.
 
     Args:
         other: its folder, with table.csv.
+        names: of the runs that it has to have.
 
     Raises:
-        RunError: it has no table, or not the same runs.
+        RunError: it has no table, or not these runs.
     """
     table = other / "table.csv"
     if not table.is_file():
@@ -153,14 +154,21 @@ def agreement(outcomes: Sequence[Outcome], other: Path) -> Agreement:
         )
     rows = {row["run"]: row["dev_wer"] for row in csv.DictReader(io.StringIO(table.read_text()))}
     wers = {name: float(wer) for name, wer in rows.items() if wer not in ("", "None")}
-    if missing := [one.name for one in outcomes if one.name not in wers]:
+    if missing := [name for name in names if name not in wers]:
         raise RunError(
             f"{str(table)!r} has no dev WER of {len(missing)} runs, such as {missing[0]!r}; expected the same grid"
         )
+    return wers
+
+
+def agreement(outcomes: Sequence[Outcome], other: Path, wers: Mapping[str, float]) -> Agreement:
+    """Compare the ranking of at least two groups with that of a finished ablation of the same grid.
+
+    Args:
+        other: its folder. wers: as `read_wers`.
+    """
     measure = Measure.of(outcomes)
     groups = list(measure.groups(outcomes).values())
-    if len(groups) < 2:
-        raise RunError("expected at least two combinations of settings besides the seed, to rank them; found 1")
     here = _ranks([statistics.mean(map(measure.final, runs)) for runs in groups])
     there = _ranks([statistics.mean(wers[one.name] for one in runs) for runs in groups])
     is_constant = len(set(here)) == 1 or len(set(there)) == 1

@@ -23,7 +23,7 @@ import torch
 from cache import FeatureStore
 from cache.errors import StoreNotFoundError
 from pipelines.ablate.grid import Cell, Grid
-from pipelines.ablate.report import Agreement, Outcome, agreement, plot, tabulate, tabulate_runs
+from pipelines.ablate.report import Agreement, Outcome, agreement, plot, read_wers, tabulate, tabulate_runs
 from pipelines.errors import RunError
 from pipelines.files import write_text
 from pipelines.train.run_table import Table
@@ -114,6 +114,9 @@ def ablate(
         path = grid.stores.get(cell.recipe.store.encoding) or store or Path("data") / cell.recipe.name
         tasks.append(_Task(cell=cell, store=path, folder=(output / cell.name).resolve(), device=device))
     _check(grid, store, tasks)
+    wers = {} if against is None else read_wers(against, [cell.name for cell in grid.cells])
+    if against is not None and len({cell.group for cell in grid.cells}) < 2:
+        raise RunError("--against ranks combinations of settings besides the seed; expected at least two, found 1")
     unfinished = [task for task in tasks if not Run(task.folder).is_finished]
     num_skipped = len(tasks) - len(unfinished)
     say(f"{len(tasks)} runs, {num_skipped} of them finished before")
@@ -147,7 +150,8 @@ def ablate(
     write_text(output / "table.csv", tabulate_runs(outcomes).to_csv())
     if outcomes:
         plot(outcomes, output / "plot.png")
-    compared = None if against is None else agreement(outcomes, against)
+    # With failed runs the means are of other seeds here than there.
+    compared = None if against is None or failed else agreement(outcomes, against, wers)
     say(f"done in {time.monotonic() - started:.0f} s")
     return Ablation(
         output=output,

@@ -151,7 +151,10 @@ def load_frozen(
         ModelError: the files are not a model of this class, or damaged; or the package `gguf` is missing.
     """
     if not Path(model_id).is_dir() and not is_hub_id(model_id):
-        raise MissingModelError(f"expected a model folder or a hub id such as 'owner/name', found {model_id!r}")
+        raise MissingModelError(
+            f"expected a model folder or a hub id such as 'owner/name', found {model_id!r}. Check the path, or name a "
+            "copy: --encoder-id or --decoder-id, in a recipe encoder.id or decoder.id"
+        )
     if Path(model_id).is_dir() and gguf_file is None:
         check_files(Path(model_id))
     if gguf_file is not None:

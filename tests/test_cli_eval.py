@@ -235,3 +235,4 @@ def test_a_draft_that_cannot_be_used_is_refused(
     result = run_eval(str(checkpoint), "--corpus", str(corpus), "--output", str(tmp_path / "out"), *options)
     assert result.exit_code != 0
     assert reason in f"{result.output} {result.exception}"
+    assert not (tmp_path / "out").exists(), "nothing is left of an evaluation that did not begin"

@@ -1,5 +1,6 @@
 """The `eval` command."""
 
+import contextlib
 import json as json_module
 import math
 import sys
@@ -163,7 +164,12 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)  # an unusable folder is reported before a model is loaded for it
 
     # Decode, score, report.
-    opened: Any = open_provider(provider, replace(options, output=folder))
+    try:
+        opened: Any = open_provider(provider, replace(options, output=folder))
+    except BaseException:
+        with contextlib.suppress(OSError):  # with an earlier evaluation in it, it is not empty and stays
+            folder.rmdir()
+        raise
 
     def on_missing(missing: Any) -> None:
         if not missing:

@@ -36,13 +36,16 @@ class TinyAudioProvider:
 
     @classmethod
     def load(cls, options: ProviderOptions) -> "TinyAudioProvider":
-        """Load a checkpoint folder or hub id; errors as `Transcriber.load`."""
+        """Load a checkpoint folder or hub id; errors as `Transcriber.load`, and for drafts as `Recognizer.drafter`."""
         if options.model is None:
             raise EvaluationError("provider 'tinyaudio' needs a model: a run's folder or a hub id")
         if options.draft != "auto" and not options.guard:
             raise EvaluationError(f"--draft {options.draft} and --no-guard: the model alone takes no drafts. Omit one")
         loaded = Transcriber.load(options.model, device=options.device, revision=options.revision)
-        return cls(transcriber=loaded, options=options)
+        provider = cls(transcriber=loaded, options=options)
+        if options.guard:
+            provider.transcriber.recognizer.drafter(provider._options())  # an error now, before a folder has files
+        return provider
 
     def _decoding(self) -> dict[str, Any]:
         own = self.transcriber.model.generation_config

@@ -160,7 +160,8 @@ def test_the_draft_is_found_again_behind_what_was_written():
     assert left("", " dog") == ""
 
 
-def test_the_remainder_is_nearest_by_edit_distance():
+def test_the_remainder_is_nearest_by_edit_distance(monkeypatch):
+    monkeypatch.setattr("tinyaudio.model.drafts.AFTER_A_MISS", None)  # the whole remainder shows where it begins
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abc", k=rng.randint(1, 3))) for _ in range(40)]
     for _ in range(200):
@@ -188,6 +189,16 @@ def test_agreement_is_where_the_draft_is_anchored():
     remainder.proposal()
     remainder.advance(1, 3)
     assert remainder.proposal() == [1, 2], "another word stands for the second"
+
+
+def test_after_a_pass_that_accepted_nothing_few_tokens_are_proposed():
+    """Until a pass accepts one again."""
+    remainder = Remainder(list(range(20)), [f" {n:02}" for n in range(21)])
+    assert remainder.proposal() == list(range(20))
+    remainder.advance(0, 20)
+    assert remainder.proposal() == [1, 2, 3, 4], "another word stands for the first"
+    remainder.advance(1, 20)
+    assert remainder.proposal() == list(range(3, 20))
 
 
 def test_a_draft_of_something_else_is_given_up():

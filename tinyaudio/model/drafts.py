@@ -21,6 +21,8 @@ from .prompt import many_transcript_ids
 KINDS = ("auto", "projector", "encoder", "none")
 # Characters that the decoder writes without finding the draft again, a dozen words, until the draft is given up.
 LONGEST_UNMATCHED = 64
+# Tokens proposed after a pass that accepted none: a pass over many positions is not free, and a poor draft wastes them.
+AFTER_A_MISS = 4
 
 
 class Drafter(Protocol):
@@ -136,15 +138,17 @@ class Remainder:
     def __init__(self, draft: Sequence[int], vocabulary: Sequence[str]) -> None:
         self._left, self._vocabulary = list(draft), vocabulary
         self._num_skipped = 0  # tokens of `_left` that stand for `_unmatched`
+        self._has_missed = False  # whether the last pass accepted nothing
         self._unmatched = ""  # what the decoder wrote since it last agreed with the draft
 
     def proposal(self) -> list[int]:
         """Return the token ids that the draft expects next."""
         self._num_skipped = self._align()
-        return self._left[self._num_skipped :]
+        return self._left[self._num_skipped :][: AFTER_A_MISS if self._has_missed else None]
 
     def advance(self, num_accepted: int, token_id: int) -> None:
         """Take note of what was written: so many tokens of the proposal, then another token of the decoder's own."""
+        self._has_missed = not num_accepted
         if num_accepted:
             self._left, self._unmatched = self._left[self._num_skipped + num_accepted :], ""
         self._unmatched += self._vocabulary[token_id]

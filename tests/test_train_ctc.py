@@ -13,6 +13,7 @@ from pipelines.errors import RecipeError
 from pipelines.recipes import load_recipe
 from pipelines.train.batches import ctc_coverage
 from pipelines.train.runs import Run
+from pipelines.train.stage import train
 from pipelines.train.targets import tokenize
 from tinyaudio.model import ctc as ctc_module
 from tinyaudio.model.ctc import TokenCTC
@@ -176,6 +177,19 @@ def test_a_phase_alone_needs_no_step_through_the_decoder(recipe_file, store, tmp
     assert (report.is_finished, report.steps, report.dev_wer) == (True, 4, None)
     assert report.ctc_wer is not None
     assert "by CTC alone" in str(report)
+
+
+@pytest.mark.parametrize("stop_after", [None, 3])
+def test_what_the_phase_reached_is_not_reported_once_it_is_outdated(recipe_file, store, tmp_path, stop_after):
+    """Without a weight, training through the decoder destroys it; also told after a resume."""
+    settings = ("train.ctc_steps=2", "train.steps=4", "train.save_every=1")
+    recipe, run = load_recipe(str(recipe_file), settings), Run(tmp_path / "run")
+    if stop_after is not None:
+        train(recipe, store, run, device="cpu", say=lambda _: None, stop_after=stop_after)
+    report = train(recipe, store, run, device="cpu", say=lambda _: None, resume=stop_after is not None)
+    assert sorted(logged(run.folder, "dev_ctc_wer")) == [2]
+    assert (report.is_finished, report.ctc_wer) == (True, None)
+    assert "by CTC alone" not in str(report)
 
 
 def test_no_steps_at_all_are_refused():

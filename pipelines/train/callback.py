@@ -42,7 +42,7 @@ class TrainingCallback(TrainerCallback):
         self.trainer: Any = None  # set once it exists; dev metrics are logged through it
         self.last_loss: float | None = None
         self.last_wer: float | None = None
-        self.last_ctc_wer: float | None = None
+        self.last_ctc_wer: float | None = None  # of the last evaluation; training without the weight outdates it
         self.evaluated_step: int | None = None
         self.num_utterances = 0.0
         self.uses_audio = self.has_warned = False
@@ -52,10 +52,9 @@ class TrainingCallback(TrainerCallback):
         """Restore the state from the metrics of earlier parts of the run, up to a step."""
         for entry in (entry for entry in self.run.metrics() if entry["step"] <= step):
             self.last_loss = entry.get("decoder_loss", entry.get("loss", self.last_loss))
-            self.last_ctc_wer = entry.get("dev_ctc_wer", self.last_ctc_wer)
-            self.last_wer = entry.get("dev_wer", self.last_wer)
             if "dev_wer" in entry or "dev_ctc_wer" in entry:
                 self.evaluated_step = entry["step"]
+                self.last_wer, self.last_ctc_wer = entry.get("dev_wer", self.last_wer), entry.get("dev_ctc_wer")
             self._note_use_of_audio(entry)
 
     def has_evaluated(self, step: int) -> bool:
@@ -148,8 +147,9 @@ class TrainingCallback(TrainerCallback):
             self.last_wer = errors.wer
             metrics |= {f"dev_{key}": value for key, value in errors.to_dict().items()}
             words.append(f"dev {errors}")
-        if draft is not None:
-            self.last_ctc_wer = metrics["dev_ctc_wer"] = count_word_errors(*draft).wer
+        self.last_ctc_wer = None if draft is None else count_word_errors(*draft).wer
+        if self.last_ctc_wer is not None:
+            metrics["dev_ctc_wer"] = self.last_ctc_wer
             words.append(f"dev WER by CTC alone {100 * self.last_ctc_wer:.2f} %")
         if audio is not None:
             metrics |= {"dev_loss": audio.own, "dev_loss_other_audio": audio.other, "dev_listening_gain": audio.gain}

@@ -36,7 +36,8 @@ def test_dev_run_does_one_step_of_everything_and_asks_nothing(recipe_file, store
     monkeypatch.setattr("builtins.input", lambda _="": pytest.fail("asked a question on stdin"))
     lines: list[str] = []
     done = dev_run(load_recipe(str(recipe_file), ["train.overfit_utterances=3"]), store, device="cpu", say=lines.append)
-    assert any("stopped at step 1 of 2" in line for line in lines)
+    assert [line.split()[1] for line in lines if "loss " in line] == ["1/2", "2/2"], lines
+    assert not any("--resume" in line for line in lines), "the folder is temporary"
     assert "trained, evaluated, saved, loaded and resumed" in str(done)
     assert (done.to_dict()["steps"], done.peak_memory_bytes > 0) == (2, True)
 

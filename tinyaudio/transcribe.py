@@ -132,8 +132,11 @@ class Transcriber:
         return replace(transcript, model=self.name, revision=self.revision, version=__version__)
 
 
-def default_model() -> str:
+def default_model(how: str = "") -> str:
     """Return the model to use if none is named: $TINYAUDIO_MODEL, else runs/latest.
+
+    Args:
+        how: for the error, how the caller takes a model, such as " with --model".
 
     Raises:
         MissingModelError: neither exists.
@@ -145,7 +148,7 @@ def default_model() -> str:
         return str(LATEST_RUN)
     raise MissingModelError(
         f"no model found: ${MODEL_VARIABLE} is not set and {str(LATEST_RUN)!r} contains no model. "
-        "Name the folder of a run or a hub id (transcribe: --model), or train the demo's model with `make demo`"
+        f"Name a run folder or a hub id{how}, or run `make demo`"
     )
 
 

@@ -262,7 +262,7 @@ def _train(
     if is_main:
         run.adopt_model(newest)
         run.update({"is_finished": report.is_finished, "report": report.to_dict()})
-    if not report.is_finished:
+    if not report.is_finished and not is_dev_run:
         say(
             f"stopped at step {steps} of {settings.all_steps}, saved. "
             f"Run the same command with --run {run.folder} --resume to continue"

@@ -59,7 +59,7 @@ def serve(
     from tinyaudio.request_queue import RequestQueue
     from tinyaudio.transcribe import Transcriber, default_model
 
-    name = model if model is not None else default_model()
+    name = model if model is not None else default_model(" with --model")
     listener = bind(host, port)
     options = Options(num_beams=num_beams, draft=draft, batch_size=batch_size)
 

@@ -40,7 +40,9 @@ def transcribe(
     model: ModelOption = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "--output-format", "-f", help="Files to write: txt,srt,vtt,tsv,json or all."),
+        typer.Option(
+            "--format", "--output-format", "-f", metavar="FORMATS", help="Files to write: txt,srt,vtt,tsv,json or all."
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -197,10 +199,12 @@ def _run(
             import torch
 
             from tinyaudio.model.audio import probe_duration_s
-            from tinyaudio.transcribe import Transcriber
+            from tinyaudio.transcribe import Transcriber, default_model
 
             if threads is not None:
                 torch.set_num_threads(threads)
+            if load["model"] is None:
+                load["model"] = default_model(" with --model")
             transcriber = Transcriber.load(**load)
             total_s: float | None = None
             if bar.is_drawn:

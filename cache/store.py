@@ -125,13 +125,15 @@ class FeatureStore:
         """List the shards that are not written yet.
 
         Args:
-            part: (i, N): only the shards that are i modulo N, for the i-th of N machines.
+            part: (i, N): only the i-th of N runs of neighbouring shards, which share sources. Runs differ in length by
+                one shard at most.
         """
         index, parts = part
         if not 0 <= index < parts:
             raise ValueError(f"part {index}/{parts} does not exist; number the {parts} parts from 0 to {parts - 1}.")
         done = set(self.committed_shards())
-        return [shard for shard in range(index, self.num_shards, parts) if shard not in done]
+        first, end = index * self.num_shards // parts, (index + 1) * self.num_shards // parts
+        return [shard for shard in range(first, end) if shard not in done]
 
     def commit(self, shard: int) -> Commit:
         """Read a shard's commit record; errors as `commits.read_commit`."""

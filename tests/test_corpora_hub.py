@@ -4,11 +4,14 @@ import io
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from cache_stores import create
 from corpus_files import audio_of, loquacious, two_files, wav, write_parquet
 from hub_replica import CDN, DEMO, Fault, Hub, Request
 
@@ -146,11 +149,17 @@ def write_small(folder: Path) -> None:
         write_parquet(folder / f"train-0000{part}-of-00002.parquet", loquacious(4, first=4 * part), row_group_size=2)
 
 
-def write_speech(folder: Path) -> None:
+def write_speech(folder: Path, group_rows: int = 40) -> None:
     """Two files of six row groups of 40 rows, 16 minutes of the bundled speech."""
     table = pq.read_table(DEMO / "corpus" / "train-00000-of-00001.parquet")
     for part in range(2):
-        pq.write_table(table.slice(240 * part, 240), folder / f"train-0000{part}-of-00002.parquet", row_group_size=40)
+        path = folder / f"train-0000{part}-of-00002.parquet"
+        pq.write_table(table.slice(240 * part, 240), path, row_group_size=group_rows)
+
+
+def write_small_groups(folder: Path) -> None:
+    """The same in 48 row groups of ten."""
+    write_speech(folder, 10)
 
 
 @pytest.fixture
@@ -233,6 +242,17 @@ def to_hub(log: list[Request]) -> list[Request]:
     return [request for request in log if "/resolve/" in request.path and not request.path.startswith(CDN)]
 
 
+def plan_shards(source_ids: list[str], size: int = 60) -> list[list[str]]:
+    """Cut utterances into shards as a plan does: each leaves a long one, which fits no block, to the next."""
+    cuts = range(size, len(source_ids), size)
+    moved = {cut: source_ids[cut - 7] for cut in cuts}
+    shards = [source_ids[first : first + size] for first in (0, *cuts)]
+    for shard, before, source_id in zip(shards[1:], shards, moved.values(), strict=False):
+        before.remove(source_id)
+        shard.insert(0, source_id)
+    return shards
+
+
 @pytest.mark.parametrize("near_hub", [write_speech], indirect=True)
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_shards_that_divide_row_groups_fetch_each_once_and_ask_the_hub_once_a_file(
@@ -248,9 +268,9 @@ def test_shards_that_divide_row_groups_fetch_each_once_and_ask_the_hub_once_a_fi
     assert len(to_hub(hub.log)) == 2
     del hub.log[:]
     with Decoder(corpus, num_processes, 30.0, is_hub=True) as decoder:
-        futures = [decoder.submit(source_ids[first : first + 60]) for first in range(0, 480, 60)]
+        futures = [decoder.submit(shard) for shard in plan_shards(source_ids)]
         decoded = [one for shard in futures for one in decoder.collect(shard)[0]]
-    assert [source_id for source_id, _ in decoded] == source_ids
+    assert sorted(source_id for source_id, _ in decoded) == sorted(source_ids)
     assert not [outcome for _, outcome in decoded if isinstance(outcome, str)]
     assert len(to_hub(hub.log)) <= 2 * num_processes  # a process begins with an empty memory
     assert len(to_hub(hub.log)) * 4 <= 48
@@ -261,11 +281,52 @@ def test_shards_that_divide_row_groups_fetch_each_once_and_ask_the_hub_once_a_fi
 
 
 @pytest.mark.parametrize("near_hub", [write_speech], indirect=True)
+def test_shards_decoded_at_once_read_a_row_group_in_their_order(near_hub, monkeypatch):
+    """The second shard's part of a row group is ready to be read while the first one's is not."""
+    hub, corpus = near_hub
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    del hub.log[:]
+    read_audio = HubCorpus.read_audio
+
+    def slow_at_first(self, wanted):
+        time.sleep(0.3 if source_ids[0] in wanted else 0.0)
+        return read_audio(self, wanted)
+
+    monkeypatch.setattr(HubCorpus, "read_audio", slow_at_first)
+    with Decoder(corpus, 0, 30.0, is_hub=True) as decoder:
+        futures = [decoder.submit(source_ids[first : first + 10]) for first in range(0, 40, 10)]
+        assert [len(decoder.collect(shard)[0]) for shard in futures] == [10] * 4
+    assert len([request for request in hub.log if request.num_bytes > 40_000]) == 1
+
+
+@pytest.mark.parametrize("near_hub", [write_small_groups], indirect=True)
+def test_processes_that_divide_a_corpus_fetch_hardly_more_than_one(near_hub, tmp_path):
+    """Every shard divides a row group. When each process made every other shard, both parts were fetched: 1.99 times
+    the audio."""
+    hub, corpus = near_hub
+    source_ids = corpus.scan("train")["source_id"].to_pylist()
+    shards = plan_shards(source_ids, 15)
+    ids = [f"u{i}" for i in range(len(shards))]
+    store = create(tmp_path / "store", {name: np.zeros((60, 8), np.float32) for name in ids})
+    assert store.num_shards == len(shards)
+    copies = [pickle.loads(pickle.dumps(corpus)) for _ in range(2)]
+    del hub.log[:]
+    for rank, copy in enumerate(copies):
+        with Decoder(copy, 0, 30.0, is_hub=True) as decoder:
+            mine = [decoder.submit(shards[number]) for number in store.pending_shards((rank, 2))]
+            assert all(decoder.collect(shard)[0] for shard in mine)
+    audio = [request.num_bytes for request in hub.log if 8 < request.num_bytes < 100_000]  # the rest are footers
+    assert len(audio) == 49  # the row group that the two divide, and 47 others
+    assert sum(audio) <= 1.03 * corpus.audio_bytes("train")
+
+
+@pytest.mark.parametrize("near_hub", [write_speech], indirect=True)
 def test_a_row_group_can_be_read_again_from_its_beginning(near_hub):
     _, corpus = near_hub
     source_ids = corpus.scan("train")["source_id"].to_pylist()
     whole = dict(corpus.read_audio(source_ids[:40]))
-    for chosen in (source_ids[:10], source_ids[10:30], source_ids[5:12], source_ids[30:40], source_ids[:40]):
+    parts = (slice(10), slice(10, 30), slice(5, 12), slice(30, 40), slice(40), slice(8, 40, 2), slice(9, 40, 2))
+    for chosen in (source_ids[part] for part in parts):
         assert dict(corpus.read_audio(chosen)) == {source_id: whole[source_id] for source_id in chosen}
     rows = corpus.read_audio(source_ids[:10])
     next(rows)

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
+from cache_stores import create, make_features
 from extractions import INT8, same_content, spoil, stage_one
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +22,7 @@ from cache import store_merge
 from cache.errors import StoreMismatchError
 from cache.owners import Owner
 from pipelines.errors import PipelineError
+from pipelines.extract.shard_pipeline import begin_elsewhere
 from pipelines.extract.stage import join
 from pipelines.processes import Place
 from pipelines.recipes import load_recipe
@@ -36,6 +40,27 @@ def test_parts_write_disjoint_shards_of_one_plan_and_the_last_one_seals(recipe_f
     assert [report.is_complete for report in reports] == [False, False, True]
     assert sum(report.shards_written for report in reports) == reports[0].shards_total
     assert same_content(store, tmp_path / "parts")
+
+
+def test_processes_without_parts_make_runs_of_neighbouring_shards(tmp_path):
+    """Most row groups are divided by two shards; a process that made every other shard would fetch both parts."""
+    store = create(tmp_path / "store", make_features([60] * 64))
+    waiting, maker = [deque(store.pending_shards()) for _ in range(3)], {}
+    turns = [rank for _ in range(64) for rank in (0, 0, 1, 2)]  # the first is twice as fast
+    for rank in turns:
+        while waiting[rank]:
+            shard = waiting[rank].popleft()
+            writer = store.write_shard(shard)
+            if writer is not None:
+                with writer:
+                    maker[shard] = rank
+                    frames = np.zeros((60, 8), np.float32)
+                    writer.append(f"u{shard}", frames, num_samples=19_280, duration_s=1.2, transcript="")
+                break
+            waiting[rank].rotate(-begin_elsewhere(store, waiting[rank]))
+    assert sorted(maker) == list(range(64))
+    assert sum(maker[shard] != maker[shard - 1] for shard in range(1, 64)) <= 8
+    assert {rank: list(maker.values()).count(rank) for rank in range(3)} == {0: 32, 1: 16, 2: 16}
 
 
 def test_helping_others_reports_shares_that_are_shares(recipe_file, tmp_path):

@@ -3,7 +3,7 @@
 Planning reads the footer and the metadata columns of each row group. Only if a corpus has no column of durations are
 the recordings read, since their headers then give them. Audio is read page by page, so memory does not depend on the
 size of a row group. Where two shards divide a row group on the hub, its reading stops and is continued for the second
-one, and footers are kept, so that nothing is fetched twice by one process.
+one; what the first one passed over is kept, and so are footers. So nothing is fetched twice by one process.
 
 A source_id is "split:file:row group:row", the last three being numbers.
 """
@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +36,8 @@ READ_ROWS = 32
 SCAN_THREADS = 16  # files on the hub whose metadata is read at the same time
 
 FOOTERS_KEPT = 64  # of files; about 100 kB each
-GROUPS_KEPT = 4  # row groups whose reading stopped in the middle; at most READ_BYTES and READ_ROWS recordings each
+GROUPS_KEPT = 8  # row groups that were not read to their end; at most READ_BYTES and READ_ROWS recordings each
+PASSED_KEPT = 8  # recordings of a row group; a plan leaves one in two thousand to the next shard
 
 _HUB_PATH = re.compile(r"^hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)$")
 
@@ -45,10 +46,36 @@ _HUB_PATH = re.compile(r"^hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<
 class _Reading:
     """A row group that is being read, or whose reading stopped behind the last row that a shard needed."""
 
-    rows: Iterator[bytes] | None = None
+    rows: Iterator[bytes] | None = None  # None: it has to begin again
     next_row: int = 0
     num_rows: int = 0
+    passed: dict[int, bytes] = field(default_factory=dict)  # read and not needed: a plan may leave it to the next shard
     lock: threading.Lock = field(default_factory=threading.Lock)  # the next shard waits for the one before it
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.next_row == self.num_rows and not self.passed
+
+    def can_give(self, rows: Sequence[int]) -> bool:
+        return self.rows is not None and all(row >= self.next_row or row in self.passed for row in rows)
+
+    def take(self, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield the audio of some rows, in ascending order; rows behind the end of the group are missing."""
+        assert self.rows is not None
+        kept_from = self.next_row or rows[0]  # rows before the first that was needed here are another process's
+        for row in rows:
+            if row in self.passed:
+                yield row, self.passed.pop(row)
+                continue
+            for audio in self.rows:
+                here, self.next_row = self.next_row, self.next_row + 1
+                if here == row:
+                    yield row, audio
+                    break
+                if here >= kept_from:
+                    self.passed[here] = audio
+                    if len(self.passed) > PASSED_KEPT:
+                        del self.passed[min(self.passed)]
 
 
 class _Kept:
@@ -73,7 +100,7 @@ class _Kept:
 
     @contextlib.contextmanager
     def reading(self, file: str, group: int) -> Iterator[_Reading]:
-        """Give one thread a row group to read on; it is kept unless the body fails."""
+        """Give one thread a row group to read on; it is kept unless the body fails or nothing of it is left."""
         with self._lock:
             reading = self._readings.setdefault((file, group), _Reading())
             self._readings.move_to_end((file, group))
@@ -85,6 +112,10 @@ class _Kept:
             except BaseException:
                 reading.rows = None
                 raise
+            if reading.is_used_up:
+                reading.rows = None
+                with self._lock:
+                    self._readings.pop((file, group), None)
 
 
 class ParquetCorpus:
@@ -239,17 +270,13 @@ class ParquetCorpus:
         for piece in self.pieces(source_ids):
             split, number, group, _ = _place(piece[0])
             wanted = {_place(source_id)[3]: source_id for source_id in piece}
-            last = max(wanted)
-            file = self.files(split)[number]
+            rows, file = sorted(wanted), self.files(split)[number]
             with self._kept.reading(file, group) if self.is_remote else contextlib.nullcontext(_Reading()) as reading:
-                if reading.rows is None or reading.next_row > min(wanted):
+                if not reading.can_give(rows):
                     reading.rows, reading.next_row = self._read_group(file, group, reading), 0
-                while reading.next_row <= last and (audio := next(reading.rows, None)) is not None:
-                    row, reading.next_row = reading.next_row, reading.next_row + 1
-                    if row in wanted:
-                        yield wanted[row], audio
-                if reading.next_row == reading.num_rows:
-                    reading.rows = None
+                    reading.passed.clear()
+                for row, audio in reading.take(rows):
+                    yield wanted[row], audio
 
     def _read_group(self, file: str, group: int, reading: _Reading) -> Iterator[bytes]:
         with self._opened(file, whole=True) as parquet:

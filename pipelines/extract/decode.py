@@ -30,6 +30,7 @@ from tinyaudio.model.guard import CODES
 HUB_PROCESSES = 16  # at most, for a corpus on the hub: they wait for the network too
 THREADS = 4  # libsndfile and soxr release the interpreter lock
 MAX_PROCESSES = 8
+GROUPS_REMEMBERED = 1024  # more than the shards that are decoded ahead have
 WARM_UP_S = 0.2  # keeps each worker busy, so that the pool starts all of them
 
 Decoded = tuple[str, Samples | str]  # source_id, and samples or "reason: detail"
@@ -58,17 +59,21 @@ class Decoder:
         Args:
             num_processes: 0 decodes in threads.
             limit_s: seconds after which decoding of a recording stops.
-            is_hub: let the process that read the last piece of a shard read the first piece of the next one, since
-                both may be of the same row group.
+            is_hub: let one worker read all pieces of a row group, in the order of the shards, since it continues where
+                the shard before stopped.
         """
         self._corpus, self._num_processes, self._limit_s = corpus, num_processes, limit_s
-        self._pools: list[Executor] = [ThreadPoolExecutor(THREADS, thread_name_prefix="decode")]
-        if num_processes:
-            context = multiprocessing.get_context("spawn")
-            sizes = [1] * num_processes if is_hub else [num_processes]
-            self._pools = [ProcessPoolExecutor(size, context, _start_worker, (corpus, limit_s)) for size in sizes]
+        num_workers = num_processes or THREADS
+        sizes = [1] * num_workers if is_hub else [num_workers]
+        context = multiprocessing.get_context("spawn")
+        self._pools: list[Executor] = [
+            ProcessPoolExecutor(size, context, _start_worker, (corpus, limit_s))
+            if num_processes
+            else ThreadPoolExecutor(size, thread_name_prefix="decode")
+            for size in sizes
+        ]
         self._unfinished: list[set[Future[Piece]]] = [set() for _ in self._pools]
-        self._last_pool = 0
+        self._pool_of: dict[str, int] = {}  # the last row groups, and which pool read them
 
     def warm_up(self) -> None:
         """Start every worker and wait until all of them have started."""
@@ -80,24 +85,23 @@ class Decoder:
         """Start to fetch and decode utterances."""
         silent = [source_id for source_id in source_ids if is_no_speech(source_id)]
         pieces = self._corpus.pieces(source_id for source_id in source_ids if not is_no_speech(source_id))
-        futures = [self._submit(piece, number == 0) for number, piece in enumerate(pieces)]
-        if silent:
-            last_pool = self._last_pool
-            futures.append(self._submit(silent, False))
-            self._last_pool = last_pool
-        return futures
+        return [self._submit(piece) for piece in (*pieces, silent) if piece]
 
-    def _submit(self, piece: list[str], is_first: bool) -> Future[Piece]:
-        """Give the first piece of a shard to the pool that had the last one, and any other to the least busy pool."""
+    def _submit(self, piece: list[str]) -> Future[Piece]:
+        """Give a piece to the pool that has read its row group before, or else to the least busy pool."""
         self._unfinished = [{future for future in futures if not future.done()} for futures in self._unfinished]
-        if not is_first:
-            self._last_pool = min(range(len(self._pools)), key=lambda number: len(self._unfinished[number]))
-        pool = self._pools[self._last_pool]
+        least_busy = min(range(len(self._pools)), key=lambda number: len(self._unfinished[number]))
+        row_group = piece[0].rpartition(":")[0]
+        number = self._pool_of.pop(row_group, least_busy)
+        self._pool_of[row_group] = number
+        if len(self._pool_of) > GROUPS_REMEMBERED:
+            del self._pool_of[next(iter(self._pool_of))]
+        pool = self._pools[number]
         if self._num_processes:
             future = pool.submit(_decode_in_worker, piece)
         else:
             future = pool.submit(decode_piece, self._corpus, piece, self._limit_s)
-        self._unfinished[self._last_pool].add(future)
+        self._unfinished[number].add(future)
         return future
 
     def collect(self, futures: Sequence[Future[Piece]]) -> tuple[list[Decoded], float]:

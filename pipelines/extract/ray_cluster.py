@@ -19,7 +19,7 @@ from pipelines.extract.stage import join, prepare, read_report
 from pipelines.processes import use_all_cores
 from pipelines.recipes import Recipe
 
-SHARDS_PER_CALL = 4  # so that an actor can decode the next shard while it encodes one
+SHARDS_PER_CALL = 32  # neighbours, of which an actor fetches no row group twice, and decodes the next while it encodes
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -86,7 +86,7 @@ def ray_extract(
         shards = store.pending_shards(part)
         results = ray.data.from_items([{"shard": shard} for shard in shards]).map_batches(
             ShardActor,
-            batch_size=SHARDS_PER_CALL if len(shards) >= 2 * SHARDS_PER_CALL * num_actors else 1,
+            batch_size=min(SHARDS_PER_CALL, max(1, len(shards) // (2 * num_actors))),
             concurrency=num_actors,
             num_gpus=num_gpus,
             fn_constructor_args=(recipe, str(path), max_bad, here),

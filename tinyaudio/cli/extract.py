@@ -36,7 +36,7 @@ def extract(
         ),
     ] = False,
     shard: Annotated[
-        str, typer.Option("--shard", help="i/N: write only every N-th shard, starting with the i-th.")
+        str, typer.Option("--shard", help="i/N: write only the i-th of N runs of neighbouring shards.")
     ] = "0/1",
     max_bad: Annotated[
         float | None,

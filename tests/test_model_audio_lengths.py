@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+import soundfile
 from audio_files import correlation, speech, with_av, with_soundfile
 
 from tinyaudio.model.audio import SAMPLING_RATE, iter_audio, load_audio, probe_duration_s
@@ -169,3 +170,65 @@ def test_damage_in_the_middle_is_reported_and_the_rest_is_heard(kind):
     duration_s, warnings, _ = heard(bytes(data))
     assert duration_s > 6.5
     assert set(warnings) & {"input_damaged", "input_truncated"}
+
+
+def flac_frames(data):
+    """Where the frames of a FLAC file with frames of fixed length begin."""
+    places, place = [], data.find(b"\xff\xf8")
+    while place >= 0:
+        if data.startswith(chr(len(places)).encode(), place + 4):
+            places.append(place)
+        place = data.find(b"\xff\xf8", place + 2)
+    return places
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    "damage", ["a bit", "noise", "a frame is missing", "five frames are missing", "bytes are missing"]
+)
+def test_damaged_flac_is_heard_to_its_end_from_the_frame_after_the_damage(damage, channels):
+    samples = np.stack([speech(25.0, seed=i) for i in range(channels)], axis=1)
+    whole = with_soundfile(samples, format="FLAC")
+    places = flac_frames(whole)
+    assert len(places) == -(-25 * 16_000 // 4096)
+    for number in (1, 20, 50, 90):  # frames of 0.26 s; the decoder works on blocks of 10 s
+        place, following = places[number], places[number + 1]
+        data = {
+            "a bit": patched(whole, place + 99, bytes([whole[place + 99] ^ 4])),
+            "noise": patched(whole, place + 50, np.random.default_rng(1).bytes(1000)),
+            "a frame is missing": whole[:place] + whole[following:],
+            "five frames are missing": whole[:place] + whole[places[number + 5] :],
+            "bytes are missing": whole[: place + 50] + whole[following - 50 :],
+        }[damage]
+        duration_s, warnings, heard_samples = heard(data)
+        assert duration_s == 25.0, number
+        assert warnings == ["input_damaged"], number
+        num_lost = 5 if damage.startswith("five") else 1
+        different = np.flatnonzero(heard_samples != load_audio(whole))
+        assert set(different // 4096) == set(range(number, number + num_lost))
+
+
+def test_digital_silence_in_flac_is_not_taken_for_damage():
+    for begin_s, end_s in ((0, 3), (9, 12), (18, 20), (0, 20)):
+        samples = speech(20.0)
+        samples[begin_s * 16_000 : end_s * 16_000] = 0
+        duration_s, warnings, heard_samples = heard(with_soundfile(samples, format="FLAC", subtype="PCM_24"))
+        assert (duration_s, warnings) == (20.0, [])
+        assert np.abs(heard_samples - samples).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "WAV"])
+def test_sound_files_have_libsndfiles_samples(kind):
+    data = with_soundfile(speech(12.0, seed=5), format=kind)
+    assert np.array_equal(load_audio(data), soundfile.read(io.BytesIO(data), dtype="float32")[0])
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "VARIABLE"])
+def test_mp3_has_the_samples_that_existing_stores_were_made_from(rate, bitrate_mode):
+    """libsndfile decoded MP3 before FFmpeg did: no other length or delay, and differences by rounding only."""
+    data = with_soundfile(speech(6.0, rate), rate, "MP3", bitrate_mode=bitrate_mode)
+    earlier = load_audio(with_soundfile(soundfile.read(io.BytesIO(data), dtype="float32")[0], rate, subtype="FLOAT"))
+    samples = load_audio(data)
+    assert len(samples) == len(earlier)
+    assert np.abs(samples - earlier).max() < 5e-6

@@ -73,6 +73,8 @@ def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
     blocks = list(iter_audio(source, sampling_rate))
     if not blocks:
         raise AudioError(f"{describe(source)} contains no samples; expected at least one")
+    if len(blocks) == 1 and not isinstance(source, np.ndarray):  # a block of an array is a view of the caller's memory
+        return blocks[0]
     return np.concatenate(blocks)
 
 

@@ -132,11 +132,14 @@ class Part:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with contextlib.suppress(ValueError, OverflowError):
-            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-            if base + offset >= 0:
-                self._position = base + offset
-        return self._position
+        position = offset
+        if whence == os.SEEK_CUR:
+            position += self._position
+        elif whence == os.SEEK_END:
+            position += self._size
+        if position >= 0:
+            self._position = position
+        return position if position >= 0 else self._position
 
     def raise_error(self) -> None:
         if self._error is not None:

@@ -286,6 +286,13 @@ def test_projectors_ranked_by_the_ctc_phase_alone_are_compared_with_a_full_ablat
     assert (tmp_path / "ctc" / "plot.png").is_file()
 
 
+def test_curves_begin_with_the_decoder(recipe_file, store, tmp_path):
+    """The steps of a curve are those through the decoder: a CTC phase before them moves nothing to the right."""
+    grid = load_grid(write_grid(tmp_path / "grid.toml", recipe_file, '"train.ctc_steps" = [0, 2]'))
+    done = ablate(grid, store, tmp_path / "out", device="cpu", say=lambda _: None)
+    assert [one.wers[-1][0] for one in done.outcomes] == [4, 4]
+
+
 def outcome(name: str, group: int, ctc_wer: float) -> Outcome:
     report = TrainReport(
         run=name, steps=3, loss=1.0, dev_wer=None, ctc_wer=ctc_wer, parameters=1, seconds=1.0, is_finished=True

@@ -24,9 +24,12 @@ Group = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One finished run of a grid; `wers` are (step, dev WER) at evaluations, `losses` are (step, loss) at logs.
+    """One finished run of a grid.
 
-    `ctc_wers` are those of the CTC loss's tokens alone, without the decoder.
+    Args:
+        wers: (step through the decoder, dev WER) at evaluations.
+        ctc_wers: (step, dev WER of the CTC loss's tokens alone) at evaluations.
+        losses: (step, training loss) at logs.
     """
 
     name: str
@@ -231,8 +234,15 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         number = f"{mean:.1f}" if measure.is_wer else f"{mean:.3f}"
         ends.annotate(number, (max(finals), row), xytext=(9, 0), textcoords="offset points", va="center")
     name = measure.name
-    curves.set(xlabel="optimizer steps", ylabel=name, title="during training", xlim=(0, None), ylim=(0, None))
-    ends.set(xlabel=name, title="at the end (dots: seeds, bars: their mean)")
+    steps_of = "steps through the decoder" if name == "dev WER, %" else "optimizer steps"
+    curves.set(xlabel=steps_of, ylabel=name, title="during training", xlim=(0, None), ylim=(0, None))
+    drawn = [value for runs in groups.values() for one in runs for value in measure.curve(one).values()]
+    if measure.is_wer and drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):  # else the ends look alike
+        curves.set_yscale("log")
+        curves.set_ylim(0.8 * min(drawn), 1.2 * max(drawn))
+        curves.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        curves.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+    ends.set(xlabel=name, title="at the end (dots: seeds, bars: mean)")
     ends.set_xlim(0, 1.18 * max(map(measure.final, outcomes)))  # space for the numbers
     labels = []
     for group in groups:  # such as "mlp, hidden_size 512"

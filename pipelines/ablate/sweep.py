@@ -134,13 +134,13 @@ def ablate(
         if task.cell.name in failed:
             continue
         run = Run(task.folder)
-        metrics = run.metrics()
+        metrics, ctc_steps = run.metrics(), task.cell.recipe.train.ctc_steps
         outcome = Outcome(
             name=task.cell.name,
             settings=task.cell.settings,
             group=task.cell.group,
             report=TrainReport(**run.state["report"]),
-            wers=tuple((entry["step"], entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
+            wers=tuple((entry["step"] - ctc_steps, entry["dev_wer"]) for entry in metrics if "dev_wer" in entry),
             ctc_wers=tuple((entry["step"], entry["dev_ctc_wer"]) for entry in metrics if "dev_ctc_wer" in entry),
             losses=tuple((entry["step"], entry["loss"]) for entry in metrics if "loss" in entry),
         )

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipelines.bench.extract import NOTES, bench_extract, make_wav_corpus, slow_share
+from pipelines.bench.extract import NOTES, bench_extract, encoder_alone, make_wav_corpus, slow_share
 from pipelines.bench.host import HOST_NOTES
+from pipelines.bench.models import bench_encoder
 from pipelines.corpora import open_corpus
 from pipelines.extract.plan import plan_corpus
 
@@ -24,8 +27,20 @@ def test_bench_has_its_keys_and_shares_are_shares():
     assert min(found[name] for name in ("vs_batch1", "vs_padded", "vs_npy", "real_time_factor")) > 0
     assert found["peak_rss_bytes"] > 50e6
     assert found["decode_share"] > 0
-    assert found["vs_cudnn_attention"] is found["compiled_vs_plain"] is None
+    assert found["vs_cudnn_attention"] is found["bf16_vs_float32"] is found["compiled_vs_plain"] is None
     assert min(found[name] for name in HOST_NOTES) > 0
+
+
+def test_the_encoder_alone_is_measured_in_bfloat16_with_cudnn_and_compiled(monkeypatch):
+    """With the compiler replaced: it takes a minute, and the rows are what counts here."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    encoder = replace(bench_encoder(torch.device("cpu"), full_size=False), precision="bfloat16")
+    speeds = encoder_alone(encoder, num_batches=1, batch_s=2.0)
+    assert speeds.keys() == {"plain", "cudnn", "float32", "compiled"}
+    assert min(speeds.values()) > 0
+    assert compiled == [{"dynamic": True}]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_slow_contestants_get_a_tenth_of_the_audio_on_a_gpu(tmp_path):

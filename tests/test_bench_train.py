@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_unmasked_and_masked_batches_equal_single_utterances(model, batch, loss)
     found, others = value_and_gradient(loss)
     assert abs(found - expected) < 1e-5
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("loss", [bench_train.our_loss, bench_train.plain_loss])
+def test_a_step_in_bfloat16_trains_the_projector_in_float32(model, batch, loss):
+    """As on a GPU, here by the autocast of a CPU."""
+    dtypes = []
+    layer = model.decoder.model.layers[0].mlp
+    hook = layer.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
+    step = bench_train.Step(SimpleNamespace(model=model, device=CPU), is_bf16=True)
+    before = [weight.clone() for weight in model.projector.parameters()]
+    step(Contestant(name="one", next_batch=lambda: batch, loss=loss), batch, waits=True)
+    hook.remove()
+    assert all(weight.dtype == torch.float32 for weight in model.projector.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.projector.parameters(), strict=True))
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_peak_counts_what_lives_at_the_same_time():

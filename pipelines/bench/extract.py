@@ -49,7 +49,7 @@ BUNDLED_S, FULL_SIZE_S, GPU_S = 600.0, 100.0, 30_000.0  # seconds of audio in on
 ROW_GROUP = 20  # recordings, so that a shard spans several row groups and a row group two shards, as in reality
 BUNDLED_ROUNDS, FULL_SIZE_ROUNDS = 3, 1
 GPU_SLOW_SHARE = 0.1  # of the audio, for the slow contestants on a GPU: else they alone would take ten minutes
-HOST_S = 2_000.0  # seconds of audio for the host's part
+HOST_S = 6_000.0  # seconds of audio for the host's part: nine shards
 
 NOTES = {
     "vs_batch1": "times as fast as one recording at a time",
@@ -62,6 +62,7 @@ NOTES = {
     "write_share": "of the time, beside the encoder",
     "matmul_share": "of the device's matmul peak; not measured without a GPU",
     "vs_cudnn_attention": "times as fast as the encoder alone with cuDNN's attention, which we switch off; a GPU only",
+    "bf16_vs_float32": "times as fast in bfloat16 as in float32, the encoder alone; a GPU only",
     "compiled_vs_plain": "times as fast with encoder.compile, the encoder alone; from 1.15 it should be on; a GPU only",
     **HOST_NOTES,
 }
@@ -87,8 +88,9 @@ def bench_extract(
         fraction of the encoder's input, and `padding_fixed` that of fixed-size batches; `encoder_busy` and
         `idle_share`: fractions of the time; `decode_share`, `write_share`: work beside the encoder, over the time;
         `matmul_share`: fraction of the measured matmul peak, by the wall clock, None without a GPU;
-        `vs_cudnn_attention`, `compiled_vs_plain`: of the encoder alone, None without a GPU; `peak_rss_bytes`: of our
-        first round alone, decoding processes included; the keys of `host.HOST_NOTES`; `load_average`.
+        `vs_cudnn_attention`, `bf16_vs_float32`, `compiled_vs_plain`: of the encoder alone, None without a GPU;
+        `peak_rss_bytes`: of our first round alone, decoding processes included; the keys of `host.HOST_NOTES`;
+        `load_average`.
     """
     where = pick_device(device)
     is_gpu = where.type == "cuda"
@@ -143,6 +145,7 @@ def bench_extract(
         "idle_share": max(0.0, 1 - report.encoder_busy),
         "matmul_share": _flops_per_audio_second(encoder) * speed / matmul_peak(where) if is_gpu else None,
         "vs_cudnn_attention": alone["plain"] / alone["cudnn"] if alone else None,
+        "bf16_vs_float32": alone["plain"] / alone["float32"] if alone else None,
         "compiled_vs_plain": alone["compiled"] / alone["plain"] if alone else None,
         "peak_rss_bytes": reports[0][1],
         **host,
@@ -151,13 +154,16 @@ def bench_extract(
 
 
 def encoder_alone(encoder: LoadedEncoder, num_batches: int = 12, batch_s: float = 320.0) -> dict[str, float]:
-    """Measure the encoder in seconds of audio per second: plain, with cuDNN's attention, and compiled.
+    """Measure the encoder in seconds of audio per second: plain, with cuDNN's attention, in float32, and compiled.
 
     The shapes of all batches differ, as in an extraction, and none comes twice.
     """
     compiled_model = copy.copy(encoder.model)
     compiled_model.compile(dynamic=True)
-    variants = {"plain": encoder, "cudnn": encoder, "compiled": replace(encoder, model=compiled_model)}
+    variants = {
+        **{"plain": encoder, "cudnn": encoder, "float32": replace(encoder, precision="float32")},
+        "compiled": replace(encoder, model=compiled_model),
+    }
     random, speeds = np.random.default_rng(0), {}
     for name, variant in variants.items():
         batch_encoder = open_batch_encoder(variant, "float16")

@@ -3,7 +3,8 @@
     python -m pipelines.bench.gpu_check [profile] [train] [extract] [transcribe]
 
 All parts at the sizes of HuBERT-large and SmolLM3-3B with random weights take at most 480 s on an H200. A part that
-fails does not stop the others, and none begins after SECONDS_LEFT. With SMALL=1 tiny shapes run on a CPU, to try this.
+fails does not stop the others, and none begins after SECONDS_LEFT. With SMALL=1 tiny shapes run on a CPU, in bfloat16
+too, to try this.
 """
 
 import gc
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,11 +27,12 @@ from transformers import HubertConfig, SmolLM3Config
 from transformers.generation import LogitsProcessorList
 
 from pipelines.bench import models
-from pipelines.bench.extract import extract_once, make_wav_corpus
+from pipelines.bench.extract import encoder_alone, extract_once, make_wav_corpus
 from pipelines.bench.memory import CountFlops, matmul_peak
 from pipelines.bench.train import Batch, Contestant, Step, our_batches, our_loss, plain_loss
 from pipelines.bench.transcribe import Script, timed_parts, wav_recordings
 from pipelines.corpora import open_corpus
+from pipelines.encoders import LoadedEncoder
 from pipelines.extract.encode import open_batch_encoder
 from pipelines.extract.plan import plan_corpus
 from pipelines.train.model import load_tokenizer
@@ -71,9 +74,15 @@ def shrink() -> None:
     patch.multiple(models, NUM_UTTERANCES=48, FULL_BUDGET=1024).start()
 
 
+def in_bf16(encoder: LoadedEncoder) -> LoadedEncoder:
+    """Compute in bfloat16, as on a GPU."""
+    return replace(encoder, precision="bfloat16")
+
+
 def check_profile(device: torch.device) -> None:
     """Measure a batch of 320 s through the encoder, where its time goes, and the host's part of it."""
-    encoder = open_batch_encoder(models.bench_encoder(device, full_size=True), "float16")
+    loaded = in_bf16(models.bench_encoder(device, full_size=True))
+    encoder = open_batch_encoder(loaded, "float16")
     random, count = np.random.default_rng(0), 3 if SMALL else 38
     recordings = [(0.1 * random.standard_normal(134_400 - 137 * i)).astype(np.float32) for i in range(count)]
     audio_s = sum(map(len, recordings)) / SAMPLING_RATE
@@ -94,7 +103,9 @@ def check_profile(device: torch.device) -> None:
         encoder.encode(inputs)()
         first_ms = (time.perf_counter() - started) * 1e3
         speed = fastest(lambda: encoder.encode(inputs)())
-        report(profile="encode", cudnn_attention=is_on, first_ms=first_ms, real_time=speed)
+        report(profile="encode", precision=loaded.precision, cudnn_attention=is_on, first_ms=first_ms, real_time=speed)
+    alone = encoder_alone(loaded, 2, 4.0) if SMALL else encoder_alone(loaded)
+    report(profile="encoder alone, real time", precision=loaded.precision, **alone)
     report(profile="host", prepare=fastest(lambda: encoder.prepare(recordings)))
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -109,7 +120,7 @@ def check_train(device: torch.device) -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         parts = models.build_parts(Path(folder), full_size=True, device=device)
         report(built="train", matmul_tflops=matmul_peak(device) / 1e12 if device.type == "cuda" else None)
-        step, num_steps = Step(parts), 2 if SMALL else 24
+        step, num_steps = Step(parts, is_bf16=True), 2 if SMALL else 24
         planned = our_batches(parts)
         batches: Iterator[Batch] = map(planned.__getitem__, range(len(planned)))
         contestants: list[tuple[str, bool, Any]] = [
@@ -136,6 +147,7 @@ def check_train(device: torch.device) -> None:
             took_s = time.perf_counter() - started
             report(
                 train=name,
+                precision="bfloat16",
                 s_a_step=took_s / num_steps,
                 real_time=audio_s / took_s,
                 tflops=DECODER_FLOPS * num_positions / took_s / 1e12,
@@ -146,7 +158,7 @@ def check_train(device: torch.device) -> None:
 
 def check_extract(device: torch.device) -> None:
     """Measure stage one from WAV files to committed shards."""
-    encoder = models.bench_encoder(device, full_size=True)
+    encoder = in_bf16(models.bench_encoder(device, full_size=True))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = make_wav_corpus(folder, 60.0 if SMALL else 24_000.0)

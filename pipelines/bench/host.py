@@ -2,7 +2,8 @@
 
 The features have the width of HuBERT-large and go into a float16 store, so the work and the bytes are those of the real
 encoder on a GPU, which is not needed. Speeds are seconds of audio per second. Those of one thread are measured by the
-time that it computes, so that other work on the machine does not count.
+time that it computes, so that other work on the machine does not count; those of the whole line after the first shards,
+whose memory the next ones use again.
 """
 
 import shutil
@@ -21,7 +22,7 @@ from pipelines.bench.models import hubert_large_extractor
 from pipelines.corpora import Corpus, open_corpus
 from pipelines.encoders import LoadedEncoder
 from pipelines.extract.batching import cut_batches
-from pipelines.extract.decode import decode_piece
+from pipelines.extract.decode import Decoder, decode_piece
 from pipelines.extract.encode import BatchEncoder, Encoded, EncodedBatch, Inputs
 from pipelines.extract.plan import Plan, plan_corpus
 from pipelines.extract.report import ExtractReport
@@ -31,15 +32,18 @@ from tinyaudio.model.audio import SAMPLING_RATE, num_frames
 
 DIM = 1024
 ROWS_PER_SHARD = 32_768  # 11 minutes, so that half an hour of audio is several shards
+FIRST_SHARDS = 4  # of the line, which are not measured
 REPEATS = 3  # of which the fastest counts
 
 HOST_NOTES = {
-    "host_decode_x": "times real time on one core: WAV out of Parquet",
+    "host_decode_x": "times real time on one core: WAV out of Parquet; beside a GPU, of each of several processes",
+    "host_receive_x": "times real time on one core: the samples of one decoding process; goal at least 20,000 of all",
     "host_prepare_x": "times real time on one core: normalise, pad, mask; goal at least 20,000",
     "host_store_x": "times real time on one core: a batch into the memory of its shard; goal at least 20,000",
-    "host_commit_x": "times real time on one core: checksums and files of a shard",
+    "host_commit_x": "times real time on one core: checksums and files of a shard, in several threads",
     "line_without_encoder_x": "times real time by the clock, all threads; goal at least 12,000 on two idle cores",
     "line_without_encoder_core_x": "the same by the processor time: for each core that is free",
+    "line_beside_decoding_core_x": "the same with decoding in a process of its own, whose time is not counted",
 }
 
 
@@ -74,11 +78,16 @@ def measure_host(folder: Path, recipe: Recipe) -> dict[str, float]:
     encoder = NoEncoder(float(plan.accepted["duration_s"].to_numpy().max()))
     fastest: dict[str, float] = {}
     for number in range(REPEATS):
-        for measure in (_measure_threads, _measure_line):
-            path = folder / f"host-{number}-{measure.__name__}"
-            for name, speed in measure(path, recipe, corpus, plan, encoder).items():
-                fastest[name] = max(speed, fastest.get(name, 0.0))
-            shutil.rmtree(path)
+        path = folder / f"host-{number}"
+        path.mkdir()
+        speeds = _measure_threads(path / "threads", recipe, corpus, plan, encoder)
+        by_clock, by_core = _measure_line(path / "line", recipe, corpus, plan, encoder, decode_workers=0)
+        _, beside = _measure_line(path / "beside", recipe, corpus, plan, encoder, decode_workers=1)
+        speeds |= {"line_without_encoder_x": by_clock, "line_without_encoder_core_x": by_core}
+        speeds["line_beside_decoding_core_x"] = beside
+        for name, speed in speeds.items():
+            fastest[name] = max(speed, fastest.get(name, 0.0))
+        shutil.rmtree(path)
     return fastest
 
 
@@ -101,6 +110,11 @@ def _measure_threads(path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, enc
         assert len(samples) == len(rows)
         lengths = {source_id: len(recording) for source_id, recording in samples.items()}
         audio_s = sum(lengths.values()) / SAMPLING_RATE
+        with Decoder(corpus, 1, 60.0) as decoder:
+            decoder.warm_up()
+            started = time.process_time()
+            decoder.collect(decoder.submit(list(rows)))
+            receive_s = time.process_time() - started
         batches = cut_batches(lengths, recipe.extract.batch_s)
 
         prepare_s = store_s = 0.0
@@ -117,22 +131,29 @@ def _measure_threads(path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, enc
             store_s += time.thread_time() - started
         started = time.process_time()  # it writes its files in threads
     commit_s = time.process_time() - started
-    taken = {"decode": decode_s, "prepare": prepare_s, "store": store_s, "commit": commit_s}
+    taken = {"decode": decode_s, "receive": receive_s, "prepare": prepare_s, "store": store_s, "commit": commit_s}
     return {f"host_{name}_x": audio_s / max(seconds, 1e-9) for name, seconds in taken.items()}
 
 
-def _measure_line(path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, encoder: BatchEncoder) -> dict[str, float]:
-    """Run the whole pipeline, with decoding in threads, since the processor time of other processes is not counted."""
-    in_threads = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"decode_workers": 0})})
+def _measure_line(
+    path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, encoder: BatchEncoder, *, decode_workers: int
+) -> tuple[float, float]:
+    """Run the whole pipeline; return its speed by the clock and by the processor time of this process."""
+    section = recipe.extract.model_copy(update={"decode_workers": decode_workers})
     store = _new_store(path, plan)
-    pipeline = ShardPipeline(in_threads, corpus, encoder.encoder, store, ExtractReport(store=str(path)))
+    report = ExtractReport(store=str(path))
+    pipeline = ShardPipeline(recipe.model_copy(update={"extract": section}), corpus, encoder.encoder, store, report)
     pipeline.encoder = encoder
+    shards = store.pending_shards()
+    first = FIRST_SHARDS if len(shards) > FIRST_SHARDS else 0
     with pipeline:
-        started, before_s = time.perf_counter(), time.process_time()
-        pipeline.run(store.pending_shards())
-        clock_s, processor_s = time.perf_counter() - started, time.process_time() - before_s
-    audio_s = float(plan.accepted["duration_s"].to_numpy().sum())
-    return {"line_without_encoder_x": audio_s / clock_s, "line_without_encoder_core_x": audio_s / processor_s}
+        pipeline.warm_up()
+        pipeline.run(shards[:first])
+        before_s, started, before = report.hours_now * 3600, time.perf_counter(), time.process_time()
+        pipeline.run(shards[first:])
+        clock_s, processor_s = time.perf_counter() - started, time.process_time() - before
+    audio_s = report.hours_now * 3600 - before_s
+    return audio_s / clock_s, audio_s / processor_s
 
 
 def _new_store(path: Path, plan: Plan) -> FeatureStore:

@@ -217,17 +217,18 @@ def plain_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor
 
 
 class Step:
-    """A whole optimizer step for any contestant."""
+    """A whole optimizer step for any contestant, in bfloat16 on a GPU."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, is_bf16: bool | None = None) -> None:
         self.model, self.device = parts.model, parts.device
         self.is_gpu = self.device.type == "cuda"
+        self.is_bf16 = self.is_gpu if is_bf16 is None else is_bf16
         self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-5, fused=self.is_gpu)
 
     def __call__(self, contestant: Contestant, batch: Batch, waits: bool = False) -> None:
         """Take the step; `waits`: until the device has done it."""
         batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_gpu):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16):
             if "input_values" in batch:
                 encoded = self.model.encode(batch["input_values"], batch["attention_mask"])
                 batch["features"], batch["num_frames"] = encoded

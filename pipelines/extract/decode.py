@@ -31,7 +31,6 @@ HUB_PROCESSES = 16  # at most, for a corpus on the hub: they wait for the networ
 THREADS = 4  # libsndfile and soxr release the interpreter lock
 MAX_PROCESSES = 8
 GROUPS_REMEMBERED = 1024  # more than the shards that are decoded ahead have
-WARM_UP_S = 0.2  # keeps each worker busy, so that the pool starts all of them
 
 Decoded = tuple[str, Samples | str]  # source_id, and samples or "reason: detail"
 
@@ -63,22 +62,21 @@ class Decoder:
                 the shard before stopped.
         """
         self._corpus, self._num_processes, self._limit_s = corpus, num_processes, limit_s
-        num_workers = num_processes or THREADS
-        sizes = [1] * num_workers if is_hub else [num_workers]
-        context = multiprocessing.get_context("spawn")
+        self._is_hub, context = is_hub, multiprocessing.get_context("spawn")
+        # A pool for each process: its own thread receives its samples, at 15,000 times real time. One thread for all
+        # would be slower than everything else here.
         self._pools: list[Executor] = [
-            ProcessPoolExecutor(size, context, _start_worker, (corpus, limit_s))
-            if num_processes
-            else ThreadPoolExecutor(size, thread_name_prefix="decode")
-            for size in sizes
+            ProcessPoolExecutor(1, context, _start_worker, (corpus, limit_s)) for _ in range(num_processes)
         ]
+        if not num_processes:
+            sizes = [1] * THREADS if is_hub else [THREADS]
+            self._pools = [ThreadPoolExecutor(size, thread_name_prefix="decode") for size in sizes]
         self._unfinished: list[set[Future[Piece]]] = [set() for _ in self._pools]
         self._pool_of: dict[str, int] = {}  # the last row groups, and which pool read them
 
     def warm_up(self) -> None:
         """Start every worker and wait until all of them have started."""
-        num_each = self._num_processes // len(self._pools)
-        for ready in [pool.submit(time.sleep, WARM_UP_S) for pool in self._pools for _ in range(num_each)]:
+        for ready in [pool.submit(time.sleep, 0.0) for pool in self._pools[: self._num_processes]]:
             ready.result()
 
     def submit(self, source_ids: Sequence[str]) -> list[Future[Piece]]:
@@ -88,14 +86,15 @@ class Decoder:
         return [self._submit(piece) for piece in (*pieces, silent) if piece]
 
     def _submit(self, piece: list[str]) -> Future[Piece]:
-        """Give a piece to the pool that has read its row group before, or else to the least busy pool."""
+        """Give a piece to the least busy pool; one of the hub to the pool that has read its row group before."""
         self._unfinished = [{future for future in futures if not future.done()} for futures in self._unfinished]
-        least_busy = min(range(len(self._pools)), key=lambda number: len(self._unfinished[number]))
-        row_group = piece[0].rpartition(":")[0]
-        number = self._pool_of.pop(row_group, least_busy)
-        self._pool_of[row_group] = number
-        if len(self._pool_of) > GROUPS_REMEMBERED:
-            del self._pool_of[next(iter(self._pool_of))]
+        number = min(range(len(self._pools)), key=lambda number: len(self._unfinished[number]))
+        if self._is_hub:
+            row_group = piece[0].rpartition(":")[0]
+            number = self._pool_of.pop(row_group, number)
+            self._pool_of[row_group] = number
+            if len(self._pool_of) > GROUPS_REMEMBERED:
+                del self._pool_of[next(iter(self._pool_of))]
         pool = self._pools[number]
         if self._num_processes:
             future = pool.submit(_decode_in_worker, piece)

@@ -118,6 +118,28 @@ def test_undecodable_audio_is_a_failure_with_its_reason(folder: Path, tmp_path: 
     assert "not readable as audio" in failed.error
 
 
+def test_cut_and_damaged_recordings_are_scored_counted_and_named(folder: Path, tmp_path: Path) -> None:
+    """A wav without its end, an Ogg without its last page, a FLAC with noise in it; the others are whole."""
+    split = folder / "test"
+    (split / "0.wav").write_bytes((split / "0.wav").read_bytes()[:-6000])
+    samples, rate = soundfile.read(split / "3.wav")
+    for number, kind in ((3, "OGG"), (5, "FLAC")):
+        soundfile.write(split / f"{number}.wav", np.tile(samples, 9), rate, format=kind)
+    cut = (split / "3.wav").read_bytes()
+    (split / "3.wav").write_bytes(cut[: len(cut) // 2])
+    damaged = bytearray((split / "5.wav").read_bytes())
+    damaged[40_000:40_500] = bytes(500)
+    (split / "5.wav").write_bytes(damaged)
+    done = evaluate(parrot(), eval_set(folder), tmp_path / "out")
+    assert done.word_errors.utterances == 6
+    assert done.analysis.rates.guard_codes == {"input_damaged": 1, "input_truncated": 2}
+    assert done.notes[0].startswith("3 of 6 recordings are cut short or damaged")
+    assert "utt-0, utt-3, utt-5." in done.notes[0]
+    assert done.notes[0] in (tmp_path / "out" / "report.md").read_text()
+    assert score_again(tmp_path / "out", tmp_path / "again", Scoring()).notes == done.notes
+    assert [one.warnings for one in read_predictions(tmp_path / "out" / "predictions.jsonl")][1] == ()
+
+
 def test_an_interrupted_evaluation_resumes_and_transcribes_nothing_twice(folder: Path, tmp_path: Path) -> None:
     evaluate(parrot(), eval_set(folder), tmp_path / "undisturbed")
     first = parrot(dies_after=2)
@@ -285,6 +307,16 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(folder: Path, checkpoin
     assert {"wer", "substitutions", "deletions", "insertions", "words", "utterances", "failed"} <= set(printed)
     assert printed["utterances"] == 6
     assert (checkpoint / "eval" / "corpus-test-beams1" / "eval.json").is_file()
+
+
+def test_a_cut_recording_is_named_on_the_command_line(folder: Path, checkpoint: Path) -> None:
+    whole = (folder / "test" / "4.wav").read_bytes()
+    (folder / "test" / "4.wav").write_bytes(whole[: len(whole) // 2])
+    command = ["eval", str(checkpoint), "--corpus", str(folder), "--num-beams", "1", "--output", str(folder / "out")]
+    result = CliRunner().invoke(command_line(), command)
+    assert result.exit_code == 0, result.output
+    assert "1 of 6 recordings are cut short or damaged" in result.stderr
+    assert "utt-4." in result.stderr
 
 
 def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The request queue: the command line's texts, fair turns, bounded memory, places given back."""
 
+import io
 import queue as queues
 import threading
 import time
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from audio_files import with_av
 from scripted_decoder import scripted
 
 from tinyaudio.model.align import BLANK
@@ -232,3 +234,24 @@ def test_a_file_object_is_read_in_place_and_closed(transcriber, started, talk):
     with talk.open("rb") as file:
         finish(*submit(queue, file))
         assert file.closed
+
+
+def test_a_request_chooses_its_audio_track(started, transcriber, spoken):
+    tracks = [np.repeat(samples, 3) for samples, _ in spoken[:2]]
+    film = with_av("matroska", "flac", *tracks, rate=48_000)
+    queue = started(transcriber)
+    got = [finish(*submit(queue, io.BytesIO(film), track=track)) for track in (None, 1, 2)]
+    expected = [transcriber.transcribe([film], track=track, **FEW)[0] for track in (None, 1, 2)]
+    assert [one.text for one in got] == [one.text for one in expected]
+    assert [one.duration_s for one in got] == [one.duration_s for one in expected]
+    assert len({one.duration_s for one in got}) == 2
+    assert "3" in finish(*submit(queue, io.BytesIO(film), track=3)).error
+    assert [("several_tracks" in one.warnings) for one in got] == [True, False, False]
+
+
+def test_the_queues_own_track_is_that_of_requests_without_one(started, transcriber, spoken):
+    tracks = [np.repeat(samples, 3) for samples, _ in spoken[:2]]
+    film = with_av("matroska", "flac", *tracks, rate=48_000)
+    queue = started(transcriber, Options(track=2, **FEW))
+    durations = [finish(*submit(queue, io.BytesIO(film), track=track)).duration_s for track in (None, 1)]
+    assert durations == pytest.approx([len(samples) / 48_000 for samples in tracks[::-1]], abs=0.01)

@@ -20,6 +20,7 @@ import openai
 import pysubs2
 import pytest
 import soundfile
+from audio_files import with_av
 from servers import running
 from typer.testing import CliRunner
 
@@ -95,6 +96,23 @@ def test_the_official_client_streams_a_delta_for_each_segment(client, transcribe
     *deltas, done = events
     assert [event.type for event in events] == ["transcript.text.delta"] * 3 + ["transcript.text.done"]
     assert "".join(event.delta for event in deltas) == done.text == expected.text
+
+
+def test_the_official_client_chooses_an_audio_track(client, spoken):
+    tracks = [np.repeat(samples, 3) for samples, _ in spoken[:2]]
+    film = with_av("matroska", "flac", *tracks, rate=48_000)
+
+    def create(**extra):
+        return client.audio.transcriptions.create(
+            file=("film.mkv", film), model="whisper-1", response_format="verbose_json", extra_body=extra
+        )
+
+    assert create(track=2).duration == pytest.approx(len(tracks[1]) / 48_000, abs=0.01)
+    assert create(track=1).duration == create().duration == pytest.approx(len(tracks[0]) / 48_000, abs=0.01)
+    with pytest.raises(openai.BadRequestError, match="has 2 audio tracks"):
+        create(track=3)
+    with pytest.raises(openai.BadRequestError, match="track"):
+        create(track=0)
 
 
 def test_the_official_client_lists_the_model(client):

@@ -88,21 +88,28 @@ class Ticket:
         self._has_place = True
 
     def submit(
-        self, source: Input, on_update: OnUpdate, *, word_timestamps: bool = False, confidence: bool = False
+        self,
+        source: Input,
+        on_update: OnUpdate,
+        *,
+        word_timestamps: bool = False,
+        confidence: bool = False,
+        track: int | None = None,
     ) -> None:
         """Transcribe a recording.
 
         Args:
             source: as `Transcriber.stream`; a file object must stay open until the ticket has left.
             on_update: called in threads of the queue; must return at once.
-            word_timestamps, confidence: see `recognize.Options`; for word times the model must have a CTC head.
+            word_timestamps, confidence, track: see `recognize.Options`; for word times the model must have a CTC head.
         """
         self.is_scored = word_timestamps or confidence
         self.source, self.on_update, self.num_samples, self.num_sent = source, on_update, 0, 0
         self.input = OpenInput(describe(source), with_words=word_timestamps)
         self.pending: deque[Piece] = deque()
         self.is_being_read = False
-        self.events = read_events(self.number, source, self._queue.window_s, self._count)
+        track = track or self._queue.options.track
+        self.events = read_events(self.number, source, self._queue.window_s, self._count, track)
         self._queue.add(self)
 
     def _count(self, num_samples: int) -> None:

@@ -107,6 +107,7 @@ class Parameters(BaseModel):
     timestamp_granularities: list[Literal["segment", "word"]] = Field(
         [], alias="timestamp_granularities[]", description="Needs response_format=verbose_json."
     )
+    track: int | None = Field(None, ge=1, description="Audio track of a file with several, from 1. Not OpenAI's.")
     chunking_strategy: Literal["auto"] = Field("auto", description="auto: recordings are always cut at pauses.")
 
     @field_validator("language")
@@ -261,6 +262,7 @@ class Answer:
             pass_on,
             word_timestamps="word" in parameters.timestamp_granularities,
             confidence=parameters.response_format == "verbose_json",
+            track=parameters.track,
         )
 
     async def __aiter__(self) -> AsyncIterator[Update]:

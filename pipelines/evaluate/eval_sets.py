@@ -55,10 +55,12 @@ class Clip:
     Args:
         utterance: a provider reads its id only; the rest becomes part of the prediction.
         samples: (S,) float32, 16 kHz mono.
+        warnings: codes of the recording itself, such as `input_truncated`; part of the prediction.
     """
 
     utterance: Utterance
     samples: Samples
+    warnings: tuple[str, ...] = ()
 
     @property
     def utterance_id(self) -> str:
@@ -87,12 +89,13 @@ class Clip:
     ) -> Prediction:
         """Make the prediction of this clip; either `text` or `error` is None, the others are as in `Prediction`."""
         utterance = replace(self.utterance, duration_s=self.duration_s)
+        all_warnings = tuple(dict.fromkeys((*self.warnings, *warnings)))
         counts = {}
         if drafts is not None:
             names = ("num_passes", "num_tokens", "num_accepted")
             counts = {name: getattr(drafts, name) for name in names}
         return _predict(
-            utterance, text, time_s, error=error, warnings=warnings, words=words, provider_id=provider_id, **counts
+            utterance, text, time_s, error=error, warnings=all_warnings, words=words, provider_id=provider_id, **counts
         )
 
 
@@ -167,8 +170,10 @@ class EvalSet:
                     if one.transcript is None:
                         failures.append(one.fail("no reference transcript in the corpus"))
                         continue
+                    warnings: list[str] = []
                     try:
-                        clips.append(Clip(utterance=one, samples=load_audio(encoded)))
+                        samples = load_audio(encoded, on_warning=warnings.append)
+                        clips.append(Clip(utterance=one, samples=samples, warnings=tuple(warnings)))
                     except AudioError as error:
                         failures.append(one.fail(str(error)))
             yield clips, failures

@@ -37,6 +37,8 @@ from tinyaudio.version import __version__
 
 FORMAT = 2
 MAX_FAILURES_LISTED = 100
+MAX_INCOMPLETE_NAMED = 10
+INCOMPLETE = frozenset({"input_truncated", "input_damaged"})  # warnings of recordings that have lost sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +247,15 @@ def summarize(
         encoder.get("id") if isinstance(encoder, dict) else None,
         " ".join(filter(None, (corpus, settings.scored.get("config")))),
     )
+    incomplete = [one for one in answered if not INCOMPLETE.isdisjoint(one.warnings)]
+    if incomplete:
+        ids = [one.utterance_id for one in incomplete]
+        more = f" and {len(ids) - MAX_INCOMPLETE_NAMED} more" if len(ids) > MAX_INCOMPLETE_NAMED else ""
+        notes = [
+            f"{len(ids)} of {len(predictions)} recordings are cut short or damaged, and were scored against their "
+            f"whole transcripts: {', '.join(ids[:MAX_INCOMPLETE_NAMED])}{more}.",
+            *notes,
+        ]
     failures = [Failure(utterance_id=one.utterance_id, error=str(one.error)) for one in failed]
     return Summary(
         settings=settings,

@@ -262,6 +262,8 @@ def _finish(summary: Any, written: str, folder: Path, fail_over: float | None, j
     print(f"{summary.name} on {set_name(summary)}\n{headline(summary)}")
     if summary.comparison is not None:
         print(comparison_line(summary.comparison))
+    for note in summary.notes:
+        say(note)
     say(f"{written}: {folder}")
     counts, interval = summary.word_errors, summary.headline.interval
     if json:

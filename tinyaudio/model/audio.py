@@ -57,12 +57,17 @@ def pad_to_window(samples: Samples) -> Samples:
     return np.pad(samples, (0, missing)) if missing > 0 else samples
 
 
-def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = None) -> Samples:
+def load_audio(
+    source: AudioSource | NDArray[Any],
+    sampling_rate: int | None = None,
+    on_warning: OnWarning = lambda code: None,
+) -> Samples:
     """Read a whole recording.
 
     Args:
         source: path, encoded bytes, binary file object, or an array of samples: (S,), (channels, S) or (S, channels).
         sampling_rate: of an array, in Hz; None is 16,000. Files carry their own.
+        on_warning: see `iter_audio`.
 
     Returns:
         (S,) float32, mono (mean of the channels), 16 kHz, S >= 1.
@@ -70,7 +75,7 @@ def load_audio(source: AudioSource | NDArray[Any], sampling_rate: int | None = N
     Raises:
         AudioError: missing, empty or undecodable input, no samples, or samples that are not finite.
     """
-    blocks = list(iter_audio(source, sampling_rate))
+    blocks = list(iter_audio(source, sampling_rate, on_warning))
     if not blocks:
         raise AudioError(f"{describe(source)} contains no samples; expected at least one")
     if len(blocks) == 1 and not isinstance(source, np.ndarray):  # a block of an array is a view of the caller's memory

@@ -153,17 +153,18 @@ def bench_extract(
     }
 
 
-def encoder_alone(encoder: LoadedEncoder, num_batches: int = 12, batch_s: float = 320.0) -> dict[str, float]:
+def encoder_alone(
+    encoder: LoadedEncoder, num_batches: int = 12, batch_s: float = 320.0, *, with_compiled: bool = True
+) -> dict[str, float]:
     """Measure the encoder in seconds of audio per second: plain, with cuDNN's attention, in float32, and compiled.
 
     The shapes of all batches differ, as in an extraction, and none comes twice.
     """
-    compiled_model = copy.copy(encoder.model)
-    compiled_model.compile(dynamic=True)
-    variants = {
-        **{"plain": encoder, "cudnn": encoder, "float32": replace(encoder, precision="float32")},
-        "compiled": replace(encoder, model=compiled_model),
-    }
+    variants = {"plain": encoder, "cudnn": encoder, "float32": replace(encoder, precision="float32")}
+    if with_compiled:
+        compiled_model = copy.copy(encoder.model)
+        compiled_model.compile(dynamic=True)
+        variants["compiled"] = replace(encoder, model=compiled_model)
     random, speeds = np.random.default_rng(0), {}
     for name, variant in variants.items():
         batch_encoder = open_batch_encoder(variant, "float16")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import write_folder_corpus
 
+from tinyaudio import cli
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -239,3 +241,20 @@ def test_what_a_store_command_cannot_take_is_named(arguments, exit_code, words, 
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("UNSET", "", "expandable_segments:True"),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64", "max_split_size_mb:64"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", None),
+    ],
+)
+def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, name, value, expected):
+    monkeypatch.setattr(os, "environ", {key: kept for key, kept in os.environ.items() if "ALLOC_CONF" not in key})
+    os.environ[name] = value
+    monkeypatch.setattr(sys, "argv", ["tinyaudio", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

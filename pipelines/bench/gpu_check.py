@@ -104,13 +104,11 @@ def check_profile(device: torch.device) -> None:
         first_ms = (time.perf_counter() - started) * 1e3
         speed = fastest(lambda: encoder.encode(inputs)())
         report(profile="encode", precision=loaded.precision, cudnn_attention=is_on, first_ms=first_ms, real_time=speed)
-    alone: dict[str, Any]
     if SMALL:
-        alone = encoder_alone(loaded, 2, 4.0, with_compiled=False)
-        alone["compiled"] = "not measured on a CPU, where it takes minutes"
+        alone, why = encoder_alone(loaded, 2, 4.0, with_compiled=False), "not measured on a CPU, where it takes minutes"
+        report(profile="encoder alone, real time", precision=loaded.precision, **alone, compiled=why)
     else:
-        alone = encoder_alone(loaded)
-    report(profile="encoder alone, real time", precision=loaded.precision, **alone)
+        report(profile="encoder alone, real time", precision=loaded.precision, **encoder_alone(loaded))
     report(profile="host", prepare=fastest(lambda: encoder.prepare(recordings)))
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:

@@ -27,12 +27,13 @@ from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip, Utterance, open_eval_set
 from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.registry import open_provider
-from pipelines.evaluate.stage import evaluate
+from pipelines.evaluate.stage import evaluate, evaluation_name
 from pipelines.recipes.recipe import CorpusSection
 from tinyaudio.model.encoder import load_encoder, load_encoder_with_head
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
+from tinyaudio.transcribe import Transcriber
 
 
 @pytest.fixture
@@ -80,6 +81,29 @@ def test_the_projectors_own_head_is_a_control(
         assert path
         assert set(path) <= set(range(20, 60))
         assert texts[0][clip.utterance_id] == processor.tokenizer.decode(path).strip()
+
+
+def test_the_choice_among_the_best_texts_of_ctc_is_evaluated(
+    corpus: Path, model: TinyAudioForConditionalGeneration, processor: TinyAudioProcessor, tmp_path: Path
+) -> None:
+    """It is another system than the one that writes: it has its own folder, and its own identity."""
+    torch.manual_seed(3)
+    model.add_token_ctc(torch.arange(20, 60))
+    model.config.ctc_weight = 0.3
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    options = ProviderOptions(model=str(folder), device="cpu", ctc_nbest=4)
+    eval_set = open_eval_set(CorpusSection(path=str(corpus)), split="test")
+    assert evaluation_name("tinyaudio", eval_set, options).endswith("-nbest4")
+    provider = open_provider("tinyaudio", options)
+    evaluate(provider, eval_set, tmp_path / "nbest")
+    assert provider.identity()["decoding"]["ctc_nbest"] == 4
+    expected = Transcriber.load(folder, device="cpu").transcribe([c.samples for c in first_clips(corpus)], ctc_nbest=4)
+    texts = answers(tmp_path / "nbest")
+    assert [texts[clip.utterance_id] for clip in first_clips(corpus)] == [one.text for one in expected]
+    with pytest.raises(EvaluationError, match="--ctc-nbest and --no-guard"):
+        open_provider("tinyaudio", ProviderOptions(model=str(folder), ctc_nbest=4, guard=False))
 
 
 def test_a_projector_without_a_head_is_refused(checkpoint: Path) -> None:

@@ -31,7 +31,8 @@ from pipelines.evaluate.report.report import write_reports
 from pipelines.evaluate.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize
 from pipelines.files import write_text
 
-_NAMED_BY = {"num_beams": "beams", "max_new_tokens": "tokens", "length_penalty": "penalty"}  # in a folder's name
+# What names an evaluation's folder, and how.
+_NAMED_BY = {"num_beams": "beams", "max_new_tokens": "tokens", "length_penalty": "penalty", "ctc_nbest": "nbest"}
 _MAX_NAMED = 3  # differing settings listed in an error
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyaudio.cli.console import ProgressBar, say, usage
-from tinyaudio.cli.options import DeviceOption, DraftOption, JsonOption, SetOption, check_draft
+from tinyaudio.cli.options import DeviceOption, DraftOption, JsonOption, NBestOption, SetOption, check_decoding
 
 PAID = ("assemblyai",)  # providers whose models are not folders; a run then only says what to score and where to write
 
@@ -53,6 +53,7 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams.  [default: the model's own]")] = None,
     draft: DraftOption = "auto",
+    ctc_nbest: NBestOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens per piece of audio.  [default: the model's own]")
     ] = None,
@@ -104,7 +105,7 @@ def evaluate(
 
     if length_penalty is not None and not math.isfinite(length_penalty):
         usage(f"--length-penalty {length_penalty:g}: expected a number")
-    check_draft(draft, num_beams)
+    check_decoding(draft, num_beams, ctc_nbest)
 
     if rescore is not None:
         given = {"MODEL": model, "--corpus": corpus, "--recipe": recipe, "--split": split, "--source": source}
@@ -149,6 +150,7 @@ def evaluate(
         batch_size=batch_size,
         num_beams=num_beams,
         draft=draft,
+        ctc_nbest=ctc_nbest,
         max_new_tokens=max_new_tokens,
         length_penalty=length_penalty,
         guard=guard,

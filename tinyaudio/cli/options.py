@@ -27,13 +27,22 @@ DraftOption = Annotated[
     typer.Option("--draft", help="What drafts greedy text, for speed: auto, projector, encoder or none."),
 ]
 
+NBestOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ctc-nbest", min=2, help="Let the decoder choose among the N best texts of the projector's CTC head."
+    ),
+]
 
-def check_draft(draft: str, num_beams: int | None) -> None:
-    """Exit with a usage error for an unknown drafter, or for one together with beams."""
+
+def check_decoding(draft: str, num_beams: int | None, ctc_nbest: int | None = None) -> None:
+    """Exit with a usage error for an unknown drafter, or for options that exclude each other."""
     if draft not in DRAFTS:
         usage(f"--draft {draft!r}: expected one of {', '.join(DRAFTS)}")
     if draft in ("projector", "encoder") and num_beams not in (None, 1):
         usage(f"--draft {draft} is for greedy decoding; expected --num-beams 1, found {num_beams}")
+    if ctc_nbest is not None and (num_beams is not None or draft not in ("auto", "none")):
+        usage("--ctc-nbest chooses a text and writes none; expected no --num-beams and no --draft. Omit them")
 
 
 class CommandGroup(TyperGroup):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tinyaudio.cli.console import say, usage
-from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, check_draft
+from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, check_decoding
 from tinyaudio.model.errors import TinyAudioError
 
 KEY_VARIABLE = "TINYAUDIO_API_KEY"
@@ -41,7 +41,7 @@ def serve(
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only; needs no gradio.")] = False,
 ) -> None:
     """Serve OpenAI's transcription API, and a page at / to try the model. Needs the extra: tinyaudio[serve]."""
-    check_draft(draft, num_beams)
+    check_decoding(draft, num_beams)
     for name in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", *(() if no_page else ("gradio",))):
         if find_spec(name) is None:
             hint = ", or add --no-page" if name == "gradio" else ""

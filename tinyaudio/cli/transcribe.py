@@ -26,7 +26,7 @@ from tinyaudio.cli.inputs import (
     plan_outputs,
     write_text,
 )
-from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, check_draft
+from tinyaudio.cli.options import DeviceOption, DraftOption, ModelOption, NBestOption, check_decoding
 from tinyaudio.subtitles import WRITERS, Layout, plain
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def transcribe(
         typer.Option("--num-beams", "--beam-size", min=1, help="Beams; 1 is greedy.  [default: the model's (4)]"),
     ] = None,
     draft: DraftOption = "auto",
+    ctc_nbest: NBestOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum tokens per segment.  [default: the model's (200)]")
     ] = None,
@@ -126,7 +127,7 @@ def transcribe(
     accepted too.
     """
     _check_whisper_options(language, task, temperature)
-    check_draft(draft, num_beams)
+    check_decoding(draft, num_beams, ctc_nbest)
     if highlight_words and not word_timestamps:
         usage("--highlight-words: expected --word-timestamps with it; add that")
     if length_penalty is not None and not math.isfinite(length_penalty):
@@ -141,7 +142,7 @@ def transcribe(
         "length_penalty": length_penalty,
     }
     decoding |= {"batch_size": batch_size, "window_s": chunk_length, "word_timestamps": word_timestamps}
-    decoding |= {"track": track, "draft": draft}
+    decoding |= {"track": track, "draft": draft, "ctc_nbest": ctc_nbest}
 
     inputs = find_inputs(paths, recursive)
     _check_streams(inputs)

@@ -18,13 +18,16 @@ al., 2006.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 BLOCK_ENTRIES = 2**24  # scores in memory at once: 67 MB in float32, 130 frames of 128,257 classes
+CLASSES_SEARCHED = 12  # of each frame, by `best_texts`
 INITIAL_SCALE = 16.0  # cosines of unrelated vectors of width 64 to 2,048 differ by 0.02 to 0.12
 
 
@@ -111,19 +114,55 @@ class TokenCTC(nn.Module):
         Returns:
             Token ids of each row, without end-of-text.
         """
-        with torch.autocast(projected.device.type, enabled=False):
-            unit = nn.functional.normalize(projected.float(), dim=-1)
-            vectors = self._vectors(embeddings)
-            vectors[0] = nn.functional.normalize(self.blank, dim=0)
-            scale, best = self.log_scale.exp(), []
-            for block in torch.split(unit.flatten(0, 1), max(1, BLOCK_ENTRIES // len(vectors))):
-                best.append((block @ vectors.T * scale + self.bias).argmax(-1))
+        best = [scores.argmax(-1) for scores in self._scores(projected, embeddings)]
         classes = torch.cat(best).view(projected.shape[:2]).cpu()
         token_ids, paths = self.token_ids.cpu(), []
         for row, length in zip(classes, lengths.tolist(), strict=True):
             path = torch.unique_consecutive(row[:length])
             paths.append(token_ids[path[path > 0] - 1].tolist())
         return paths
+
+    @torch.no_grad()
+    def best_texts(
+        self, projected: Tensor, lengths: Tensor, embeddings: Tensor, count: int
+    ) -> list[list[tuple[list[int], float]]]:
+        """Search the most probable token sequences, each over all of its alignments.
+
+        Prefix beam search (Hannun et al. 2014, arXiv 1408.2873) over the `CLASSES_SEARCHED` best classes of each frame.
+
+        Args:
+            projected, lengths, embeddings: as in `best_path`.
+            count: beams, and the most sequences of a row.
+
+        Returns:
+            For each row, the best first: token ids without end-of-text, and the log-probability in nats, which lacks
+            the alignments that the search has left out.
+        """
+        values, places, blanks = [], [], []
+        for scores in self._scores(projected, embeddings):
+            log_probs = scores.log_softmax(-1)
+            top = log_probs[:, 1:].topk(min(CLASSES_SEARCHED, log_probs.shape[1] - 1))
+            values.append(top.values)
+            places.append(top.indices + 1)
+            blanks.append(log_probs[:, 0])
+        shape = projected.shape[:2]
+        best, classes = (torch.cat(parts).view(*shape, -1).cpu().numpy() for parts in (values, places))
+        blank_log_probs = torch.cat(blanks).view(shape).cpu().numpy()
+        token_ids, found = self.token_ids.tolist(), []
+        for row, length in enumerate(lengths.tolist()):
+            beams = _prefix_beam_search(best[row, :length], classes[row, :length], blank_log_probs[row, :length], count)
+            found.append([([token_ids[place - 1] for place in path], score) for path, score in beams])
+        return found
+
+    def _scores(self, projected: Tensor, embeddings: Tensor) -> Iterator[Tensor]:
+        """Yield the scores of all classes, (frames, C + 1) float32 with the blank first, for a block of frames each."""
+        with torch.autocast(projected.device.type, enabled=False):
+            unit = nn.functional.normalize(projected.float(), dim=-1)
+            vectors = self._vectors(embeddings)
+            vectors[0] = nn.functional.normalize(self.blank, dim=0)
+            scale = self.log_scale.exp()
+            for block in torch.split(unit.flatten(0, 1), max(1, BLOCK_ENTRIES // len(vectors))):
+                yield block @ vectors.T * scale + self.bias
 
     def _vectors(self, embeddings: Tensor) -> Tensor:
         """Return the class vectors (C + 1, H), float32, of length 1; row 0 is free for the blank."""
@@ -133,6 +172,48 @@ class TokenCTC(nn.Module):
             kept = torch.cat([chosen.new_zeros(1, chosen.shape[1]), nn.functional.normalize(chosen, dim=-1)])
             self._cached_vectors = kept
         return kept
+
+
+def _prefix_beam_search(
+    log_probs: NDArray[np.float32], classes: NDArray[np.int64], blank_log_probs: NDArray[np.float32], count: int
+) -> list[tuple[tuple[int, ...], float]]:
+    """Find the `count` most probable sequences of classes.
+
+    Args:
+        log_probs, classes: (P, K), the best classes of each frame. blank_log_probs: (P,).
+
+    Returns:
+        Sequences with their log-probabilities, the best first.
+    """
+    never = float("-inf")
+    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, never)}  # ending in a blank, and in their last class
+    for frame_log_probs, frame_classes, blank in zip(
+        log_probs.tolist(), classes.tolist(), blank_log_probs.tolist(), strict=True
+    ):
+        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+
+        def add(path: tuple[int, ...], with_blank: float, with_class: float, into: Any = grown) -> None:
+            before = into.get(path, (never, never))
+            into[path] = (_log_add(before[0], with_blank), _log_add(before[1], with_class))
+
+        for path, (with_blank, with_class) in beams.items():
+            either = _log_add(with_blank, with_class)
+            add(path, either + blank, never)
+            for log_prob, one in zip(frame_log_probs, frame_classes, strict=True):
+                if path and path[-1] == one:  # the same token goes on, or comes again behind a blank
+                    add(path, never, with_class + log_prob)
+                    if with_blank > never:
+                        add((*path, one), never, with_blank + log_prob)
+                else:
+                    add((*path, one), never, either + log_prob)
+        beams = dict(sorted(grown.items(), key=lambda item: -_log_add(*item[1]))[:count])
+    return [(path, _log_add(*both)) for path, both in beams.items()]
+
+
+def _log_add(a: float, b: float) -> float:
+    """Add two probabilities that are given as logarithms."""
+    larger, smaller = (a, b) if a > b else (b, a)
+    return larger if smaller == float("-inf") else larger + math.log1p(math.exp(smaller - larger))
 
 
 def _summed_logsumexp(

@@ -16,7 +16,7 @@ from .inputs import each, is_single
 from .recognize import Options, Recognizer
 
 _ENGLISH = {"language": ("en", "english"), "task": ("transcribe",)}
-_OWN = ("num_beams", "draft", "max_new_tokens", "length_penalty", "track")
+_OWN = ("num_beams", "draft", "ctc_nbest", "max_new_tokens", "length_penalty", "track")
 
 
 class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
@@ -25,8 +25,9 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
     Returns {"text": transcript}; with return_timestamps=True also "chunks", one per segment with its (start, end) in
     seconds, and with return_timestamps="word" one per word; and "warnings" if there are any. A list gives a list; a
     generator or dataset an iterator. Options, for a call or at construction: batch_size, num_beams, draft (of greedy
-    decoding), max_new_tokens, length_penalty, track (of files with several), chunk_length_s (the longest piece decoded
-    at once), return_timestamps, and all other options of `generate`, directly or as generate_kwargs={...}.
+    decoding), ctc_nbest, max_new_tokens, length_penalty, track (of files with several), chunk_length_s (the longest
+    piece decoded at once), return_timestamps, and all other options of `generate`, directly or as
+    generate_kwargs={...}.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

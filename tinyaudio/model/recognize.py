@@ -25,7 +25,7 @@ from .encoder import encoder_inputs, give_back_free_memory
 from .errors import ModelError
 from .families import family_of
 from .guard import RETRIED, cut_loop, judge, token_budget
-from .prompt import first_line
+from .prompt import first_line, many_transcript_ids
 from .reader import End, Event, Input, PieceReader
 from .segments import MAX_EXCESS_S, Piece, join_texts
 from .transcript import DraftCounts, Segment, Transcript, Word
@@ -41,6 +41,7 @@ ENCODER_BATCH_S = (
 # A step of generation on a GPU costs the start of its kernels, 20 to 30 ms, whether it has 8 rows or 64.
 BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
 CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
+DECODER_WEIGHT = 0.5  # of the decoder's log-probability beside CTC's; 0.1 to 2 choose nearly the same texts
 WORD_END_LEVEL = 0.01  # of a piece's peak: the last word ends there, 40 dB below it; its segment may end in an echo
 
 # Settings that change nothing about greedy decoding; with any other, drafts would not give the text of `generate`.
@@ -88,6 +89,8 @@ class Options:
         batch_size: pieces decoded at once; changes the speed only. None: `default_batch_size`.
         num_beams: beams; 1 is greedy.
         draft: what drafts the text of greedy decoding, which makes it faster; one of `drafts.KINDS`.
+        ctc_nbest: let the decoder choose among this many texts, the most probable ones of the projector's CTC head,
+            instead of writing one. It needs a projector that was trained with a CTC loss.
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
         length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
@@ -100,6 +103,7 @@ class Options:
     batch_size: int | None = None
     num_beams: int | None = None
     draft: str = "auto"
+    ctc_nbest: int | None = None
     max_new_tokens: int | None = None
     length_penalty: float | None = None
     window_s: float | None = None
@@ -109,7 +113,7 @@ class Options:
     generate: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_beams", "max_new_tokens", "window_s", "track"):
+        for name in ("batch_size", "num_beams", "ctc_nbest", "max_new_tokens", "window_s", "track"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
@@ -234,9 +238,11 @@ class Recognizer:
             return judge(text, durations[i], is_complete, speech_s=pieces[i].end_s - pieces[i].start_s)
 
         drafter = self.drafter(options)
-        if drafter is None:
+        counts: Sequence[DraftCounts | None] = [None] * len(pieces)
+        if options.ctc_nbest is not None:
+            first = self._choose_text(features, num_frames, options.ctc_nbest)
+        elif drafter is None:
             first = self._write(features, num_frames, durations, config, options.generate)
-            counts: Sequence[DraftCounts | None] = [None] * len(first)
         else:
             first, counts = self._write_with_drafts(features, num_frames, durations, config, drafter)
         faults = [find_fault(i, *output) for i, output in enumerate(first)]
@@ -334,6 +340,30 @@ class Recognizer:
         paths = self.model.token_ctc.best_path(projected, lengths, self.model.get_input_embeddings().weight)
         return self._lines(paths, [True] * len(paths))
 
+    def _choose_text(self, features: Tensor, num_frames: Tensor, count: int) -> list[tuple[str, bool]]:
+        """Let the decoder choose among the most probable texts of the projector's CTC head; it reads, and writes none.
+
+        CTC knows what was heard, and the decoder which words follow each other. This is n-best rescoring, with both
+        log-probabilities added.
+        """
+        projected, lengths = self.model.project(features, num_frames)
+        embeddings, chosen = self.model.get_input_embeddings().weight, []
+        for row, found in enumerate(self.model.token_ctc.best_texts(projected, lengths, embeddings, count)):
+            texts = [text for text, _ in self._lines([ids for ids, _ in found], [True] * len(found))]
+            scores: dict[str, float] = {}
+            for text, (_, score) in zip(texts, found, strict=True):
+                scores.setdefault(text, score)  # the best of the tokens that give this text
+            ids, heard = many_transcript_ids(self.tokenizer, list(scores)), features[row, : int(num_frames[row])]
+            log_probs = self.model.target_log_probs(
+                heard.expand(len(ids), -1, -1), num_frames[row].expand(len(ids)), ids
+            )
+            totals = {
+                text: score + DECODER_WEIGHT * float(own.sum())
+                for (text, score), own in zip(scores.items(), log_probs, strict=True)
+            }
+            chosen.append((max(totals, key=totals.__getitem__), True))
+        return chosen
+
     def _lines(self, token_ids: Any, ended: Sequence[bool]) -> list[tuple[str, bool]]:
         """Decode rows into one line each, and say whether it ended by itself; a line break ends it, too."""
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -356,6 +386,9 @@ class Recognizer:
         Raises:
             ModelError: a drafter that cannot be used.
         """
+        if options.ctc_nbest is not None:
+            self._check_ctc_nbest(options)
+            return None
         if options.draft == "none":
             return None
         config = self._settings(options)
@@ -371,6 +404,18 @@ class Recognizer:
             f"--draft {options.draft} (draft) expects greedy decoding, found {found}. Try --num-beams 1 (num_beams), "
             "or omit it"
         )
+
+    def _check_ctc_nbest(self, options: Options) -> None:
+        if self.model.token_ctc is None or not self.model.config.ctc_weight:
+            raise ModelError(
+                "--ctc-nbest (ctc_nbest) expects a projector that was trained with train.ctc_weight above 0, found one "
+                "without. Omit it"
+            )
+        if options.num_beams is not None or options.draft not in ("auto", "none") or options.generate:
+            raise ModelError(
+                "--ctc-nbest (ctc_nbest) chooses a text and writes none: beams, drafts and options of generate have no "
+                "use. Omit them"
+            )
 
     def _write_with_drafts(
         self,

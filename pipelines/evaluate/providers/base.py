@@ -49,6 +49,7 @@ class ProviderOptions:
         batch_size: clips decoded together; local models only. None: 32 on a GPU, else 16.
         num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
         draft: what drafts greedy text, which changes the speed only; one of `tinyaudio.model.drafts.KINDS`.
+        ctc_nbest: the decoder chooses among this many texts of the projector's CTC head; None: it writes one.
         guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False runs the model alone.
         api_key: of a paid provider; None reads its environment variable.
         concurrency: jobs of a paid provider in flight; AssemblyAI's free accounts run 5 at a time.
@@ -63,6 +64,7 @@ class ProviderOptions:
     max_new_tokens: int | None = None
     length_penalty: float | None = None
     draft: str = "auto"
+    ctc_nbest: int | None = None
     guard: bool = True
     api_key: str | None = None
     concurrency: int = 5

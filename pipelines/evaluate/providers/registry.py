@@ -13,7 +13,7 @@ from pipelines.evaluate.providers.base import DECODING, Provider, ProviderOption
 _LOCAL = ("revision", "device", "batch_size")
 # Provider -> the options that it takes beside `model` and `output`. A new provider is listed here and opened below.
 PROVIDERS = {
-    "tinyaudio": (*_LOCAL, *DECODING, "draft", "guard"),
+    "tinyaudio": (*_LOCAL, *DECODING, "draft", "ctc_nbest", "guard"),
     "ctc": _LOCAL,
     "projector": _LOCAL,
     "hf": (*_LOCAL, *DECODING),

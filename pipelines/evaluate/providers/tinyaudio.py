@@ -41,6 +41,8 @@ class TinyAudioProvider:
             raise EvaluationError("provider 'tinyaudio' needs a model: a run's folder or a hub id")
         if options.draft != "auto" and not options.guard:
             raise EvaluationError(f"--draft {options.draft} and --no-guard: the model alone takes no drafts. Omit one")
+        if options.ctc_nbest is not None and not options.guard:
+            raise EvaluationError("--ctc-nbest and --no-guard: the model alone writes its text. Omit one")
         loaded = Transcriber.load(options.model, device=options.device, revision=options.revision)
         provider = cls(transcriber=loaded, options=options)
         if options.guard:
@@ -57,13 +59,14 @@ class TinyAudioProvider:
             {key: getattr(config, f"{part}_{key}") for key in ("id", "revision", "digest")}
             for part in ("encoder", "decoder")
         )
+        chosen = {} if self.options.ctc_nbest is None else {"ctc_nbest": self.options.ctc_nbest}
         return {
             "name": model_name(str(self.options.model)),
             "revision": self.transcriber.revision,
             "projector_digest": weights_digest(self.transcriber.model.projector),
             "encoder": {**encoder, "id": encoder_name(encoder["id"])},
             "decoder": {**decoder, "id": encoder_name(decoder["id"]), "dtype": config.decoder_dtype},
-            "decoding": {**self._decoding(), "guard": self.options.guard},
+            "decoding": {**self._decoding(), "guard": self.options.guard, **chosen},
         }
 
     def environment(self) -> dict[str, Any]:
@@ -75,7 +78,7 @@ class TinyAudioProvider:
         return {"batch_size": self.options.clips_at_once(), "encoder_precision": precision, **drafted, **where}
 
     def _options(self, **options: Any) -> Options:
-        return Options(draft=self.options.draft, **self.options.decoding(), **options)
+        return Options(draft=self.options.draft, ctc_nbest=self.options.ctc_nbest, **self.options.decoding(), **options)
 
     def transcribe(self, clips: Sequence[Clip]) -> Iterator[Prediction]:
         transcribe_batch = self._with_guard if self.options.guard else self._model_alone

@@ -24,6 +24,8 @@ from cache.errors import CorruptShardError
 from cache.layout import Header, Layout
 from cache.shards import read_chunks
 
+NUM_THREADS = 2  # that read blocks: they keep a disk busy
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -105,18 +107,15 @@ class BlockCache:
     memory for two windows (100,000 and 300,000 utterances of 8 s, batches of 4,096 decoder positions).
     """
 
-    def __init__(
-        self, layout: Layout, header: Header, commits: Mapping[int, Commit], num_threads: int, cache_bytes: int
-    ) -> None:
-        self._layout, self._header, self._commits = layout, header, commits
-        self._num_threads, self.cache_bytes = num_threads, cache_bytes
+    def __init__(self, layout: Layout, header: Header, commits: Mapping[int, Commit], cache_bytes: int) -> None:
+        self._layout, self._header, self._commits, self.cache_bytes = layout, header, commits, cache_bytes
         self.bytes_read = 0  # of rows, without checksums
         self._start()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="blocks")
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blocks")
         self._kept: OrderedDict[int, Future[Rows]] = OrderedDict()
         self._spare_buffers: deque[NDArray[np.uint8]] = deque(maxlen=self.capacity)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +29,6 @@ class Merged:
     adopted: list[int]  # shards copied
     present: list[int]  # shards that the destination had already
     pending: list[int]  # shards that no store had
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def store_merge(destination: Paths, sources: Sequence[Paths]) -> Merged:
@@ -117,8 +113,6 @@ def store_export(
 
     Args:
         max_hours: at most this much audio of each split, drawn at random; None for all.
-        split: only this split.
-        seed: random seed for `max_hours`.
 
     Raises:
         ValueError: no utterance is selected.

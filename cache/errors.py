@@ -1,16 +1,5 @@
 """Exceptions raised by the feature store.
 
-    CacheError
-      StoreNotFoundError      (FileNotFoundError)  the path is missing or is not a feature store
-      StoreMismatchError      (ValueError)         the store has another fingerprint, plan or shape
-      PlanError               (ValueError)         the plan cannot be stored
-      UnplannedUtteranceError (KeyError)           the shard's plan does not list this utterance
-      IncompleteShardError    (RuntimeError)       a shard was closed with utterances neither stored nor quarantined
-      LostClaimError          (RuntimeError)       another writer has taken over the shard
-      UnsealableStoreError    (RuntimeError)       some shards are not committed yet
-      CorruptShardError       (OSError)            the bytes on disk differ from those that were committed
-      DiskFullError           (OSError)            the disk, the quota or the file size limit is exhausted
-
 Every message says what was found, what was expected and what to do.
 """
 

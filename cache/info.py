@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -48,9 +48,6 @@ class StoreInfo:
     writers: dict[str, int]  # host -> shards
     first_commit: str | None  # UTC, ISO 8601
     last_commit: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def to_table(self) -> str:
         """Format the description as text."""

@@ -33,7 +33,6 @@ def make_plan(
     *,
     rows_per_shard: int = ROWS_PER_SHARD,
     margin_frames: int = MARGIN_FRAMES,
-    seed: int | None = None,
 ) -> pa.Table:
     """Assign a shard and a row to every utterance.
 
@@ -41,11 +40,10 @@ def make_plan(
     the rows are assigned by length. About half a percent of the rows stays empty.
 
     Args:
-        table: the columns of `PLAN_COLUMNS`, and optionally `reason` (not empty: rejected by the caller), `group` (see
-            `seed`) and others, which are kept.
+        table: the columns of `PLAN_COLUMNS`, and optionally `reason` (not empty: rejected by the caller) and others,
+            which are kept.
         rows_per_shard: frames in one shard.
         margin_frames: rows kept free after each utterance, since its real length may exceed the planned one.
-        seed: if given, runs of equal `group` are put in a pseudo-random order first, so that later readers need not.
 
     Returns:
         The table with `shard` int32, `row` int32 and `reason` string, sorted by shard. Rejected: "longer_than_shard",
@@ -62,8 +60,6 @@ def make_plan(
         if table[name].null_count:
             raise PlanError(f"column {name!r} of the plan has {table[name].null_count} nulls; fill them first.")
         table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    if seed is not None:
-        table = table.take(_permute_groups(table, seed))
     reason = _find_reasons(table, rows_per_shard)
     shard = np.full(len(table), -1, dtype=np.int32)
     row = np.full(len(table), -1, dtype=np.int32)
@@ -82,16 +78,6 @@ def make_plan(
             table = table.drop_columns(name)
         table = table.append_column(name, column)
     return table.take(np.argsort(shard, kind="stable")).combine_chunks()
-
-
-def _permute_groups(table: pa.Table, seed: int) -> NDArray[np.int64]:
-    if "group" not in table.column_names:
-        raise PlanError("a plan with a seed needs the column 'group': runs of equal groups are what it permutes.")
-    codes = table["group"].combine_chunks().dictionary_encode().indices.to_numpy()
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    ends = np.append(starts[1:], len(codes))
-    order = np.random.default_rng(seed).permutation(len(starts))
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(starts[run], ends[run]) for run in order)])
 
 
 def _find_reasons(table: pa.Table, rows_per_shard: int) -> NDArray[np.object_]:

@@ -53,10 +53,6 @@ class Calibration:
         """The sha256 of the stored bytes, in hex."""
         return hashlib.sha256(self.array.tobytes()).hexdigest()
 
-    @classmethod
-    def from_array(cls, array: NDArray[np.float32]) -> Self:
-        return cls(mean=array[0].astype(np.float32), std=array[1].astype(np.float32))
-
     def to_base64(self) -> str:
         """Encode the stored bytes as text, for the header of a store."""
         return base64.b64encode(self.array.tobytes()).decode()
@@ -68,7 +64,8 @@ class Calibration:
         Raises:
             ValueError: it is not a calibration of so many dimensions.
         """
-        return cls.from_array(np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(2, dim))
+        mean, std = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32).reshape(2, dim)
+        return cls(mean=mean, std=std)
 
 
 class Moments:

@@ -39,15 +39,12 @@ class FeatureReader:
         store: FeatureStore | str | os.PathLike[str],
         *,
         split: str | None = None,
-        num_threads: int = 2,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Open a store for reading, finished or not.
 
         Args:
-            store: the store or its path.
             split: only its utterances; None for all.
-            num_threads: threads that read blocks.
             cache_bytes: limit on the blocks kept in memory; views still in use keep theirs alive beyond it. One of
                 several ranks needs only its share of `CACHE_BYTES`.
 
@@ -57,7 +54,7 @@ class FeatureReader:
             ValueError: the store does not contain this split.
         """
         self.store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-        self.split, self.num_threads, self.cache_bytes = split, num_threads, cache_bytes
+        self.split, self.cache_bytes = split, cache_bytes
         self._columns: dict[str, pa.ChunkedArray] = {}
         for commit in self.commits.values():
             check_sizes(self.store.path, commit)
@@ -69,7 +66,7 @@ class FeatureReader:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.store.path), self.split, self.num_threads, self.cache_bytes)
+        return _reopen, (str(self.store.path), self.split, self.cache_bytes)
 
     # ------------------------------------------------------------------------------------------- records and index
 
@@ -96,11 +93,7 @@ class FeatureReader:
         return pa.concat_tables(parts) if parts else INDEX_SCHEMA.empty_table()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return a column of `index`; of a sealed store it is read alone, since training needs no transcripts.
-
-        Raises:
-            CorruptShardError: as `index`.
-        """
+        """Return a column of `index`, errors as there; of a sealed store it is read alone: training needs no text."""
         if "index" in self.__dict__ or not self.store.is_sealed:
             return self.index[name]
         if name not in self._columns:
@@ -159,7 +152,7 @@ class FeatureReader:
 
     @cached_property
     def _blocks(self) -> BlockCache:
-        return BlockCache(self.store.layout, self.store.header, self.commits, self.num_threads, self.cache_bytes)
+        return BlockCache(self.store.layout, self.store.header, self.commits, self.cache_bytes)
 
     def clear(self) -> None:
         """Drop the blocks in memory; the next read goes to the file system."""
@@ -201,11 +194,10 @@ class FeatureReader:
         return [self._decode(rows) for rows in self.read_rows(positions)]
 
     def get(self, utterance_id: str) -> NDArray[Any] | Quantized:
-        """Read one utterance, and only the chunks that contain it.
+        """Read one utterance, and only the chunks that contain it; errors as `read_rows`.
 
         Raises:
             KeyError: it is not stored here.
-            CorruptShardError: the bytes differ from those that were committed.
         """
         position = pc.index(self.column("utterance_id"), utterance_id).as_py()
         if position < 0:
@@ -216,11 +208,7 @@ class FeatureReader:
         return self._decode(self.rows_of(position))
 
     def rows_of(self, position: int) -> Rows:
-        """Read one utterance as stored, and only the chunks that contain it; nothing is cached.
-
-        Raises:
-            CorruptShardError: the bytes differ from those that were committed.
-        """
+        """Read one utterance as stored, only the chunks that contain it; nothing is cached. Errors as `read_rows`."""
         shard, start = divmod(int(self.starts[position]), self.store.rows_per_shard)
         stop = start + int(self.num_frames[position])
         return read_rows(self.store.layout, self.store.header, self.commits[shard], start, stop)
@@ -245,10 +233,10 @@ class FeatureReader:
         return Quantized(rows.features, rows.scales, calibration, bits)
 
 
-def _reopen(path: str, split: str | None, num_threads: int, cache_bytes: int) -> FeatureReader:
+def _reopen(path: str, split: str | None, cache_bytes: int) -> FeatureReader:
     """Unpickle a reader, without the checks that were made when it was opened."""
     reader = FeatureReader.__new__(FeatureReader)
     reader.store = FeatureStore.open(path)
-    reader.split, reader.num_threads, reader.cache_bytes = split, num_threads, cache_bytes
+    reader.split, reader.cache_bytes = split, cache_bytes
     reader._columns = {}
     return reader

@@ -62,7 +62,6 @@ class FeatureStore:
 
         Args:
             plan: from `make_plan`, with the same `rows_per_shard`.
-            dim: features per frame.
             fingerprint: JSON values, everything needed to recompute a row; format, encoding and calibration are added
                 under the key "store".
             calibration: required for all encodings but float16, which takes none.

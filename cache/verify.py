@@ -13,9 +13,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -61,9 +61,6 @@ class Fault:
     def is_lost(self) -> bool:
         """Whether something has to be made again."""
         return self.kind != "out_of_reach"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def find_faults(

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -346,7 +347,7 @@ def test_faults_become_json(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", FEATURES)
     store.layout.array("features", 2).unlink()
     (fault,) = store_verify(store)
-    assert Fault(**json.loads(json.dumps(fault.to_dict()))) == fault
+    assert Fault(**json.loads(json.dumps(asdict(fault)))) == fault
 
 
 def test_a_record_altered_under_the_seal_is_not_believed(tmp_path: Path) -> None:

@@ -99,18 +99,6 @@ def test_a_plan_depends_on_nothing_but_its_table() -> None:
     assert plan_digest(pa.concat_tables([first.slice(0, 1), first.slice(1)])) == plan_digest(first)
 
 
-def test_a_seed_permutes_groups_and_keeps_their_order() -> None:
-    lengths, groups = [10] * 40, [i // 4 for i in range(40)]
-    plans = [make_plan(table(lengths, group=groups), rows_per_shard=4096, seed=seed) for seed in (None, 1, 1, 2)]
-    orders = [plan["utterance_id"].to_pylist() for plan in plans]
-    assert orders[0] != orders[1] == orders[2] != orders[3]
-    for order in orders:
-        numbers = [int(name[1:]) for name in order]
-        assert all(numbers[i : i + 4] == list(range(numbers[i], numbers[i] + 4)) for i in range(0, 40, 4))
-    with pytest.raises(PlanError, match="needs the column 'group'"):
-        make_plan(table(lengths), seed=1)
-
-
 def test_the_callers_own_rejections_are_kept() -> None:
     plan = make_plan(table([10, 10, 10], reason=["", "no_text", None]), rows_per_shard=64)
     assert {row["utterance_id"]: (row["shard"], row["reason"]) for row in plan.to_pylist()} == {

@@ -250,7 +250,7 @@ def test_a_block_that_leaves_the_cache_still_reaches_its_callers(
 ) -> None:
     store = sealed(tmp_path / "store", make_features([60] * 3))
     commits = {shard: store.commit(shard) for shard in range(3)}
-    blocks = BlockCache(store.layout, store.header, commits, num_threads=1, cache_bytes=1)
+    blocks = BlockCache(store.layout, store.header, commits, cache_bytes=1)
     gate, read = threading.Event(), BlockCache._read
 
     def read_later(self: BlockCache, block: int) -> Rows:

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_info_counts_what_is_stored_and_what_is_not(tmp_path: Path) -> None:
     assert {name: part["utterances"] for name, part in info.splits.items()} == {"train": 5, "dev": 2}
     assert info.durations["0-1 s"] == 7
     assert info.hours == pytest.approx((6 * 30 + 20) / 50 / 3600)
-    assert json.loads(json.dumps(info.to_dict()))["num_frames"] == 200
+    assert json.loads(json.dumps(asdict(info)))["num_frames"] == 200
     for words in ("7 utterances", "sealed", "non_finite", "dev", info.fingerprint_id[:12]):
         assert words in info.to_table()
 

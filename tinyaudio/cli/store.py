@@ -1,6 +1,7 @@
 """The `store` commands: describe, check, compare, merge and export feature stores."""
 
 import json as json_module
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def info(path: StoreArgument, json: JsonOption = False) -> None:
     found = store_info(path)
     print(found.to_table())
     if json:
-        print(json_module.dumps(found.to_dict()))
+        print(json_module.dumps(asdict(found)))
 
 
 @store.command("verify")
@@ -64,7 +65,7 @@ def verify(
             bar.clear()
             print(fault.message)
     if json:
-        print(json_module.dumps({"faults": [fault.to_dict() for fault in faults], "deep": deep}))
+        print(json_module.dumps({"faults": [asdict(fault) for fault in faults], "deep": deep}))
     elif not faults:
         checked = "every byte" if deep else "records and sizes; --deep reads every byte"
         print(f"{path} is sound: {num_committed} of {opened.num_shards} shards, checked {checked}")
@@ -110,7 +111,7 @@ def merge(
     state = f"{len(merged.pending)} still missing" if merged.pending else "complete and sealed"
     print(f"{destination}: {len(merged.adopted)} shards added, {len(merged.present)} already present; {state}")
     if json:
-        print(json_module.dumps(merged.to_dict()))
+        print(json_module.dumps(asdict(merged)))
 
 
 @store.command("export")

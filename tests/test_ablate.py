@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NoiseMaker, write_folder_corpus, write_recipe
+from extractions import stage_one
+from trainings import tiny_recipe
 
 from pipelines.ablate import sweep as ablate_module
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.report import Outcome, agreement, read_wers
 from pipelines.ablate.sweep import ablate, gpus_for
-from pipelines.corpora import open_corpus
 from pipelines.errors import RecipeError, RunError
-from pipelines.extract.request import wanted_splits
-from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train.meter import counting_encoder_passes
 from pipelines.train.run_table import compare_runs, list_runs
@@ -32,13 +30,9 @@ from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    root = tmp_path_factory.mktemp("tiny")
-    write_folder_corpus(root / "corpus", NoiseMaker(seed=0), {"train": 40, "dev": 8})
-    path = write_recipe(root / "tiny.toml", root / "corpus", encoder_folder, decoder_folder)
+    path = tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
     for encoding in ("float16", "int8"):
-        recipe = load_recipe(str(path), [f"store.encoding={encoding}"])
-        splits = wanted_splits(recipe, open_corpus(recipe.corpus), None)[0]
-        extract(recipe, root / encoding, splits=splits, device="cpu")
+        stage_one(path, path.with_name(encoding), f"store.encoding={encoding}")
     return path
 
 

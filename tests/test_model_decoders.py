@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import NoiseMaker, write_folder_corpus, write_recipe
+from conftest import write_recipe
 from safetensors.torch import load_file
 from tiny_decoders import DECODERS, save_decoder
-from trainings import extracted, stage_two
+from trainings import extracted, stage_two, tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from cache import FeatureReader, FeatureStore
@@ -21,9 +21,7 @@ from tinyaudio.transcribe import Transcriber
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, encoder_folder, decoder_folder):
-    root = tmp_path_factory.mktemp("store")
-    write_folder_corpus(root / "corpus", NoiseMaker(seed=0), {"train": 40, "dev": 8})
-    return extracted(write_recipe(root / "tiny.toml", root / "corpus", encoder_folder, decoder_folder))
+    return extracted(tiny_recipe(tmp_path_factory.mktemp("store"), encoder_folder, decoder_folder))
 
 
 @pytest.fixture(params=DECODERS)

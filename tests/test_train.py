@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainings import extracted, logged, stage_two, tiny_recipe
+from trainings import logged, module_recipe, module_store, stage_two  # noqa: F401 (fixtures)
 
 from cache import FeatureReader, FeatureStore
 from pipelines.errors import RunError
@@ -23,16 +23,6 @@ from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.model.guard import token_budget
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
-
-
-@pytest.fixture(scope="module")
-def store(recipe_file):
-    return extracted(recipe_file)
 
 
 @pytest.fixture(scope="module")

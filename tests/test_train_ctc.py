@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from trainings import extracted, logged, same_weights, stage_two, tiny_recipe
+from trainings import logged, module_recipe, module_store, same_weights, stage_two  # noqa: F401 (fixtures)
 
 from cache import FeatureReader, FeatureStore
 from pipelines.errors import RecipeError
@@ -100,16 +100,6 @@ def test_the_best_path_has_no_repeats_and_no_blanks(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- in stage two
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
-
-
-@pytest.fixture(scope="module")
-def store(recipe_file):
-    return extracted(recipe_file)
 
 
 def test_a_phase_before_and_a_weight_beside(recipe_file, store, tmp_path, monkeypatch):

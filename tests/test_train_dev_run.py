@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from trainings import extracted, stage_two, tiny_recipe
+from trainings import module_recipe, module_store, stage_two  # noqa: F401 (fixtures)
 
 from pipelines.errors import RunError
 from pipelines.extract.stage import extract
@@ -20,16 +20,6 @@ from pipelines.train.runs import Run
 from pipelines.train.stage import train
 from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.model import frozen
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
-
-
-@pytest.fixture(scope="module")
-def store(recipe_file):
-    return extracted(recipe_file)
 
 
 def test_dev_run_does_one_step_of_everything_and_asks_nothing(recipe_file, store, monkeypatch):

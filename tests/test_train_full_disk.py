@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from trainings import extracted, same_weights, stage_two, tiny_recipe
+from trainings import extracted, module_recipe, same_weights, stage_two  # noqa: F401 (fixtures)
 
 from pipelines.errors import RunError
 from pipelines.files import full_disk
 from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.cli.app import _one_line
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
 
 
 @contextmanager

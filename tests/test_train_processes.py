@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import extracted, tiny_recipe
+from trainings import module_recipe, module_store  # noqa: F401 (fixtures)
 
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
@@ -19,16 +19,6 @@ from pipelines.train.stage import train
 from pipelines.train.trainer import ProjectorTrainer
 
 OVERRIDES = ["train.accumulate=2", "train.log_every=1", "train.report_to=[]"]
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
-
-
-@pytest.fixture(scope="module")
-def store(recipe_file):
-    return extracted(recipe_file)
 
 
 def start_two(recipe_file: Path, store: Path, run: Path, *more: str) -> subprocess.Popen:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import extracted, logged, same_weights, stage_two, tiny_recipe
+from trainings import logged, module_recipe, module_store, same_weights, stage_two  # noqa: F401 (fixtures)
 
 from pipelines.errors import RunError
 from pipelines.train import batches as batches_module
@@ -32,16 +32,6 @@ recipe_file, store, folder = sys.argv[1:]
 resume = Run(Path(folder)).state != {}
 train(load_recipe(recipe_file), Path(store), Run(Path(folder)), resume=resume, device="cpu", say=print)
 """
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, encoder_folder, decoder_folder):
-    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
-
-
-@pytest.fixture(scope="module")
-def store(recipe_file):
-    return extracted(recipe_file)
 
 
 @pytest.fixture(scope="module")

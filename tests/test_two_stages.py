@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 import torch
 from extractions import same_content, stage_one
+from trainings import stage_two
 
 from cache import FeatureReader, FeatureStore
 from pipelines.errors import CorpusError, RunError, TooManyBadError
 from pipelines.extract.batching import cut_batches
-from pipelines.recipes import load_recipe
-from pipelines.train.runs import Run
-from pipelines.train.stage import train
 from tinyaudio.model.audio import load_audio
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
-
-
-def stage_two(recipe_file: Path, store: Path, run: Path, *overrides: str, resume: bool = False, lines=None):
-    say = (lambda _: None) if lines is None else lines.append
-    recipe = load_recipe(str(recipe_file), overrides)
-    return train(recipe, store, Run(run), resume=resume, device="cpu", say=say)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import NoiseMaker, write_folder_corpus, write_recipe
+from extractions import stage_one
 from safetensors.torch import load_file
 
-from pipelines.corpora import open_corpus
-from pipelines.extract.request import wanted_splits
-from pipelines.extract.stage import extract
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
@@ -22,9 +21,20 @@ def tiny_recipe(root: Path, encoder_folder: Path, decoder_folder: Path) -> Path:
 
 def extracted(recipe_file: Path) -> Path:
     """The recipe's finished store, beside it."""
-    recipe, path = load_recipe(str(recipe_file)), recipe_file.with_name("store")
-    extract(recipe, path, splits=wanted_splits(recipe, open_corpus(recipe.corpus), None)[0], device="cpu")
-    return path
+    stage_one(recipe_file, recipe_file.with_name("store"))
+    return recipe_file.with_name("store")
+
+
+@pytest.fixture(scope="module", name="recipe_file")
+def module_recipe(tmp_path_factory, encoder_folder, decoder_folder):
+    """A recipe that the tests of one file share; imported under its own name, used as `recipe_file`."""
+    return tiny_recipe(tmp_path_factory.mktemp("tiny"), encoder_folder, decoder_folder)
+
+
+@pytest.fixture(scope="module", name="store")
+def module_store(recipe_file):
+    """The finished store of that recipe, used as `store`."""
+    return extracted(recipe_file)
 
 
 def stage_two(recipe_file: Path, store: Path, run: Path, *overrides: str, resume: bool = False, lines=None):

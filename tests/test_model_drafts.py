@@ -122,20 +122,6 @@ def test_each_row_stops_at_its_own_budget():
         assert [one.token_ids for one in written] == [row[:n] for row, n in zip(expected, budgets, strict=True)]
 
 
-def test_log_probs_are_those_of_the_whole_text_in_one_pass():
-    decoder, prompts = random_decoder("smollm3"), random_prompts(3)
-    expected = greedy(decoder, prompts, budget=9)
-    drafts = [spoiled(row, 0.3, i) for i, row in enumerate(expected)]
-    written = write_with_drafts(decoder, prompts, drafts, WORDS, [9] * 3, 0)
-    for prompt, one in zip(prompts, written, strict=True):
-        ids = torch.tensor(one.token_ids)
-        embeds = torch.cat([prompt, decoder.get_input_embeddings()(ids)])[None]
-        with torch.no_grad():
-            log_probs = decoder(inputs_embeds=embeds).logits[0].log_softmax(-1)
-        taken = log_probs[len(prompt) - 1 : -1].gather(1, ids[:, None])[:, 0]
-        assert one.log_probs == pytest.approx(taken.tolist(), abs=1e-4)
-
-
 # ---------------------------------------------------------------------------------------------- what is left of a draft
 
 

@@ -31,10 +31,7 @@ Samples = NDArray[np.float32]
 
 
 def num_frames(num_samples: int) -> int:
-    """Count the encoder frames of a recording. One shorter than a window is padded to one window first.
-
-    Args:
-        num_samples: at 16 kHz.
+    """Count the encoder frames of samples at 16 kHz. A recording shorter than a window is padded to one first.
 
     Returns:
         (num_samples - 400) // 320 + 1, at least 1. One second is 49 frames.
@@ -45,14 +42,7 @@ def num_frames(num_samples: int) -> int:
 
 
 def pad_to_window(samples: Samples) -> Samples:
-    """Zero-pad a recording that is shorter than one encoder window.
-
-    Args:
-        samples: (S,) at 16 kHz.
-
-    Returns:
-        (max(S, 400),).
-    """
+    """Zero-pad a recording that is shorter than one encoder window: (S,) at 16 kHz becomes (max(S, 400),)."""
     missing = WINDOW_LENGTH - len(samples)
     return np.pad(samples, (0, missing)) if missing > 0 else samples
 

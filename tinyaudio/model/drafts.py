@@ -131,7 +131,6 @@ class Remainder:
     """What is left of a draft behind the text that is written.
 
     Args:
-        draft: token ids.
         vocabulary: the string of each id, as in the tokenizer's own vocabulary, in one case.
     """
 

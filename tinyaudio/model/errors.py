@@ -1,9 +1,6 @@
 """The exceptions that this package raises on purpose; any other exception is a bug and keeps its traceback.
 
-TinyAudioError                  one line: what was expected, what was found, what to do
-+-- AudioError (ValueError)     an input cannot be decoded into samples
-+-- ModelError (ValueError)     a model folder, id or combination of parts cannot be used
-+-- MissingModelError (FileNotFoundError)
+Every message is one line: what was expected, what was found, what to do.
 """
 
 MAX_REASON_LENGTH = 200  # characters of another library's message that are quoted in ours

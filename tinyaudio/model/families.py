@@ -19,14 +19,11 @@ from .audio import HOP_LENGTH, WINDOW_LENGTH, num_frames
 from .errors import ModelError
 from .spectrograms import frame_mask, kaldi_log_mel, whisper_log_mel
 
-CONTEXTS = ("own", "full")  # what Whisper hears: the recording's own length, or 30 s with silence after it
-
 
 class Family:
     """One family of encoders, for one configuration.
 
     Args:
-        config: of the encoder.
         context: a value of `contexts`; None is the first of them, or nothing for a family without a choice.
 
     Raises:
@@ -42,6 +39,10 @@ class Family:
         if context is not None and context not in self.contexts:
             expected = f"one of {', '.join(self.contexts)}" if self.contexts else "none for this encoder"
             raise ModelError(f"expected an encoder.context of {expected}, found {context!r} for {config.model_type!r}")
+        if getattr(config, "add_adapter", False):  # of wav2vec 2.0, WavLM and w2v-BERT
+            raise ModelError(
+                "expected an encoder at 50 Hz, found one with an adapter (add_adapter), which joins frames"
+            )
         self.config = config
         self.context = context or next(iter(self.contexts), None)
 
@@ -92,10 +93,6 @@ class Waveform(Family):
                 f"expected an encoder with window {WINDOW_LENGTH} and hop {HOP_LENGTH} samples (50 Hz), "
                 f"found window {window} and hop {hop}"
             )
-        if getattr(config, "add_adapter", False):  # of wav2vec 2.0 and WavLM
-            raise ModelError(
-                "expected an encoder at 50 Hz, found one with an adapter (add_adapter), which joins frames"
-            )
         # Group norm (the "base" sizes) averages over time, and Data2Vec's positional convolutions read beyond a row's
         # end; padding would change the features.
         self.takes_padding = config.model_type != "data2vec-audio" and config.feat_extract_norm == "layer"
@@ -142,7 +139,7 @@ class Whisper(Family):
     dropped: 6 to 10 times as slow on short recordings.
     """
 
-    contexts = CONTEXTS
+    contexts = ("own", "full")
     formula = f"ceil(samples / {HOP_LENGTH})"
 
     def __init__(self, config: Any, context: str | None = None) -> None:
@@ -182,10 +179,6 @@ class W2vBert(Family):
 
     def __init__(self, config: Any, context: str | None = None) -> None:
         super().__init__(config, context)
-        if config.add_adapter:
-            raise ModelError(
-                "expected an encoder at 50 Hz, found one with an adapter (add_adapter), which joins frames"
-            )
         self.num_bands = config.feature_projection_input_dim // 2
 
     def num_frames(self, num_samples: int) -> int:

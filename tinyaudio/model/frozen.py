@@ -141,7 +141,6 @@ def load_frozen(
     """Call `auto_class.from_pretrained` and turn its failures into one line.
 
     Args:
-        auto_class: an Auto class of transformers.
         model_id: hub id such as "facebook/hubert-large-ls960-ft", or a local folder.
         revision: hub commit, branch or tag; None for a local folder or the hub's default branch.
         gguf_file: name of the GGUF file to read; None: the usual files.

@@ -74,7 +74,6 @@ def judge(text: str, duration_s: float, is_complete: bool, speech_s: float = 0.0
     """Find the fault of an output.
 
     Args:
-        text: as decoded.
         duration_s: of the audio it should be the transcript of.
         is_complete: whether it ended by itself, with end-of-text.
         speech_s: seconds of the audio with speech; 0 if voice activity was not measured.

@@ -91,7 +91,6 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Transcribes speech.
 
     Args:
-        config: see `TinyAudioConfig`.
         encoder, decoder: the frozen parts, or None to attach them later (`attach`). Stage two trains without encoder.
     """
 
@@ -323,9 +322,8 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
             weight = embed.weight.detach()
             norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
             some = torch.arange(min(64, len(weight)), device=weight.device)
-            scale = (
-                embed(some).detach().float().norm() / norms[some].norm()
-            )  # Gemma scales what it reads from the table
+            # Gemma scales what it reads from the table.
+            scale = embed(some).detach().float().norm() / norms[some].norm()
             self._cached_embedding_rms = scale * torch.linalg.vector_norm(norms) / weight.numel() ** 0.5
         projected_rms = (energy / (lengths.sum() * projected.shape[-1])).sqrt() / self._cached_embedding_rms
         return TinyAudioOutput(

@@ -35,9 +35,7 @@ RETRY = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4}
 RETRY_NUM_BEAMS = 4
 BATCHES_AHEAD = 4  # batches read before any is decoded, so that pieces of similar length share a batch
 MAX_BATCH_S, GPU_MAX_BATCH_S = 480.0, 1_920.0  # seconds of padded audio in one batch: 16 and 64 pieces of 30 s
-ENCODER_BATCH_S = (
-    480.0  # seconds of padded audio that the encoder gets at once; its activations are larger than the text's
-)
+ENCODER_BATCH_S = 480.0  # seconds of padded audio that the encoder gets at once; its activations are the largest
 # A step of generation on a GPU costs the start of its kernels, 20 to 30 ms, whether it has 8 rows or 64.
 BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
 CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
@@ -69,9 +67,7 @@ class Output:
     """What became of a piece.
 
     Args:
-        text: may be empty.
         warnings: codes of `guard.CODES`.
-        scores: if they were asked for.
         drafts: what drafts did, if any were checked.
     """
 
@@ -87,12 +83,10 @@ class Options:
 
     Args:
         batch_size: pieces decoded at once; changes the speed only. None: `default_batch_size`.
-        num_beams: beams; 1 is greedy.
         draft: what drafts the text of greedy decoding, which makes it faster; one of `drafts.KINDS`.
         ctc_nbest: let the decoder choose among this many texts, the most probable ones of the projector's CTC head,
             instead of writing one. It needs a projector that was trained with a CTC loss.
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
-        length_penalty: of beam search.
         window_s: the longest piece, seconds; None is the model's own window.
         word_timestamps: find out when each word was said, and how sure it is; needs an encoder with a CTC head.
         confidence: compute the scores of `Segment`; with a CTC head also the warnings `unheard` and `missing`.
@@ -534,7 +528,6 @@ class OpenInput:
     """An input that is not finished: its events so far, and the outputs of its pieces by their index.
 
     Args:
-        name: of the input.
         with_words: whether its segments show their words.
         pieces: so far, without their samples.
         outputs: of the pieces that are decoded, in any order.

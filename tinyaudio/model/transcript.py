@@ -38,7 +38,6 @@ class Segment:
     Args:
         id: counts from 0 within its transcript.
         start, end: seconds from the beginning of the recording, where its speech begins and ends.
-        text: may be empty.
         warnings: codes, see `Transcript`.
         words: its words with their times, if they were asked for.
         avg_logprob: the mean logarithm of the language model's probabilities of its tokens and of the end of the text,
@@ -92,7 +91,6 @@ class DraftCounts:
     """What drafts did for a transcript, see `drafts`; second decodings are not counted.
 
     Args:
-        draft: the kind of drafter.
         num_passes: passes of the decoder, of all segments together.
         num_tokens: that it wrote, each end-of-text included. num_accepted: those of them that were drafted.
     """

@@ -27,13 +27,11 @@ class Written:
 
     Args:
         token_ids: what the decoder wrote, with end-of-text if it came within the budget.
-        log_probs: natural logarithms of their probabilities.
         num_passes: passes of the decoder that this row took part in, the prompt's included.
         num_accepted: those of `token_ids` that were drafted.
     """
 
     token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
     num_passes: int = 0
     num_accepted: int = 0
 
@@ -87,7 +85,7 @@ def write_with_drafts(
         row_index = [i for i, count in enumerate(counts) for _ in range(count)]
         column_index = [before + column for count in counts for column in range(count)]
         index = torch.tensor([row_index, column_index]).to(hidden.device)
-        best, log_probs = _best_tokens(hidden[index[0], index[1]], head, embed.weight.shape[0])
+        best = _best_tokens(hidden[index[0], index[1]], head, embed.weight.shape[0])
 
         kept, begin = [], 0  # how many columns of each row's block are part of its text
         for row, block_ids, proposal in zip(rows, given, proposals, strict=True):
@@ -95,7 +93,6 @@ def write_with_drafts(
             num_accepted = _agreeing(proposal, best[begin:end])
             text = texts[row]
             text.token_ids += best[begin : begin + num_accepted + 1]
-            text.log_probs += log_probs[begin : begin + num_accepted + 1]
             text.num_passes += 1
             text.num_accepted += num_accepted
             remainders[row].advance(num_accepted, text.token_ids[-1])
@@ -127,15 +124,10 @@ def _first_columns(width: int, counts: Sequence[int], like: Tensor) -> Tensor:
     return (columns[None, :] < torch.tensor(counts).to(like.device)[:, None]).to(like.dtype)
 
 
-def _best_tokens(hidden: Tensor, head: nn.Module, vocabulary_size: int) -> tuple[list[int], list[float]]:
-    """Choose the most probable token of each hidden state (N, H); also return its log-probability."""
-    ids, log_probs = [], []
-    for chunk in torch.split(hidden, max(1, CHUNK_ENTRIES // vocabulary_size)):
-        logits = head(chunk).float()
-        best = logits.argmax(-1)
-        ids.append(best)
-        log_probs.append(logits.gather(1, best[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(ids).tolist(), torch.cat(log_probs).tolist()
+def _best_tokens(hidden: Tensor, head: nn.Module, vocabulary_size: int) -> list[int]:
+    """Choose the most probable token of each hidden state (N, H), a few rows of logits at a time."""
+    chunks = torch.split(hidden, max(1, CHUNK_ENTRIES // vocabulary_size))
+    return torch.cat([head(chunk).float().argmax(-1) for chunk in chunks]).tolist()
 
 
 def _agreeing(proposal: Sequence[int], best: Sequence[int]) -> int:

@@ -94,24 +94,16 @@ def check_pairs(references: Sequence[str], hypotheses: Sequence[str]) -> None:
 
 
 def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> jiwer.WordOutput | None:
-    """Align pairs word by word; None for no pairs, which jiwer refuses.
-
-    Raises:
-        ValueError: lists of different lengths.
-    """
+    """Align pairs word by word; None for no pairs, which jiwer refuses. Errors as `check_pairs`."""
     check_pairs(references, hypotheses)
     return jiwer.process_words(fold(references), fold(hypotheses)) if references else None
 
 
 def count_word_errors(references: Sequence[str], hypotheses: Sequence[str], failed: int = 0) -> WordErrors:
-    """Align pairs and add up their errors; neither side is normalised beyond white space.
+    """Align pairs and add up their errors; neither side is normalised beyond white space. Errors as `check_pairs`.
 
     Args:
-        references, hypotheses: pairs.
         failed: utterances without an answer, to be carried along.
-
-    Raises:
-        ValueError: lists of different lengths.
     """
     aligned = align_words(references, hypotheses)
     return WordErrors(
@@ -125,21 +117,14 @@ def count_word_errors(references: Sequence[str], hypotheses: Sequence[str], fail
 
 
 def count_character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> CharacterErrors:
-    """Align pairs character by character and add up their errors.
-
-    Raises:
-        ValueError: lists of different lengths.
-    """
+    """Align pairs character by character and add up their errors. Errors as `check_pairs`."""
     check_pairs(references, hypotheses)
     characters = sum(len(reference) for reference in fold(references))
     if not references:
         return CharacterErrors(substitutions=0, deletions=0, insertions=0, characters=0)
     found = jiwer.process_characters(fold(references), fold(hypotheses))
     return CharacterErrors(
-        substitutions=found.substitutions,
-        deletions=found.deletions,
-        insertions=found.insertions,
-        characters=characters,
+        substitutions=found.substitutions, deletions=found.deletions, insertions=found.insertions, characters=characters
     )
 
 
@@ -176,7 +161,6 @@ def probability_of_improvement(
     other_hypotheses: Sequence[str],
     *,
     replications: int = REPLICATIONS,
-    seed: int = SEED,
 ) -> float:
     """Estimate how often the other system has fewer errors, over resamples of the same utterances for both.
 
@@ -186,13 +170,8 @@ def probability_of_improvement(
     check_pairs(references, other_hypotheses)
     if not references:
         return 0.0
-    found = kaldialign.bootstrap_wer_ci(
-        _words(references),
-        _words(hypotheses),
-        _words(other_hypotheses),
-        replications=replications,
-        seed=seed,
-    )
+    texts = (_words(side) for side in (references, hypotheses, other_hypotheses))
+    found = kaldialign.bootstrap_wer_ci(*texts, replications=replications, seed=SEED)
     return float(found["p_s2_improv_over_s1"])
 
 

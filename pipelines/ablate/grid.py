@@ -74,7 +74,6 @@ def load_grid(name_or_path: str, overrides: Sequence[str] = ()) -> Grid:
     """Read and check a grid and the recipes of all its cells.
 
     Args:
-        name_or_path: the name of a bundled grid, or the path of a TOML file.
         overrides: "section.key=value" for every run, applied after the grid's own settings.
 
     Raises:

@@ -96,7 +96,6 @@ def ablate(
 
     Args:
         store: the feature store of cells whose encoding has none in the grid; None for data/<recipe>.
-        output: folder of the runs and the tables.
         jobs: runs at the same time; they share the cores, and use the GPUs in turn.
         against: folder of a finished ablation of the same grid, whose ranking is compared with this one's.
 

@@ -106,7 +106,6 @@ def analyse(pairs: Sequence[Pair], failed: Sequence[Prediction] = ()) -> Analysi
     """Align all pairs once and report where the errors are.
 
     Args:
-        pairs: the answered utterances.
         failed: the others; counted in the breakdowns.
     """
     output = align_words([pair.reference for pair in pairs], [pair.hypothesis for pair in pairs])

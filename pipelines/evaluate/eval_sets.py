@@ -218,10 +218,7 @@ def open_eval_set(
     """List what is to be scored.
 
     Args:
-        section: the corpus.
-        split: its split.
         max_samples: score a random sample of this many; None scores all.
-        seed: of the sample.
         source: score only utterances of this source, such as "voxpopuli".
 
     Raises:

@@ -59,7 +59,6 @@ def evaluate(
 
     Args:
         provider: the system; loaded once, it may serve several sets.
-        eval_set: what to score.
         output: folder; created if missing, resumed if it contains part of this very evaluation.
         scoring: normaliser and comparison; can be changed later with `score_again`.
         trained_on: corpus of the training recipe, for the note on contamination.
@@ -191,7 +190,6 @@ def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
     Args:
         source: folder of an evaluation, or a predictions file (the leaderboard's too).
         output: folder for eval.json, summary.json, report.md and report.html.
-        scoring: how.
 
     Raises:
         EvaluationError: no predictions, no such normaliser, or a comparison with another set or with itself.

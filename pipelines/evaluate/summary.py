@@ -46,7 +46,6 @@ class Settings:
     """What an evaluation is: written before it starts, compared before it resumes.
 
     Args:
-        provider: the system's kind.
         model: its identity, as the provider states it.
         scored: the set's identity, see `EvalSet.identity`.
         text_policy: the recipe's `text_*` settings, for the normaliser "recipe".
@@ -108,7 +107,6 @@ class Timing:
         time_s: seconds of wall time of their answers, summed.
         rtfx: audio_s / time_s of a local system. Reading and decoding files is not included, warm-up is. None for a
             remote system, whose times are latencies with network and queue.
-        drafts: None without drafts.
     """
 
     audio_s: float
@@ -217,7 +215,6 @@ def summarize(
     """Score predictions.
 
     Args:
-        settings: of the evaluation.
         predictions: all of them, failures included.
         normalizer: the headline's; "recipe" and "whisper" are always scored as well.
         other: another evaluation of the same set, to compare with.

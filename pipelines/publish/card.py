@@ -38,7 +38,6 @@ def make_card(
     """Write the card; its front matter carries the complete evaluations as `model-index`.
 
     Args:
-        repo_id: "owner/name".
         config: of the model, with the public names of the frozen parts.
         num_parameters: of the projector.
         report: the closing report of training, from run.json; empty if there is none.

@@ -73,10 +73,7 @@ def publish(
     """Make the folder and its card, and upload it.
 
     Args:
-        run: folder of a finished run.
-        repo_id: "owner/name".
         dry_run: make the folder and stop.
-        private: make the repository private, if it is new.
         encoder_id, decoder_id: published ids of the frozen parts, if the run used local copies.
         power_watts, grams_per_kwh: for the energy on the card; without them none is given.
         token: of the hub; None uses the stored one or HF_TOKEN.

@@ -59,9 +59,7 @@ class CorpusSection(Section):
     text_case: Literal["keep", "lower"] = "keep"
     text_punctuation: Literal["keep", "remove"] = "keep"
     text_tags: Literal["keep", "remove"] = "keep"  # <COMMA>, [noise], ...
-    no_speech: Annotated[float, Field(ge=0, le=0.5)] = (
-        0.03  # items of silence and noise added per utterance of train_split
-    )
+    no_speech: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # items of silence and noise per utterance of train_split
     fetch: Literal["ranges", "files"] = "ranges"  # read byte ranges on the hub, or download files into HF_HOME first
     fetch_patience_s: PositiveFloat = 600.0  # seconds to retry a failing request
 
@@ -117,12 +115,9 @@ class ExtractSection(Section):
     """How stage one works; nothing here changes more than the last bits of a stored value."""
 
     batch_s: PositiveFloat = 320.0  # seconds of padded audio in one encoder batch; at most 15 on a CPU
-    decode_workers: Annotated[int, Field(ge=0)] | None = (
-        None  # processes; 0: threads; None: processes with a GPU, else threads
-    )
-    max_bad: Annotated[float, Field(ge=0, le=1)] = (
-        0.01  # fraction of unusable rows that stops extraction; filtered rows do not count
-    )
+    # Processes that decode; 0: threads; None: processes with a GPU, else threads.
+    decode_workers: Annotated[int, Field(ge=0)] | None = None
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  # of rows, that stops extraction; filtered rows do not count
     disk_margin_gb: Annotated[float, Field(ge=0)] = 5.0  # no shard begins that would leave less free space
     disk_patience_s: Annotated[float, Field(ge=0)] = 0.0  # seconds to wait for free space before stopping
 

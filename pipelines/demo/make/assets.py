@@ -83,13 +83,7 @@ def write_examples(folder: Path, corpus: dict[str, list[SpokenUtterance]]) -> No
 
 
 def make_demo_assets(out: Path, seed: int, examples: Path | None = None) -> None:
-    """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed.
-
-    Args:
-        out: folder to write corpus/, encoder/ and decoder/ into.
-        seed: every random choice follows from it.
-        examples: folder for a few of its recordings; None for none.
-    """
+    """Make the demo's corpus, encoder and decoder from nothing but espeak-ng and a seed."""
     corpus = make_corpus(seed)
     write_corpus(out / "corpus", corpus)
     if examples is not None:

@@ -298,23 +298,13 @@ def make_corpus(seed: int) -> dict[str, list[SpokenUtterance]]:
 
 def write_corpus(folder: Path, corpus: dict[str, list[SpokenUtterance]]) -> None:
     """Write every split as Parquet, in speechbrain/LoquaciousSet's columns and under names like its own."""
-    features: dict[str, dict[str, object]] = {
-        "ID": {"dtype": "string", "_type": "Value"},
-        "duration": {"dtype": "float32", "_type": "Value"},
-        "wav": {"decode": False, "_type": "Audio"},
-        "spk_id": {"dtype": "string", "_type": "Value"},
-        "sex": {"dtype": "string", "_type": "Value"},
-        "text": {"dtype": "string", "_type": "Value"},
-    }
-    fields = [
-        ("ID", pa.string()),
-        ("duration", pa.float32()),
-        ("wav", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("spk_id", pa.string()),
-        ("sex", pa.string()),
-        ("text", pa.string()),
-    ]
+    wav, text = pa.struct([("bytes", pa.binary()), ("path", pa.string())]), pa.string()
+    fields = [("ID", text), ("duration", pa.float32()), ("wav", wav), ("spk_id", text), ("sex", text), ("text", text)]
     # By this metadata, `datasets` knows the types.
+    features: dict[str, dict[str, object]] = {
+        name: {"dtype": "float32" if name == "duration" else "string", "_type": "Value"} for name, _ in fields
+    }
+    features["wav"] = {"decode": False, "_type": "Audio"}
     schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
     folder.mkdir(parents=True, exist_ok=True)
     for split, utterances in corpus.items():

@@ -45,7 +45,6 @@ class ProviderOptions:
     Args:
         model: folder or hub id; for a paid provider the name of its model.
         revision: commit, branch or tag of a hub model.
-        device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: clips decoded together; local models only. None: 32 on a GPU, else 16.
         num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
         draft: what drafts greedy text, which changes the speed only; one of `tinyaudio.model.drafts.KINDS`.

@@ -270,8 +270,7 @@ def _bar_chart(labels: Sequence[str], counts: Sequence[int]) -> str:
 
 def _calibration_chart(confidence: Confidence) -> str:
     """Draw the share of right words over the mean score of each bin; a calibrated score is on the diagonal."""
-    figure = Figure(figsize=(7.5, 4.0), facecolor="none", layout="constrained")
-    axes = figure.subplots(subplot_kw={"facecolor": "none"})
+    figure, axes = _figure(4.0)
     axes.plot((0, 1), (0, 1), color=_GRID)
     for score, marker, color in zip(confidence.scores, ("o-", "s--"), (_ACCENT, _INK), strict=True):
         means = [one.mean_score for one in score.bins]
@@ -280,23 +279,26 @@ def _calibration_chart(confidence: Confidence) -> str:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_xlabel("mean score", color=_INK)
     axes.set_ylabel("share of right words", color=_INK)
-    axes.tick_params(colors=_INK, length=0)
     axes.grid(color=_GRID)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
     axes.legend(frameon=False, labelcolor=_INK)
     return _to_svg(figure)
 
 
 def _chart(rows: Sequence[str]) -> tuple[Figure, Axes]:
     """Make an empty chart with one row for each label, from top to bottom."""
-    figure = Figure(figsize=(7.5, 0.7 + 0.3 * len(rows)), facecolor="none", layout="constrained")
-    axes = figure.subplots(subplot_kw={"facecolor": "none"})
+    figure, axes = _figure(0.7 + 0.3 * len(rows))
     labels = [label if len(label) <= MAX_LABEL_LENGTH else f"{label[: MAX_LABEL_LENGTH - 3]}..." for label in rows]
     axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(colors=_INK, length=0)
     axes.grid(axis="x", color=_GRID, clip_on=False)
+    return figure, axes
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """Make an empty figure, in inches, without background, frame and ticks."""
+    figure = Figure(figsize=(7.5, height), facecolor="none", layout="constrained")
+    axes = figure.subplots(subplot_kw={"facecolor": "none"})
+    axes.tick_params(colors=_INK, length=0)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     return figure, axes

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 import typer
 from typer.testing import CliRunner
@@ -14,9 +15,13 @@ from tinyaudio.cli import evaluate as cli_eval
 NUM_CLIPS = 12
 
 
-def noise_clips(root: Path) -> Path:
-    """Make an audiofolder corpus of noise: utt-0, utt-1, ... in its split `test`, each longer than the last."""
-    split = root / "test"
+@pytest.fixture(name="corpus")
+def noise_clips(tmp_path: Path) -> Path:
+    """An audiofolder corpus of noise: utt-0, utt-1, ... in its split `test`, each longer than the last.
+
+    Imported under this name, used as `corpus`.
+    """
+    split = tmp_path / "corpus" / "test"
     split.mkdir(parents=True)
     rng = np.random.default_rng(1)
     rows = ["file_name,id,text"]
@@ -24,7 +29,7 @@ def noise_clips(root: Path) -> Path:
         soundfile.write(split / f"{i}.wav", 0.1 * rng.standard_normal(9_000 + 700 * i), 16_000)
         rows.append(f"{i}.wav,utt-{i},a cat and a dog {i}")
     (split / "metadata.csv").write_text("\n".join(rows) + "\n")
-    return root
+    return split.parent
 
 
 def run_eval(*arguments: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import soundfile
 import typer
-from evaluations import NUM_CLIPS, noise_clips, numbers, run_eval
+from evaluations import NUM_CLIPS, noise_clips, numbers, run_eval  # noqa: F401 (a fixture)
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate import eval_sets
@@ -18,11 +18,6 @@ from tinyaudio.cli import demo
 from tinyaudio.cli import evaluate as cli_eval
 from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import MissingModelError
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return noise_clips(tmp_path / "corpus")
 
 
 @pytest.mark.parametrize(("typed", "rate"), [("5%", 0.05), ("0.05", 0.05), ("250 %", 2.5), ("0", 0.0), ("1", 1.0)])

@@ -8,14 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-from evaluations import NUM_CLIPS, answers, noise_clips
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return noise_clips(tmp_path / "corpus")
-
+from evaluations import NUM_CLIPS, answers, noise_clips  # noqa: F401 (a fixture)
 
 SLOW_SYSTEM = """
 import sys, time

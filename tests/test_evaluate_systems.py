@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_hubert_config
-from evaluations import answers, noise_clips
+from evaluations import answers, noise_clips  # noqa: F401 (a fixture)
 from tiny_encoders import save_ctc, save_encoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -34,11 +34,6 @@ from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return noise_clips(tmp_path / "corpus")
 
 
 def first_clips(corpus: Path) -> list[Clip]:

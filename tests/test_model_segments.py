@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.segments import MAX_EXCESS_S, MIN_SPEECH, audible_length, cut, join_texts
+from tinyaudio.model.segments import MAX_EXCESS_S, MIN_SPEECH, audible_length, cut_steps, join_texts
 from tinyaudio.model.voice import FRAME_LENGTH, FRAME_S, VoiceActivity
 
 
@@ -20,6 +20,10 @@ def silence(duration_s):
 
 def in_blocks(samples, size):
     return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+def cut(*arguments, **settings):
+    return (piece for piece in cut_steps(*arguments, **settings) if piece is not None)
 
 
 class ScriptedVoice(VoiceActivity):

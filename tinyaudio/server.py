@@ -483,11 +483,8 @@ class Metrics:
             "tinyaudio_queue_depth", "Requests that are waiting or being transcribed.", registry=self.registry
         )
         rtfx = Gauge("tinyaudio_rtfx", "Seconds of audio per second of the model's work.", registry=self.registry)
-        rtfx.set_function(self._rtfx)
+        rtfx.set_function(lambda: self._audio_s / self._model_s if self._model_s else 0.0)
         self._audio_s = self._model_s = 0.0
-
-    def _rtfx(self) -> float:
-        return self._audio_s / self._model_s if self._model_s else 0.0
 
     def watch(self, queue: RequestQueue) -> None:
         self._depth.set_function(lambda: queue.num_requests)

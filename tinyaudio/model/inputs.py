@@ -32,7 +32,8 @@ _HANDLERS = (  # those of `urlopen` without files, data and ftp, to which a serv
 def is_single(given: Any) -> bool:
     """Check whether something is one recording, not a collection of them."""
     if isinstance(given, tuple):
-        return len(given) == 2 and isinstance(given[0], np.ndarray | torch.Tensor) and _is_rate(given[1])
+        has_rate = len(given) == 2 and isinstance(given[1], int | np.integer) and not isinstance(given[1], bool)
+        return has_rate and isinstance(given[0], np.ndarray | torch.Tensor)
     return (
         isinstance(given, str | bytes | bytearray | memoryview | np.ndarray | torch.Tensor | Mapping)
         or hasattr(given, "read")
@@ -77,10 +78,6 @@ def as_input(given: Any) -> Any:
     if hasattr(given, "get_all_samples"):
         return _decoded(given)
     return _of_dict(given) if isinstance(given, Mapping) else given
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _of_dict(given: Mapping[str, Any]) -> Any:

@@ -63,7 +63,7 @@ class Piece:
     name: str = ""
 
 
-def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece]:
+def cut_steps(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece | None]:
     """Cut a recording into pieces.
 
     A model trained on utterances of a few seconds has seen no long pauses inside them: the shorter its window, the
@@ -75,13 +75,9 @@ def cut(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None 
         voice: finds the speech; None for a fresh `VoiceActivity`.
 
     Yields:
-        Pieces in order of time, as soon as they are complete; none where there is no speech.
+        Pieces in order of time, as soon as they are complete; no piece where there is no speech. None for each block,
+        where a reader of several recordings may switch.
     """
-    return (piece for piece in cut_steps(blocks, window_s, voice) if piece is not None)
-
-
-def cut_steps(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece | None]:
-    """Cut as `cut`, and yield None for each block, where a reader of several recordings may switch."""
     voice = voice or VoiceActivity()
     held = _HeldSamples()
     speech = _Speech(window=max(int(window_s / FRAME_S), 8), overlap=int(min(MAX_OVERLAP_S, window_s / 4) / FRAME_S))

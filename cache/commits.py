@@ -127,11 +127,7 @@ def read_commit(layout: Layout, header: Header, shard: int) -> Commit:
 
 
 def check_commit(layout: Layout, header: Header, shard: int, line: bytes, *, is_verified: bool = False) -> Commit:
-    """Decode a commit record, as `Commit.decode` does, and check that it belongs to this shard, plan and fingerprint.
-
-    Raises:
-        CorruptShardError: the record is damaged or belongs to another shard or store.
-    """
+    """Decode a commit record, as `Commit.decode` does, and check that it is this shard's; errors as `read_commit`."""
     try:
         commit = Commit.decode(line, is_verified=is_verified)
     except ValueError as error:

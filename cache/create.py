@@ -79,11 +79,7 @@ def make_header(
 
 
 def require_same(root: Path, found: Header, requested: Header) -> None:
-    """Refuse a store that is not the requested one.
-
-    Raises:
-        StoreMismatchError: naming the fields that differ.
-    """
+    """Refuse a store that is not the requested one with a StoreMismatchError that names the fields that differ."""
     if differences := compare_fields(found.identity(), requested.identity()):
         raise StoreMismatchError(root, differences)
 

@@ -123,12 +123,7 @@ def link_into_place(temporary: Path, path: Path) -> None:
 
 
 def place(path: Path, buffers: Buffers, owner: Owner | None = None) -> None:
-    """Write a complete new file under its final name, durably.
-
-    Raises:
-        FileExistsError: the name is taken; nothing is replaced.
-        DiskFullError: nothing is left behind.
-    """
+    """Write a complete new file under its final name, durably; errors as `link_into_place`, nothing is left behind."""
     link_into_place(write_temporary(path, buffers, owner or Owner.me()), path)
     sync(path.parent)
 

@@ -75,11 +75,7 @@ class StoreInfo:
 
 
 def store_info(path: Paths) -> StoreInfo:
-    """Describe a store from its records and indexes, without reading features.
-
-    Raises:
-        StoreNotFoundError, CorruptShardError: as `FeatureReader`.
-    """
+    """Describe a store from its records and indexes, without reading features; errors as `FeatureReader`."""
     reader = FeatureReader(path)
     store, commits = reader.store, reader.commits.values()
     splits: dict[str, dict[str, float]] = {}

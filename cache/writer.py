@@ -132,16 +132,13 @@ class ShardWriter:
         return self._add_to_index(row, len(rows.features), entry)
 
     def quarantine(self, utterance_id: str, reason: str, detail: str = "") -> bool:
-        """Record that an utterance is not stored, and why.
+        """Record that an utterance is not stored, and why; errors as `append`.
 
         Args:
             reason: a short name that can be counted, such as "undecodable".
 
         Returns:
             False, so that a caller can return it as `append` does.
-
-        Raises:
-            UnplannedUtteranceError: the plan gives this utterance to another shard, or to none.
         """
         self._check_planned(utterance_id)
         self._quarantined.append(

@@ -34,11 +34,7 @@ class LoadedEncoder:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Resolve "auto" to a GPU if there is one; if there are several, to the one of this process under torchrun.
-
-    Raises:
-        ModelError: torch does not know the name, or this machine does not have the device.
-    """
+    """Resolve "auto" to a GPU if there is one, of several to this process's own; errors as `transcribe.pick_device`."""
     if device != "auto":
         return usable_device(device)
     if not torch.cuda.is_available():

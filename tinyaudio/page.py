@@ -151,11 +151,7 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
 
 
 def mount_page(app: "FastAPI", requests: RequestQueue, name: str, examples: list[Path] | None = None) -> None:
-    """Mount the page at `/` of a server.
-
-    Raises:
-        TinyAudioError: gradio is not installed.
-    """
+    """Mount the page at `/` of a server; errors as `build_page`."""
     page = build_page(requests, name, examples)
     import gradio as gr
 

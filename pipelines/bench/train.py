@@ -256,14 +256,11 @@ class Step:
 
 
 def compete(found: list[Contestant], step: Step, turns: int) -> dict[str, dict[str, Any]]:
-    """Warm all contestants up, measure their memory, then let those that fit take turns.
+    """Warm all contestants up, measure their memory, then let those that fit take turns; errors as `bench_train`.
 
     Returns:
         By name: `fits` (into the GPU's memory), and if so `audio_seconds_per_second`, `tokens_per_second` (medians),
         `ours_is_faster_by` (median ratio to the first contestant), `peak_bytes`, `total_bytes`; else None for each.
-
-    Raises:
-        RunError: the first contestant does not fit into the GPU.
     """
     for one in found:
         try:

@@ -76,11 +76,7 @@ def bench_transcribe(
 def measure(
     model: str, device: str, num_utterances: int = NUM_UTTERANCES, batch_size: int = 16, repeats: int = 3
 ) -> dict[str, Any]:
-    """Measure a model on the bundled test split, at 1 and 4 beams, and drafts, see `pipelines.bench.drafts`.
-
-    Raises:
-        TinyAudioError: the model cannot be loaded.
-    """
+    """Measure a model on the bundled test split, at 1 and 4 beams, and drafts; errors as `Transcriber.load`."""
     with measuring_resident() as peak:
         transcriber = Transcriber.load(model, device=device)
         recordings = [row["wav"]["bytes"] for row in _bundled(num_utterances)]
@@ -90,11 +86,7 @@ def measure(
 
 
 def measure_full_size(device: str, audio_s: float | None = None, rounds: int | None = None) -> dict[str, Any]:
-    """Measure the shapes of HuBERT-large and SmolLM3-3B at random weights; a CPU gets very little to do.
-
-    Raises:
-        ModelError: an unknown device, or too little memory on it.
-    """
+    """Measure the real shapes at random weights; a CPU gets very little to do. Errors as `bench_transcribe`."""
     where = pick_device(device)
     is_gpu = where.type == "cuda"
     free = torch.cuda.mem_get_info(where)[0] if is_gpu else psutil.virtual_memory().available

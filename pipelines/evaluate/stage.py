@@ -208,11 +208,7 @@ def score_again(source: Path, output: Path, scoring: Scoring) -> Summary:
 
 
 def read_evaluation(source: Path) -> tuple[Settings, list[Prediction]]:
-    """Read predictions with the settings beside them; without settings, texts are scored as they are.
-
-    Raises:
-        EvaluationError: no predictions, or files that are not readable.
-    """
+    """Read predictions and the settings beside them; without, texts are scored as they are. Errors as `score_again`."""
     path = _predictions_file(source)
     predictions = read_predictions(path)
     beside = path.with_name("settings.json")

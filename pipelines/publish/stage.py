@@ -154,11 +154,7 @@ def publish(
 
 
 def read_model(run: Path) -> Checkpoint:
-    """Read a checkpoint folder.
-
-    Raises:
-        PublishError: the folder holds no model, or the weights do not fit the configuration.
-    """
+    """Read a checkpoint folder; a PublishError if there is none, or if its weights do not fit its configuration."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (run / name).is_file()]
     if missing:
         raise PublishError(f"expected the folder of a finished run; {str(run)!r} lacks {', '.join(missing)}")

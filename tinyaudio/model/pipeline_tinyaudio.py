@@ -69,11 +69,7 @@ class TinyAudioPipeline(AutomaticSpeechRecognitionPipeline):
         return {}, options, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Transcribe one input or many; see the class.
-
-        Raises:
-            AudioError: an input that cannot be read.
-        """
+        """Transcribe one input or many; see the class. An input that cannot be read is an AudioError."""
         if is_single(inputs):
             return next(self._stream([inputs], kwargs))
         outputs = self._stream(each(inputs), kwargs)

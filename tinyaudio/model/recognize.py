@@ -209,11 +209,7 @@ class Recognizer:
                 yield from finished
 
     def decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
-        """Decode one batch of pieces that fit the window.
-
-        Raises:
-            ModelError: it does not fit into the GPU's memory.
-        """
+        """Decode one batch of pieces that fit the window; a ModelError if the GPU's memory is too small."""
         try:
             return self._decode(pieces, options)
         except torch.OutOfMemoryError as error:

@@ -185,12 +185,10 @@ def random_voice(rng: random.Random, variants: Sequence[str]) -> Voice:
 
 
 def synthesise(sentence: str, voice: Voice) -> Samples:
-    """Speak one sentence with espeak-ng.
+    """Speak one sentence with espeak-ng; errors as `speak`.
 
     Returns:
         (S,), float32, 16 kHz, peak 0.5, with `EDGE_SILENCE_S` around the speech.
-
-    Raises: as `speak`.
     """
     samples = speak(sentence, voice)
     return samples[speech_of(samples)]

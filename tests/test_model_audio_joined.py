@@ -67,3 +67,40 @@ def test_last_of_joined_recordings_may_be_cut(kind):
 def test_thirty_chained_ogg_streams_are_heard():
     data = b"".join(with_soundfile(speech(0.5, seed=i), format="OGG", subtype="OPUS") for i in range(30))
     assert sum(map(len, iter_audio(data))) / SAMPLING_RATE == pytest.approx(15.0, abs=0.3)
+
+
+def heard(data):
+    """The seconds that are decoded, and the warnings."""
+    warnings = []
+    return sum(map(len, iter_audio(data, on_warning=warnings.append))) / SAMPLING_RATE, warnings
+
+
+def test_joined_wavpack_and_asf_are_heard_whole():
+    parts = [speech(1.0 + i, 44_100, seed=i) for i in range(3)]
+    for format, codec in (("wv", "wavpack"), ("asf", "mp3")):
+        files = [with_av(format, codec, part, rate=44_100) for part in parts]
+        duration_s, warnings = heard(b"".join(files))
+        assert duration_s == pytest.approx(6.0, abs=0.2), format
+        assert warnings == []
+        duration_s, warnings = heard(b"".join(files)[:-9000])
+        assert 3.0 < duration_s < 6.0, format
+        assert "input_truncated" in warnings
+    stereo = with_av("wv", "wavpack", np.stack([parts[2], parts[2]]), rate=44_100)
+    assert heard(stereo + stereo) == (6.0, [])
+
+
+def test_an_mp3_behind_a_wav_is_heard_and_its_tag_alone_is_not():
+    wav, mp3 = with_soundfile(speech(2.0)), with_av("mp3", "mp3", speech(3.0, 44_100), rate=44_100)
+    assert mp3.startswith(b"ID3")
+    tag = mp3[: mp3.find(b"\xff\xfb")]
+    assert heard(wav + mp3)[0] == pytest.approx(5.0, abs=0.1)
+    assert heard(wav + tag) == (2.0, [])
+
+
+def test_what_follows_an_mp3_and_is_neither_frames_nor_tags_is_reported():
+    mp3 = with_soundfile(speech(3.0, 44_100), 44_100, "MP3")
+    duration_s, warnings = heard(mp3 + with_soundfile(speech(3.0), format="FLAC"))
+    assert duration_s == pytest.approx(3.0, abs=0.1)
+    assert warnings == ["input_damaged"]
+    for tail in (bytes(5000), b"TAG" + bytes(125), b"ID3\x04" + bytes(6000), b"\r\n"):
+        assert heard(mp3 + tail)[1] == [], tail[:4]

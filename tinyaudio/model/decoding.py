@@ -32,6 +32,8 @@ _TIMED = _FROM_ZERO | _FROM_FIRST | {"asf", "flv", "nut", "avi", "flac"}
 _MPEG_AUDIO = {"mp3", "mp2"}
 _RAW = _MPEG_AUDIO | {"aac", "ac3", "eac3"}  # frames one after the other; what lies between them is no sound
 
+MAX_REST_BYTES = 1 << 12  # behind the last frame, of what is neither frames nor tags
+
 OnWarning = Callable[[str], None]
 Block = tuple[NDArray[np.float32], int]  # (n,) mono samples and their sampling rate in Hz
 
@@ -273,6 +275,9 @@ class _FFmpegDecoder:
             header = mpeg_frame(bytes(last)) if formats & _MPEG_AUDIO else None
             failed = failed or (header is not None and last.size < header[0])
             if "aac" in formats and not failed and end < self._part.seek(0, 2) and not self._has_tags():
+                self._warn("input_damaged")
+            rest_bytes = self._part.seek(0, 2) - end
+            if counts_bytes and rest_bytes > MAX_REST_BYTES and not self._peek(end).startswith(TAGS):
                 self._warn("input_damaged")
             failed = failed or (counts_bytes and self._peek(end)[:1] == bytes(last)[:1])  # half a header
         if failed or self._recording.is_short(self._read_s) or self._is_short(container, track):

@@ -93,6 +93,8 @@ def _first(stream: BinaryIO, begin: int, end: int) -> Recording:
         return _flv(stream, whole)
     if head.startswith(b"\x47") and _read(stream, begin + 188, 1) == b"\x47":  # MPEG transport stream
         return replace(whole, is_cut=bool((end - begin) % 188))
+    if head.startswith(b"wvpk"):
+        return _wavpack(stream, whole)
     if head.startswith(b"TTA1"):
         return replace(whole, end=_next_signature(stream, b"TTA1\x01\x00", begin, end))
     after_tags = _skip_id3(stream, begin, end)
@@ -187,6 +189,8 @@ def _chunked(stream: BinaryIO, whole: Recording, layout: _Layout) -> Recording:
             known = _read(stream, tail, max(layout.first, header_bytes))
             if known.startswith(magic) and len(known) >= layout.first:  # another file of the same kind
                 return replace(whole, end=tail, by_libsndfile=True)
+            if known.startswith(b"ID3") and mpeg_frame(_read(stream, _skip_id3(stream, tail, end), 4)) is not None:
+                return replace(whole, end=tail, by_libsndfile=True)  # an MP3
             if len(known) < header_bytes or known.startswith(TAGS) or _is_chunk(known, tail, end, layout):
                 return replace(whole, by_libsndfile=True)
     if present <= 0:
@@ -566,14 +570,35 @@ def _matroska(stream: BinaryIO, whole: Recording) -> Recording:
 
 
 def _asf(stream: BinaryIO, whole: Recording) -> Recording:
-    """Follow the objects of an ASF file (WMA, WMV): a GUID and a size each."""
+    """Follow the objects of an ASF file (WMA, WMV), a GUID and a size each, up to the next file."""
     position = whole.begin
     while position + 24 <= whole.end:
-        size = int.from_bytes(_read(stream, position + 16, 8), "little")
+        head = _read(stream, position, 24)
+        if position > whole.begin and head.startswith(_ASF):
+            return replace(whole, end=position)
+        size = int.from_bytes(head[16:], "little")
         if size < 24:
             break
         position += size
     return replace(whole, is_cut=whole.end < position < whole.begin + (1 << 62))
+
+
+def _wavpack(stream: BinaryIO, whole: Recording) -> Recording:
+    """Follow the blocks of a WavPack file up to the next file, whose samples are counted from 0 again."""
+    position, is_begun = whole.begin, False
+    while position < whole.end:
+        head = _read(stream, position, 32)
+        if not head.startswith(b"wvpk"):  # a tag
+            position = _next_signature(stream, b"wvpk", position, whole.end)
+            continue
+        if len(head) < 32:
+            return replace(whole, is_cut=True)
+        first_sample, num_samples, flags = (int.from_bytes(head[i : i + 4], "little") for i in (16, 20, 24))
+        if is_begun and num_samples and not first_sample and flags & 0x800:  # the first block of several channels
+            return replace(whole, end=position)
+        is_begun |= num_samples > 0
+        position += int.from_bytes(head[4:8], "little") + 8
+    return replace(whole, is_cut=position > whole.end)
 
 
 def _flv(stream: BinaryIO, whole: Recording) -> Recording:

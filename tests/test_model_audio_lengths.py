@@ -10,6 +10,7 @@ from audio_files import correlation, speech, with_av, with_soundfile
 
 from tinyaudio.model.audio import SAMPLING_RATE, iter_audio, load_audio, probe_duration_s
 from tinyaudio.model.errors import AudioError
+from tinyaudio.model.structure import _page_checksum
 
 
 def heard(data, **options):
@@ -215,6 +216,24 @@ def test_digital_silence_in_flac_is_not_taken_for_damage():
         duration_s, warnings, heard_samples = heard(with_soundfile(samples, format="FLAC", subtype="PCM_24"))
         assert (duration_s, warnings) == (20.0, [])
         assert np.abs(heard_samples - samples).max() < 1e-6
+
+
+@pytest.mark.parametrize("at", [3, 12, 28])
+@pytest.mark.parametrize("late", [-2_000, -648, 2_000])
+def test_opus_whose_positions_jump_by_a_few_milliseconds_is_heard_to_its_end(at, late):
+    """As programs leave them that join files without encoding them again: libsndfile stops where one is too early."""
+    data, place, number = bytearray(with_av("ogg", "libopus", speech(30.0, 48_000))), 0, 0
+    while place < len(data):
+        size = 27 + data[place + 26] + sum(data[place + 27 : place + 27 + data[place + 26]])
+        position = int.from_bytes(data[place + 6 : place + 14], "little")
+        if number >= at:
+            data[place + 6 : place + 14] = struct.pack("<Q", position + late)
+            data[place + 22 : place + 26] = struct.pack("<I", _page_checksum(bytes(data[place : place + size])))
+        place, number = place + size, number + 1
+    assert number > 28
+    duration_s, warnings, _ = heard(bytes(data))
+    assert duration_s == pytest.approx(30.0, abs=0.1)
+    assert warnings == []
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "OGG", "WAV"])

@@ -85,7 +85,7 @@ def block_size(rate: int, num_channels: int) -> int:
 def _decode_one(part: Part, recording: Recording, name: str, track: int | None, warn: OnWarning) -> Iterator[Block]:
     import soundfile
 
-    reason, num_known = "", 0  # samples that were decoded already
+    reason, known_s = "", 0.0  # seconds that were decoded already
     if recording.by_libsndfile:
         try:
             sound = soundfile.SoundFile(cast(BinaryIO, part))
@@ -97,26 +97,27 @@ def _decode_one(part: Part, recording: Recording, name: str, track: int | None, 
                 raise AudioError(f"{name} has 1 audio track, found --track {track}. Try --track 1, or omit it")
             # soundfile would seek after every read, and Opus loses sound where its decoder lands.
             sound.seekable = lambda: False
-            damaged_at = yield from _with_libsndfile(sound, part, recording, name, warn)
-            if damaged_at is None:
+            failed_at_s = yield from _with_libsndfile(sound, part, recording, name, warn)
+            if failed_at_s is None:
                 return
-            num_known = damaged_at
+            known_s = failed_at_s
     part.raise_error()
     part.seek(0)
     for block, rate in _FFmpegDecoder(part, recording, name, track, warn, reason).blocks():
+        num_known = min(round(known_s * rate), len(block))  # libsndfile's rate for Opus may be another
+        known_s = max(known_s - len(block) / rate, 0.0)
         if num_known < len(block):
             yield block[num_known:], rate
-        num_known = max(num_known - len(block), 0)
 
 
 def _with_libsndfile(
     sound: Any, part: Part, recording: Recording, name: str, warn: OnWarning
-) -> Generator[Block, None, int | None]:
+) -> Generator[Block, None, float | None]:
     """Decode with libsndfile.
 
     Returns:
-        None at the end. For FLAC with a damaged or missing frame, the number of samples before the block that has it:
-        FFmpeg finds out which frame it is.
+        None at the end. For FLAC and Ogg that libsndfile cannot decode to their end, the seconds before the block that
+        it failed in: FFmpeg omits the damaged or missing frames only.
     """
     import soundfile
 
@@ -134,14 +135,14 @@ def _with_libsndfile(
                 if not is_checked and _has_blank_frame(block, num_read, recording.flac_frame_length):
                     here, is_checked = part.tell(), True
                     if not has_all_flac_frames(part, recording.num_flac_frames):
-                        return num_read
+                        return num_read / rate
                     part.seek(here)
                 num_read += len(block)
                 yield mixer.mix(block, rate), rate
         except (soundfile.LibsndfileError, RuntimeError) as error:
             part.raise_error()
-            if recording.is_exact:
-                return num_read
+            if sound.format in ("FLAC", "OGG"):
+                return num_read / rate
             if not num_read:
                 raise AudioError(f"{name} is damaged: {_reason(error) or 'its data cannot be decoded'}") from error
             warn("input_truncated")

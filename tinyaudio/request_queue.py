@@ -32,6 +32,7 @@ from tinyaudio.model.recognize import (
 from tinyaudio.model.segments import Piece
 from tinyaudio.model.source import describe
 from tinyaudio.model.transcript import Segment, Transcript
+from tinyaudio.model.voice import VoiceActivity
 
 if TYPE_CHECKING:
     from tinyaudio.transcribe import Transcriber
@@ -309,6 +310,7 @@ class RequestQueue:
 
     def _run_model(self) -> None:
         try:
+            VoiceActivity()  # loads its weights, for which the first requests would lose their turn
             self.transcriber = self._load()
         except Exception as error:
             self.failure = error

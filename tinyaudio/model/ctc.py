@@ -200,7 +200,7 @@ def _prefix_beam_search(
             either = _log_add(with_blank, with_class)
             add(path, either + blank, never)
             for log_prob, one in zip(frame_log_probs, frame_classes, strict=True):
-                if path and path[-1] == one:  # the same token goes on, or comes again behind a blank
+                if path and path[-1] == one:  # without a blank between them, two equal classes are one
                     add(path, never, with_class + log_prob)
                     if with_blank > never:
                         add((*path, one), never, with_blank + log_prob)

@@ -23,9 +23,7 @@ class Finding:
     """The state of one requirement.
 
     Args:
-        name: of the requirement.
         state: "ok", "note" (works with a limitation) or "bad" (something will fail).
-        found: what was found.
         remedy: what to do; empty for "ok".
     """
 

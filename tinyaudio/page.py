@@ -64,7 +64,6 @@ class Answer:
     """What the page shows.
 
     Args:
-        text: the transcript.
         rows: (start, end, text) of each segment.
         words: each word, and one of `COLORS` if it is doubtful; none if the encoder has no CTC head.
         starts: when each word begins, seconds.
@@ -80,28 +79,8 @@ class Answer:
     files: dict[str, str] | None = None
 
 
-def import_gradio() -> None:
-    """Import gradio.
-
-    Raises:
-        TinyAudioError: it is not installed.
-    """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise TinyAudioError(
-            "the page requires gradio, which is missing. Try: pip install 'tinyaudio[serve]'"
-        ) from error
-
-
 def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = None) -> Any:
     """Build the page.
-
-    Args:
-        requests: transcribes the recordings.
-        name: of the model, to show.
-        examples: recordings to offer.
 
     Returns:
         A gradio Blocks, ready for `launch` or `mount_page`.
@@ -109,8 +88,12 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
     Raises:
         TinyAudioError: gradio is not installed.
     """
-    import_gradio()
-    import gradio as gr
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio as gr
+    except ImportError as error:
+        message = "the page requires gradio, which is missing. Try: pip install 'tinyaudio[serve]'"
+        raise TinyAudioError(message) from error
 
     def answer(path: str | None) -> Iterator[tuple[Any, ...]]:
         for latest in follow_recording(requests, path):
@@ -134,11 +117,7 @@ def build_page(requests: RequestQueue, name: str, examples: list[Path] | None = 
             stop = gr.Button("Stop", min_width=120, elem_id="stop")
         text = gr.Textbox(label="Transcript", lines=4, elem_id="transcript", buttons=["copy"])
         words = gr.HighlightedText(
-            label="Words (click to listen)",
-            color_map=COLORS,
-            show_legend=True,
-            visible=False,
-            elem_id="words",
+            label="Words (click to listen)", color_map=COLORS, show_legend=True, visible=False, elem_id="words"
         )
         starts = gr.JSON(visible=False)
         notes = gr.Markdown(elem_id="notes")
@@ -227,30 +206,23 @@ def follow_recording(requests: RequestQueue, path: str | None) -> Iterator[Answe
                 if update.failure is not None:
                     raise update.failure
                 segments += update.segments
-                latest = describe(update.transcript, path) if update.transcript else _so_far(segments, update.done_s)
                 if update.transcript is not None:
-                    yield latest
+                    yield describe(update.transcript, path)
                     return
+                text = " ".join(segment.text for segment in segments if segment.text)
+                latest = Answer(text=text, **_shown(segments), notes=f"{update.done_s:.0f} s of audio done")
             yield latest  # also without news: where the page's reader has gone, this is where it ends
     finally:
         ticket.leave()
 
 
-def _so_far(segments: list[Segment], done_s: float) -> Answer:
-    text = " ".join(segment.text for segment in segments if segment.text)
-    return Answer(text=text, rows=_rows(segments), **_words(segments), notes=f"{done_s:.0f} s of audio done")
-
-
-def _rows(segments: list[Segment]) -> list[list[Any]]:
-    return [[round(segment.start, 2), round(segment.end, 2), segment.text] for segment in segments]
-
-
-def _words(segments: Sequence[Segment]) -> dict[str, Any]:
-    """Return `words` and `starts` of an answer."""
+def _shown(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Return `rows`, `words` and `starts` of an answer."""
     words = [word for segment in segments for word in segment.words or ()]
     is_unsure = [word.probability is not None and word.probability < UNSURE for word in words]
     marks = ["unheard" if word.is_unheard else "unsure" if is_unsure[i] else None for i, word in enumerate(words)]
     return {
+        "rows": [[round(segment.start, 2), round(segment.end, 2), segment.text] for segment in segments],
         "words": [(word.word, mark) for word, mark in zip(words, marks, strict=True)],
         "starts": [round(word.start, 2) for word in words],
     }
@@ -258,7 +230,7 @@ def _words(segments: Sequence[Segment]) -> dict[str, Any]:
 
 def describe(transcript: Transcript, path: str) -> Answer:
     """Describe a finished transcription for the page."""
-    shown = {"text": transcript.text, "rows": _rows(list(transcript.segments)), **_words(transcript.segments)}
+    shown = {"text": transcript.text, **_shown(transcript.segments)}
     name = Path(path).name  # as the user knows it, without the server's folders
     if transcript.error is not None:
         reason = transcript.error.replace(repr(path), repr(name)).replace(path, name)
@@ -270,10 +242,7 @@ def describe(transcript: Transcript, path: str) -> Answer:
         is_retried = code.endswith(RETRIED)
         explanation = f"{fault.split(';')[0]}; a second decoding was clean and is shown" if is_retried else fault
         lines.append(f"- **{code}**: {explanation}")
-    files = {kind: WRITERS[kind](_named(transcript, name), Layout()) for kind in DOWNLOADS}
+    transcript = replace(transcript, source=name, model=transcript.model and Path(transcript.model).name)
+    files = {kind: WRITERS[kind](transcript, Layout()) for kind in DOWNLOADS}
     files["name"] = Path(name).stem
     return Answer(**shown, notes="\n".join(lines), files=files)
-
-
-def _named(transcript: Transcript, name: str) -> Transcript:
-    return replace(transcript, source=name, model=transcript.model and Path(transcript.model).name)

@@ -131,7 +131,6 @@ class RequestQueue:
 
     Args:
         load: returns the model; called in the model's thread.
-        options: of decoding.
         max_requests: requests that may be waiting, being read or being decoded.
         max_duration_s: the longest recording, seconds.
         on_batch: called after each batch with its number of pieces, their seconds of audio and the time it took.
@@ -140,6 +139,7 @@ class RequestQueue:
         transcriber: the model, once it is loaded.
         failure: why it could not be loaded.
         num_requests: places that are taken.
+        is_closed: whether `close` was called.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class RequestQueue:
         self._numbers = itertools.count()
         self._waiting: deque[Ticket] = deque()  # to be decoded; the one served longest ago first
         self._to_read: deque[Ticket] = deque()
-        self._is_closed = self._is_stopped = False
+        self.is_closed = self._is_stopped = False
         names = ["tinyaudio-model", *(f"tinyaudio-request-reader-{n}" for n in range(NUM_READERS))]
         works = [self._run_model, *(self._read for _ in range(NUM_READERS))]
         self._threads = [
@@ -185,14 +185,9 @@ class RequestQueue:
         return self.transcriber is not None and self.transcriber.model.ctc_head is not None
 
     @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._is_closed
-
-    @property
     def is_ready(self) -> bool:
         """Whether requests are accepted, if there is a place."""
-        return self.transcriber is not None and not self._is_closed
+        return self.transcriber is not None and not self.is_closed
 
     def wait_until_ready(self) -> "Transcriber":
         """Wait until the model is loaded, and return it.
@@ -212,7 +207,7 @@ class RequestQueue:
             QueueFullError: there is none left. NotReadyError: no model yet, or `close` was called.
         """
         with self._changed:
-            if self._is_closed:
+            if self.is_closed:
                 raise NotReadyError("the server is shutting down. Try another one, or later")
             if self.transcriber is None:
                 raise NotReadyError("the model is still being loaded. Try again in a few seconds")
@@ -238,12 +233,12 @@ class RequestQueue:
 
     def close(self) -> None:
         """Accept no more requests; those with a place are finished."""
-        self._is_closed = True
+        self.is_closed = True
 
     def stop(self) -> None:
         """End the threads, after the batch that is being decoded."""
         with self._changed:
-            self._is_closed = self._is_stopped = True
+            self.is_closed = self._is_stopped = True
             for ticket in [*self._waiting]:
                 self._fail(ticket, NotReadyError("the server was stopped"))
             self._changed.notify_all()

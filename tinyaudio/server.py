@@ -16,7 +16,6 @@ import socket
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,7 +63,6 @@ class Refusal(HTTPException):
     """A request that is answered with an error in OpenAI's shape.
 
     Args:
-        status: of HTTP.
         message: one line: what was expected, what was found.
         code: a word for programs.
         param: the field of the form that is wrong.
@@ -332,11 +330,9 @@ class Gate:
     """Checks requests before anything else sees them, and their bodies while they arrive; counts the answers.
 
     Args:
-        app: what requests are passed on to.
         api_key: required in `Authorization: Bearer`, or as the password of HTTP Basic for browsers. None: no key, and
             only requests to `host` or a loopback name, from pages of this server, are accepted.
         host: where the server listens.
-        limits: of bodies.
         on_answer: called with path, status and seconds after each answer.
     """
 
@@ -507,6 +503,7 @@ class Metrics:
             self._latency.observe(took_s)
 
     def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -525,21 +522,15 @@ def build_app(
     """Build the server's application.
 
     Args:
-        queue: transcribes.
         model_name: in `GET /v1/models`.
         host: where the server listens; see `Gate`.
         api_key: see `Gate`.
-        limits: of requests.
         mount_page: mounts the page at `/`.
     """
     metrics = Metrics()
     metrics.watch(queue)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = FastAPI(title="tinyaudio", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="tinyaudio", version=__version__, redoc_url=None)
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:

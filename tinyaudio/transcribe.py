@@ -37,7 +37,6 @@ class Transcriber:
 
     Args:
         model: with both frozen parts attached, in eval mode.
-        processor: its processor.
         name, revision: recorded in every transcript.
     """
 

@@ -214,7 +214,6 @@ def choose_corpus(recipe: str, corpus: str | None, settings: list[str]) -> Any:
     """Return the corpus section to score.
 
     Args:
-        recipe: name or file.
         corpus: a folder, a name of eval_sets.toml, or a hub data set; None takes the recipe's own.
         settings: overrides, "corpus.key=value".
 

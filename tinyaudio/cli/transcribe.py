@@ -233,7 +233,6 @@ class Sink:
     """Where transcripts go, and how many of the inputs are done.
 
     Args:
-        kinds: formats of the files.
         output_dir: folder for files; None: beside each input.
         on_stdout: a format, "lines" for lines of "name: text", or "" for nothing.
         is_implicit: the command line asks for no files; they are written because there are several inputs.

@@ -1,5 +1,6 @@
 """Corpus readers: three layouts, one table; columns by name; metadata alone until audio is asked for."""
 
+import gc
 import io
 import json
 import pickle
@@ -36,6 +37,20 @@ def test_parquet_is_scanned_in_file_order_and_read_by_row_group(parquet):
     assert [len(piece) for piece in corpus.pieces(table["source_id"].to_pylist()[::-1])] == [4, 4, 2, 4, 1]
     audio = audio_of(corpus, "train")
     assert all(audio[f"u{i:03}"] == wav(1.0 + i / 10) for i in range(15))
+
+
+def test_a_row_group_that_is_read_in_part_leaves_nothing_in_memory(tmp_path):
+    """Two shards divide most row groups. The buffers of each part are freed at once, without the cycle collector."""
+    corpus = opened(write_parquet(tmp_path / "train-00000-of-00001.parquet", loquacious(200), 200).parent)
+    gc.collect()
+    gc.disable()
+    try:
+        before = pa.total_allocated_bytes()
+        for _ in range(3):
+            assert dict(corpus.read_audio(["train:0:0:1"]))["train:0:0:1"] == wav(1.1)
+        assert pa.total_allocated_bytes() == before
+    finally:
+        gc.enable()
 
 
 def test_some_rows_are_read_without_the_others(parquet):

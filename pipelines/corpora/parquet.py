@@ -273,15 +273,25 @@ class ParquetCorpus:
             rows, file = sorted(wanted), self.files(split)[number]
             with self._kept.reading(file, group) if self.is_remote else contextlib.nullcontext(_Reading()) as reading:
                 if not reading.can_give(rows):
-                    reading.rows, reading.next_row = self._read_group(file, group, reading), 0
+                    reading.num_rows, reading.rows = self._begin_group(file, group)
+                    reading.next_row = 0
                     reading.passed.clear()
                 for row, audio in reading.take(rows):
                     yield wanted[row], audio
 
-    def _read_group(self, file: str, group: int, reading: _Reading) -> Iterator[bytes]:
-        with self._opened(file, whole=True) as parquet:
-            reading.num_rows = parquet.metadata.row_group(group).num_rows
-            yield from self._iter_group(parquet, group, file)
+    def _begin_group(self, file: str, group: int) -> tuple[int, Iterator[bytes]]:
+        """Open a file; return the number of rows of one of its row groups, and their audio.
+
+        The rows must not refer to the `_Reading` that keeps them: their buffers would wait for the cycle collector.
+        """
+        opened = contextlib.ExitStack()
+        parquet = opened.enter_context(self._opened(file, whole=True))
+
+        def rows() -> Iterator[bytes]:
+            with opened:
+                yield from self._iter_group(parquet, group, file)
+
+        return parquet.metadata.row_group(group).num_rows, rows()
 
 
 def _by_name(array: pa.Array, column: str | None, schema: pa.Schema) -> pa.Array:

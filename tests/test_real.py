@@ -65,6 +65,7 @@ def test_one_command_goes_from_parts_to_tables_and_does_nothing_twice(
     for name in ("Whisper tiny.en itself", "the projector's CTC head alone", "with a CTC loss", "without a CTC loss"):
         assert f"| {name} | 3 |" in table
     assert "| with a CTC loss, 4 beams | 3 |" in table
+    assert "| with a CTC loss, choosing among the 10 best texts of its CTC head | 3 |" in table
     assert (out / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "checks.json").read_text())["nats_per_token"] > 0
     schedule = json.loads((out / "schedule.json").read_text())

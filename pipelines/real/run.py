@@ -41,6 +41,7 @@ from tinyaudio.model.errors import TinyAudioError
 
 CHECKED = 100  # utterances of the checks
 BEAMS, BEAM_SAMPLES = 4, 200  # beam search takes several times as long, so it is scored on a sample
+NBEST = 10
 TIMED_STEPS = 6  # the first is not counted
 NORMALIZER = "whisper"  # Whisper writes numbers, capitals and punctuation; LibriSpeech has none
 
@@ -148,6 +149,16 @@ def real(
         num_beams=BEAMS,
         compare_with=evaluations / "main",
     )
+    if recipe.train.ctc_weight:
+        found[f"{LABELS['main']}, choosing among the {NBEST} best texts of its CTC head"] = score(
+            recipe,
+            "tinyaudio",
+            models["main"],
+            evaluations / f"main-nbest{NBEST}",
+            size=max_samples,
+            ctc_nbest=NBEST,
+            compare_with=alone,
+        )
     for label, one in found.items():
         say(f"   {label}: {headline(one)}")
 
@@ -166,13 +177,14 @@ def score(
     *,
     size: int | None,
     num_beams: int | None = None,
+    ctc_nbest: int | None = None,
     compare_with: Path | None = None,
 ) -> Summary:
     """Evaluate a system on `size` utterances of the test split (None: all), or read the finished evaluation."""
     if (folder / "summary.json").is_file():
         return load_summary(folder / "summary.json")
     eval_set = open_eval_set(recipe.corpus, split=recipe.corpus.test_split, max_samples=size)
-    opened = open_provider(provider, ProviderOptions(model=str(model), num_beams=num_beams))
+    opened = open_provider(provider, ProviderOptions(model=str(model), num_beams=num_beams, ctc_nbest=ctc_nbest))
     scoring = Scoring(normalizer=NORMALIZER, compare_with=compare_with)
     return evaluate(opened, eval_set, folder, scoring=scoring)
 

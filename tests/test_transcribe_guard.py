@@ -72,6 +72,19 @@ def test_a_line_break_ends_a_transcript(model, processor, spoken):
     assert processor.decode_transcripts(ids) == ["the cat sat", "a dog"]
 
 
+def test_a_tokenizer_that_would_clean_up_spaces_changes_no_text(model, processor, spoken, monkeypatch):
+    """Saved settings of a tokenizer must not pull "do n't ." together: that is not what the decoder wrote."""
+    text = "we do n't know ."
+    for name in ("", "_for_bpe_even_though_it_will_corrupt_output"):
+        monkeypatch.setattr(processor.tokenizer, f"clean_up_tokenization_spaces{name}", True, raising=False)
+    _, recognizer = scripted(model, processor, lambda *_: (text, True))
+    ids = processor.tokenizer([text])["input_ids"]
+    assert processor.tokenizer.batch_decode(ids) == ["we don't know."]
+    assert processor.decode_transcripts(ids) == [text]
+    (transcript,) = recognizer.stream([spoken[0][0][:20_000]], Options())
+    assert transcript.text == text
+
+
 def test_loop_is_cut_if_its_second_decoding_is_empty(model, processor, spoken):
     """The speech is too short for an empty second output to be a fault by itself."""
     _, recognizer = scripted(model, processor, lambda _, c: ("", True) if is_retry(c) else ("cat " * 12, True))

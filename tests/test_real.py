@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from pipelines.real.report import curve_of
 from pipelines.real.run import main, real
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
+from pipelines.train.stage import train
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.transcribe import Transcriber
 
@@ -60,6 +62,13 @@ def test_one_command_goes_from_parts_to_tables_and_does_nothing_twice(
 ) -> None:
     out, said = tmp_path / "out", []
     assert real(parts, None, out) == parts
+
+    # A training that a signal stops is not evaluated; the second call resumes it.
+    monkeypatch.setattr("pipelines.real.run.train", partial(train, stop_after=5))
+    with pytest.raises(RunError, match=r"main was stopped at step 5\. Run the same command"):
+        real(parts, speech, out, max_samples=3, overrides=SMALL, say=said.append)
+    assert not (out / "model").exists()
+    monkeypatch.setattr("pipelines.real.run.train", train)
     results = real(parts, speech, out, plain=True, max_samples=3, overrides=SMALL, say=said.append)
     table = results.read_text()
     for name in ("Whisper tiny.en itself", "the projector's CTC head alone", "with a CTC loss", "without a CTC loss"):

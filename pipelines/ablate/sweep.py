@@ -126,8 +126,7 @@ def ablate(
             say(f"{number}/{len(tasks)}  {name} failed: {report}")
             continue
         say(f"{number}/{len(tasks)}  {report}")
-        if not report.is_finished:
-            raise RunError(f"{report.run} was stopped at step {report.steps}. Run the same command again to resume")
+        report.require_finished()
     outcomes = []
     for task in tasks:
         if task.cell.name in failed:

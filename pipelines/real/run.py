@@ -75,7 +75,7 @@ def real(
         The file with the tables; without speech, the folder of the parts.
 
     Raises:
-        RunError: wheels that are missing or others. Other errors as the stages.
+        RunError: wheels that are missing or others, or a training stopped by a signal. Others as the stages.
     """
     out.mkdir(parents=True, exist_ok=True)
     evaluations = out / "eval"
@@ -122,7 +122,9 @@ def real(
     for name, settings in runs.items():
         run = Run(out / name)
         if not run.is_finished:
-            say(f"   {train(settings, out / 'store', run, resume=bool(run.state), say=say)}")
+            report = train(settings, out / "store", run, resume=bool(run.state), say=say)
+            say(f"   {report}")
+            report.require_finished()
 
     say("5. Evaluation")
     models = {}
@@ -223,7 +225,9 @@ def _seconds_per_step(recipe: Recipe, out: Path) -> float:
     settings = with_train(recipe, log_every=1, eval_every=1_000_000, save_every=1_000_000, report_to=[])
     with tempfile.TemporaryDirectory(dir=out) as folder:
         run = Run(Path(folder, "timing"))
-        train(settings, out / "store", run, say=lambda _: None, stop_after=TIMED_STEPS)
+        report = train(settings, out / "store", run, say=lambda _: None, stop_after=TIMED_STEPS)
+        if report.steps < TIMED_STEPS:
+            report.require_finished()
         seconds = [entry["seconds"] for entry in run.metrics() if "seconds" in entry]
     return (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
 

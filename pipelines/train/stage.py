@@ -61,6 +61,11 @@ class TrainReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def require_finished(self) -> None:
+        """Raise a RunError if a signal stopped the run before its last step; what would follow expects all of it."""
+        if not self.is_finished:
+            raise RunError(f"{self.run} was stopped at step {self.steps}. Run the same command again to resume")
+
     def __str__(self) -> str:
         wer = "" if self.dev_wer is None else f", dev WER {100 * self.dev_wer:.2f} %"
         wer += "" if self.ctc_wer is None else f" ({100 * self.ctc_wer:.2f} % by CTC alone)"

@@ -67,6 +67,7 @@ def demo(
     started_run = Run(folder)
     resume = bool(started_run.state) and not started_run.is_finished
     trained = train(recipe, store, started_run, resume=resume, say=say)
+    trained.require_finished()
 
     say("\n4. Word errors after training, from raw audio: tinyaudio eval")
     for split in TEST_SPLITS:

@@ -1,8 +1,6 @@
 """Small feature stores for the tests of `cache`."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ def make_features(lengths: Sequence[int], dim: int = 8, seed: int = 0) -> Featur
     }
 
 
-def make_table(features: Features, splits: Sequence[str] | None = None) -> pa.Table:
+def make_table(features: Mapping[str, Sized], splits: Sequence[str] | None = None) -> pa.Table:
+    """Make the table of a plan; for lengths alone, `range(length)` is as good as frames."""
     return pa.table(
         {
             "utterance_id": pa.array(features.keys(), pa.string()),

@@ -7,8 +7,6 @@ does. They are killed in turn with SIGKILL at a random moment and started again;
 is begun. After every kill, every byte of each committed shard is checked. Prints one JSON object with the counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

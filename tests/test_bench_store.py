@@ -1,7 +1,5 @@
 """`bench store` reports every figure, and its figures react to what they measure."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Several writers: claims, dead processes and what they leave. Run: pytest tests/test_cache_claims.py"""
-
-from __future__ import annotations
+"""Several writers: claims, dead processes and what they leave."""
 
 import contextlib
 import dataclasses

@@ -1,9 +1,4 @@
-"""Every planted fault is found, named, and repaired by making exactly the damaged shards again.
-
-Run: pytest tests/test_cache_faults.py
-"""
-
-from __future__ import annotations
+"""Every planted fault is found, named, and repaired by making exactly the damaged shards again."""
 
 import errno
 import json

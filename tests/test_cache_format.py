@@ -1,9 +1,4 @@
-"""An independent reader, written from cache/FORMAT.md alone: struct, json, hashlib and a Parquet library.
-
-Run: pytest tests/test_cache_format.py
-"""
-
-from __future__ import annotations
+"""An independent reader, written from cache/FORMAT.md alone: struct, json, hashlib and a Parquet library."""
 
 import base64
 import hashlib

@@ -1,9 +1,4 @@
-"""A full disk commits nothing, and the same command resumes once space is freed.
-
-Run: pytest tests/test_cache_full_disk.py
-"""
-
-from __future__ import annotations
+"""A full disk commits nothing, and the same command resumes once space is freed."""
 
 import errno
 import os

@@ -1,9 +1,4 @@
-"""Which extraction a store holds: another one is refused, a damaged header or calibration is repaired.
-
-Run: pytest tests/test_cache_identity.py
-"""
-
-from __future__ import annotations
+"""Which extraction a store holds: another one is refused, a damaged header or calibration is repaired."""
 
 import json
 from pathlib import Path
@@ -104,9 +99,7 @@ def test_a_path_without_a_store_says_what_to_do(tmp_path: Path, what: str) -> No
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", FEATURES)
-    document = json.loads((store.path / "zarr.json").read_text())
-    document["attributes"]["feature_store"]["format"] = 2
-    (store.path / "zarr.json").write_text(json.dumps(document))
+    change_header(store, format=2)
     with pytest.raises(StoreMismatchError, match="format: the store has 2, asked for 1"):
         FeatureStore.open(store.path)
 

@@ -1,6 +1,4 @@
-"""Writers killed at any moment leave no wrong shard. Run: pytest tests/test_cache_kill.py [-m slow]"""
-
-from __future__ import annotations
+"""Writers killed at any moment leave no wrong shard."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""Plans: repeatable, tight, and never a surprise later. Run: pytest tests/test_cache_plan.py"""
-
-from __future__ import annotations
+"""Plans: repeatable, tight, and never a surprise later."""
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +14,10 @@ from cache.plan import plan_digest
 
 
 def table(lengths: list[int], **columns: list[object]) -> pa.Table:
-    ids = [f"u{i}" for i in range(len(lengths))]
-    return pa.table(
-        {
-            "utterance_id": pa.array(ids, pa.string()),
-            "split": pa.array(["train"] * len(ids), pa.string()),
-            "source_id": pa.array(ids, pa.string()),
-            "num_frames": pa.array(lengths, pa.int32()),
-        }
-        | columns
-    )
+    made = make_table({f"u{i}": range(length) for i, length in enumerate(lengths)})
+    for name, values in columns.items():
+        made = made.append_column(name, [values])
+    return made
 
 
 @settings(max_examples=80, deadline=None)

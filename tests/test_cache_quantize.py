@@ -1,6 +1,4 @@
-"""Quantised features: what is lost is small and known. Run: pytest tests/test_cache_quantize.py"""
-
-from __future__ import annotations
+"""Quantised features: what is lost is small and known."""
 
 import numpy as np
 import pytest

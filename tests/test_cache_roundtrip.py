@@ -1,6 +1,4 @@
-"""What goes into a feature store comes out of it, by every way of reading. Run: pytest tests/test_cache_roundtrip.py"""
-
-from __future__ import annotations
+"""What goes into a feature store comes out of it, by every way of reading."""
 
 import base64
 import pickle

@@ -1,6 +1,4 @@
-"""Describing, comparing, merging and exporting stores. Run: pytest tests/test_cache_tools.py"""
-
-from __future__ import annotations
+"""Describing, comparing, merging and exporting stores."""
 
 import json
 import re
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_stores import create, fill, make_features, sealed
+from cache_stores import create, fill, flip, make_features, sealed
 from typer.testing import CliRunner
 
 from cache import (
@@ -85,13 +83,6 @@ def run(*words: object) -> str:
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False).output
 
 
-def damage(store: FeatureStore, shard: int) -> None:
-    path = store.layout.array("features", shard)
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("how", ["merge", "export", "export of some"])
 def test_the_same_command_repairs_a_damaged_merged_or_exported_store(tmp_path: Path, how: str) -> None:
     source = sealed(tmp_path / "a source", FEATURES)
@@ -103,7 +94,7 @@ def test_the_same_command_repairs_a_damaged_merged_or_exported_store(tmp_path: P
     run("store", *command)
     made = FeatureStore.open(tmp_path / "made")
     before = {path.name: path.read_bytes() for path in (made.path / "features").iterdir()}
-    damage(made, 0)
+    flip(made.layout.array("features", 0), 7)
     with pytest.raises(CorruptShardError, match="the `tinyaudio extract`, `store merge` or `store export` command"):
         FeatureReader(made).read([0])
     run("store", *command)
@@ -154,7 +145,7 @@ def test_info_without_the_list_of_rejected_utterances_says_so_in_one_line(tmp_pa
 
 def test_verify_prints_faults_as_they_are_found_and_no_bar_where_there_is_no_terminal(tmp_path: Path) -> None:
     store = sealed(tmp_path / "store", FEATURES)
-    damage(store, 1)
+    flip(store.layout.array("features", 1), 7)
     result = CliRunner().invoke(app, ["store", "verify", str(store.path), "--deep"])
     assert result.exit_code == 1
     assert "features/c.1.0 (shard 1): chunk 0 is not the one that was committed" in result.stdout
@@ -170,10 +161,7 @@ def test_merging_another_extraction_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_not_adopted(tmp_path: Path) -> None:
     source = sealed(tmp_path / "a", FEATURES)
-    path = source.layout.array("features", 1)
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
+    flip(source.layout.array("features", 1), 7)
     with pytest.raises(CorruptShardError, match="shard 1"):
         store_merge(tmp_path / "merged", [source.path])
     merged = FeatureStore.open(tmp_path / "merged")

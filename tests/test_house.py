@@ -22,6 +22,7 @@ GROUND = {"cache", "pipelines.errors", "pipelines.files", "pipelines.processes",
 PYTHONS_WAY_IN = {"tinyaudio", "tinyaudio.transcribe", "tinyaudio.subtitles", "tinyaudio.page", "tinyaudio.doctor"}
 PYTHONS_WAY_IN |= {"tinyaudio.request_queue", "tinyaudio.server"}
 SHARED = {"pipelines.recipes", "pipelines.retry", "pipelines.encoders", "pipelines.corpora"}
+BY_STAGES = {"pipelines.recipes", "pipelines.files", "cache", "tinyaudio.model"}  # what all of them import
 BELOW_THE_CLI = {"tinyaudio.model", "tinyaudio.version"} | GROUND | PYTHONS_WAY_IN | SHARED | STAGES
 BELOW_THE_CLI |= {"pipelines.ablate", "pipelines.publish"}
 
@@ -32,62 +33,18 @@ FLOORS = {
     "tinyaudio.__main__": {"tinyaudio.cli"},
     "pipelines.bench": BELOW_THE_CLI,
     "pipelines.ablate": {"pipelines.train", "pipelines.recipes", "pipelines.files", "cache"},
-    "pipelines.real": {
-        "pipelines.extract",
-        "pipelines.train",
-        "pipelines.evaluate",
-        "pipelines.corpora",
-        "pipelines.recipes",
-        "pipelines.files",
-        "cache",
-        "tinyaudio.model",
-    },
-    "pipelines.publish": {
-        "pipelines.evaluate",
-        "pipelines.corpora",
-        "pipelines.recipes",
-        "pipelines.files",
-        "tinyaudio.model",
-    },
-    "pipelines.extract": {
-        "pipelines.corpora",
-        "pipelines.encoders",
-        "pipelines.retry",
-        "pipelines.processes",
-        "pipelines.recipes",
-        "pipelines.files",
-        "cache",
-        "tinyaudio.model",
-    },
-    "pipelines.train": {
-        "pipelines.encoders",
-        "pipelines.processes",
-        "pipelines.scoring",
-        "pipelines.recipes",
-        "pipelines.files",
-        "cache",
-        "tinyaudio.model",
-    },
-    "pipelines.evaluate": {
-        "pipelines.corpora",
-        "pipelines.encoders",
-        "pipelines.retry",
-        "pipelines.scoring",
-        "pipelines.recipes",
-        "pipelines.files",
-        "cache",
-        "tinyaudio.model",
-        "tinyaudio.version",
-        "tinyaudio.transcribe",
-    },
+    "pipelines.real": STAGES | BY_STAGES | {"pipelines.corpora"},
+    "pipelines.publish": {"pipelines.evaluate", "pipelines.corpora", "pipelines.recipes", "pipelines.files"}
+    | {"tinyaudio.model"},
+    "pipelines.extract": BY_STAGES
+    | {"pipelines.encoders", "pipelines.corpora", "pipelines.retry", "pipelines.processes"},
+    "pipelines.train": BY_STAGES | {"pipelines.encoders", "pipelines.processes", "pipelines.scoring"},
+    "pipelines.evaluate": BY_STAGES
+    | {"pipelines.encoders", "pipelines.corpora", "pipelines.retry", "pipelines.scoring"}
+    | {"tinyaudio.version", "tinyaudio.transcribe"},
     "pipelines.corpora": {"pipelines.retry", "pipelines.recipes", "tinyaudio.model"},
-    "pipelines.encoders": {
-        "pipelines.retry",
-        "pipelines.processes",
-        "pipelines.recipes",
-        "tinyaudio.model",
-        "tinyaudio.transcribe",
-    },
+    "pipelines.encoders": {"pipelines.retry", "pipelines.processes", "pipelines.recipes"}
+    | {"tinyaudio.model", "tinyaudio.transcribe"},
     "pipelines.demo": {"tinyaudio.model"},
     "pipelines.space": PYTHONS_WAY_IN,
     "tinyaudio": {"tinyaudio.model", "tinyaudio.transcribe", "tinyaudio.version"},

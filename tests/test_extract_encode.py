@@ -163,5 +163,5 @@ def test_batches_cost_the_least_padding_within_their_budget():
     assert all(len(batch) * max(lengths[i] for i in batch) <= 320 * 16_000 for batch in batches)
     assert 1 - sum(lengths.values()) / padded < 0.03
     assert cut_batches(dict(reversed(lengths.items())), 320.0) == batches
-    assert cut_batches({"long": 999 * 16_000, "a": 400}, 320.0) == [["a"], ["long"]]
+    assert cut_batches({"long": 999 * 16_000, "b": 400, "a": 400}, 320.0) == [["a", "b"], ["long"]]
     assert cut_batches({}, 320.0) == []

@@ -18,6 +18,22 @@ from pipelines.extract import decode as decoding
 from pipelines.extract import encode as encode_module
 
 
+def wav(samples: np.ndarray, subtype: str = "PCM_16") -> bytes:
+    return with_soundfile(samples, subtype=subtype)
+
+
+def parquet_row(name: str, audio: bytes | None, duration: float | None, text: str | None) -> dict[str, object]:
+    cell = None if audio is None else {"bytes": audio, "path": f"{name}.wav"}
+    return {"ID": name, "duration": duration, "wav": cell, "spk_id": None, "sex": None, "text": text}
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names = {"ID": pa.string(), "duration": pa.float32(), "wav": cell, "spk_id": pa.string(), "sex": pa.string()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*names.items(), ("text", pa.string())])), path)
+
+
 def quarantine_of(store: Path) -> dict[str, str]:
     lines = [line for path in sorted((store / "quarantine").glob("*.jsonl")) for line in path.read_text().splitlines()]
     return {entry["utterance_id"]: entry["reason"] for entry in map(json.loads, lines)}
@@ -86,12 +102,34 @@ def test_features_that_are_not_finite_are_quarantined(recipe_file, corpus_folder
 
 
 def test_a_handful_of_bad_recordings_stops_nothing_unless_max_bad_says_so(recipe_file, corpus_folder, tmp_path):
-    for path in sorted((corpus_folder / "train").glob("*.wav"))[:3]:
-        path.write_bytes(b"no audio")
+    spoil(corpus_folder, 3)
     with pytest.raises(TooManyBadError, match=r"3 of 48 .*3 undecodable; expected at most 5 %"):
         stage_one(recipe_file, tmp_path / "strict", max_bad=0.05)
     assert stage_one(recipe_file, tmp_path / "store").quarantined == {"undecodable": 3}
     assert stage_one(recipe_file, tmp_path / "exact", max_bad=3 / 48).is_complete
+    spoil(corpus_folder, 15)
+    with pytest.raises(TooManyBadError, match=r"15 undecodable.*at most 1 %"):
+        stage_one(recipe_file, tmp_path / "many")
+    assert stage_one(recipe_file, tmp_path / "many", "extract.max_bad=0.5").is_complete
+
+
+def test_bad_files_of_a_folder_are_quarantined_with_their_reasons(recipe_file, corpus_folder, tmp_path, noise):
+    folder = corpus_folder / "train"
+    files = {"short.wav": wav(noise(0.01)), "long.wav": wav(noise(4.0)), "silent-text.wav": wav(noise(1.0))}
+    files |= {"text.wav": b"this is not audio at all, whatever its name says", "empty.wav": b""}
+    files["nan.wav"] = wav(np.full(16_000, np.nan, np.float32), "FLOAT")
+    with (folder / "metadata.csv").open("a") as file:
+        for name in (*files, "missing.wav", "000.wav"):
+            file.write(f"{name},{'' if name == 'silent-text.wav' else 'the cat'}\n")
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    report = stage_one(recipe_file, tmp_path / "store", "corpus.max_duration_s=3.0")
+    assert report.utterances == 48
+    assert report.planned_out == {"too_short": 1, "too_long": 1, "no_text": 1, "duplicate_id": 1}
+    assert report.quarantined == {"undecodable": 2, "no_audio": 2}
+    reasons = quarantine_of(tmp_path / "store")
+    assert {reasons[f"train/{name}.wav"] for name in ("nan", "text")} == {"undecodable"}
+    assert {reasons[f"train/{name}.wav"] for name in ("empty", "missing")} == {"no_audio"}
 
 
 def test_parts_share_one_budget_of_bad_rows_and_running_again_adds_none(recipe_file, corpus_folder, tmp_path):
@@ -165,28 +203,6 @@ def test_a_truncated_source_file_is_named(recipe_file, tmp_path, noise):
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(CorpusError, match=r"train-00000-of-00001.*cut short"):
         stage_one(recipe_file, tmp_path / "store", f"corpus.path={tmp_path / 'c'}")
-
-
-def wav(samples: np.ndarray, subtype: str = "PCM_16") -> bytes:
-    import io
-
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format="WAV", subtype=subtype)
-    return buffer.getvalue()
-
-
-def parquet_row(name: str, audio: bytes | None, duration: float | None, text: str | None) -> dict[str, object]:
-    cell = None if audio is None else {"bytes": audio, "path": f"{name}.wav"}
-    return {"ID": name, "duration": duration, "wav": cell, "spk_id": None, "sex": None, "text": text}
-
-
-def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
-    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    names = {"ID": pa.string(), "duration": pa.float32(), "wav": cell, "spk_id": pa.string(), "sex": pa.string()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*names.items(), ("text", pa.string())])), path)
 
 
 def test_part_of_an_utterance_is_never_stored_under_its_whole_text(recipe_file, tmp_path):

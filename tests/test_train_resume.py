@@ -215,6 +215,7 @@ def test_drift_is_refused_with_the_keys_and_looking_more_often_is_not(recipe_fil
 def test_finished_run_asked_for_something_else_is_no_success(recipe_file, store, whole, resume):
     with pytest.raises(RunError, match=r"train.seed was 0 and is 1"):
         stage_two(recipe_file, store, whole, "train.seed=1", resume=resume)
-    lines: list[str] = []
+    lines, before = [], (whole / "model.safetensors").stat().st_mtime_ns
     assert stage_two(recipe_file, store, whole, resume=resume, lines=lines).is_finished
     assert "is finished; nothing to do" in lines[0]
+    assert (whole / "model.safetensors").stat().st_mtime_ns == before

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two busy-waiting pools on
 import numpy as np
 import pytest
 import torch
-from bundled import DEMO
+from bundled import DEMO, utterances
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     HubertConfig,
@@ -30,6 +31,7 @@ from tinyaudio.model.encoder import load_encoder_with_head, load_feature_extract
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.model.prompt import prompt_ids
+from tinyaudio.transcribe import Transcriber
 
 # Started in the background of a shell, a suite ignores SIGINT, and so would every command that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,16 +162,23 @@ def checkpoint(model: TinyAudioForConditionalGeneration, processor: TinyAudioPro
     return folder
 
 
+@pytest.fixture
+def transcriber(model: TinyAudioForConditionalGeneration, processor: TinyAudioProcessor) -> Transcriber:
+    """The tiny model, with windows of four seconds."""
+    model.config.window_s = 4.0
+    return Transcriber(model, processor, name="tiny")
+
+
 @pytest.fixture(scope="session")
 def spoken() -> list[tuple[np.ndarray, str]]:
     """Twenty bundled test utterances: (samples at 16 kHz, transcript). All of them contain speech."""
-    import pyarrow.parquet
+    return [(samples, text) for _, text, samples in utterances("test", 20)]
 
-    from tinyaudio.model.audio import load_audio
 
-    (path,) = (Path(__file__).parent.parent / "pipelines/demo/corpus").glob("test-0*.parquet")
-    rows = pyarrow.parquet.read_table(path).slice(0, 20).to_pylist()
-    return [(load_audio(row["wav"]["bytes"]), row["text"]) for row in rows]
+def with_pauses(recordings: Iterable[np.ndarray], pause_s: float = 0.75) -> np.ndarray:
+    """Join recordings, with silence after each."""
+    pause = np.zeros(int(pause_s * 16_000), np.float32)
+    return np.concatenate([part for samples in recordings for part in (samples, pause)])
 
 
 @pytest.fixture
@@ -275,6 +284,7 @@ def with_head(model: TinyAudioForConditionalGeneration, ctc_folder: Path) -> Tin
     """The tiny model with an encoder that has a CTC head of letters."""
     encoder, head = load_encoder_with_head(str(ctc_folder))
     model.attach(encoder=encoder, ctc_head=head)
+    model.config.encoder_id = str(ctc_folder)
     return model
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import typer
 from typer.testing import CliRunner
 
-from tinyaudio.cli import evaluate as cli_eval
+from pipelines.evaluate.predictions import Prediction
+from tinyaudio.cli.app import app
 
 NUM_CLIPS = 12
 
@@ -32,10 +32,14 @@ def noise_clips(tmp_path: Path) -> Path:
     return split.parent
 
 
+def prediction(i: int, text: str, answer: str | None = None, **changes: Any) -> Prediction:
+    """Make the answer to utt-i; None is a failure."""
+    values: dict[str, Any] = {"audio_filepath": f"{i}.wav", "duration": 1.5 + i, "time": 0.1, "text": text}
+    values |= {"pred_text": answer, "utterance_id": f"utt-{i}", "error": "late" if answer is None else None}
+    return Prediction(**{**values, **changes})
+
+
 def run_eval(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    app.command("eval")(cli_eval.evaluate)
     return CliRunner().invoke(app, ["eval", *arguments])
 
 

@@ -16,7 +16,6 @@ from pipelines.recipes import load_recipe
 from pipelines.recipes.recipe import Columns
 from tinyaudio.cli import demo
 from tinyaudio.cli import evaluate as cli_eval
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import MissingModelError
 
 
@@ -57,6 +56,8 @@ def test_the_command_compares_rescores_and_fails_over_a_limit(corpus: Path, chec
     common = ["--corpus", str(corpus), "--max-new-tokens", "8", "--device", "cpu", "--json"]
     first = run_eval(str(checkpoint), *common, "--num-beams", "1", "--output", str(tmp_path / "a"))
     assert first.exit_code == 0, first.output
+    assert {"wer", "substitutions", "deletions", "insertions", "words", "utterances", "failed"} <= numbers(first).keys()
+    assert (tmp_path / "a" / "eval.json").is_file()
     second = run_eval(
         str(checkpoint), *common, "--num-beams", "2", "--output", str(tmp_path / "b"), "--compare", str(tmp_path / "a")
     )
@@ -178,17 +179,14 @@ def test_an_unknown_corpus_is_one_clear_line(checkpoint: Path) -> None:
         raise result.exception
 
 
-def test_what_drafts_did_is_reported(spoken: Any, model: Any, processor: Any, ctc_folder: Path, tmp_path: Path) -> None:
+def test_what_drafts_did_is_reported(spoken: Any, with_head: Any, processor: Any, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "test").mkdir(parents=True)
     rows = [f"{i}.wav,{transcript}" for i, (_, transcript) in enumerate(spoken[:4])]
     (corpus / "test" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
     for i, (samples, _) in enumerate(spoken[:4]):
         soundfile.write(corpus / "test" / f"{i}.wav", samples, 16_000)
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
-    model.config.encoder_id = str(ctc_folder)
-    model.save_pretrained(tmp_path / "model")
+    with_head.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     common = [str(tmp_path / "model"), "--corpus", str(corpus), "--max-new-tokens", "8", "--device", "cpu", "--json"]
     with_drafts = run_eval(*common, "--num-beams", "1", "--output", str(tmp_path / "a"))

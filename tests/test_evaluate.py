@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import typer
-from evaluations import answers
-from typer.testing import CliRunner
+from evaluations import answers, run_eval
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip, EvalSet, Utterance, open_eval_set, unique_names
-from pipelines.evaluate.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
+from pipelines.evaluate.predictions import Prediction, claimed, read_predictions, write_predictions
 from pipelines.evaluate.providers.base import ProviderOptions
+from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 from pipelines.evaluate.stage import Scoring, evaluate, read_evaluation, score_again
 from pipelines.evaluate.summary import load_summary, summarize
 from pipelines.recipes.recipe import CorpusSection
-from tinyaudio.cli import evaluate as cli_eval
-from tinyaudio.model.errors import TinyAudioError
 
 WORDS = ["the cat sat", "a dog ran off", "", "one", "two three four five", "it rained on the hill"]
 
@@ -73,13 +70,6 @@ class Parrot:
 
 def parrot(**changes: Any) -> Parrot:
     return Parrot({f"utt-{i}": words.replace("cat", "rat") for i, words in enumerate(WORDS)}, **changes)
-
-
-def command_line() -> typer.Typer:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    app.command("eval")(cli_eval.evaluate)
-    return app
 
 
 def test_word_errors_are_counted_over_the_whole_set(folder: Path, tmp_path: Path) -> None:
@@ -292,36 +282,16 @@ def test_leaderboard_files_can_be_read(tmp_path: Path) -> None:
         read_predictions(path)
 
 
-def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"b"')
-    drop_torn_line(path)
-    assert path.read_bytes() == b'{"a": 1}\n'
-
-
-def test_a_checkpoint_is_evaluated_from_the_command_line(folder: Path, checkpoint: Path) -> None:
-    command = ["eval", str(checkpoint), "--corpus", str(folder), "--num-beams", "1", "--batch-size", "4", "--json"]
-    result = CliRunner().invoke(command_line(), command)
-    assert result.exit_code == 0, result.output
-    printed = json.loads(result.stdout.splitlines()[-1])
-    assert {"wer", "substitutions", "deletions", "insertions", "words", "utterances", "failed"} <= set(printed)
-    assert printed["utterances"] == 6
-    assert (checkpoint / "eval" / "corpus-test-beams1" / "eval.json").is_file()
-
-
 def test_a_cut_recording_is_named_on_the_command_line(folder: Path, checkpoint: Path) -> None:
     whole = (folder / "test" / "4.wav").read_bytes()
     (folder / "test" / "4.wav").write_bytes(whole[: len(whole) // 2])
-    command = ["eval", str(checkpoint), "--corpus", str(folder), "--num-beams", "1", "--output", str(folder / "out")]
-    result = CliRunner().invoke(command_line(), command)
+    result = run_eval(str(checkpoint), "--corpus", str(folder), "--num-beams", "1", "--output", str(folder / "out"))
     assert result.exit_code == 0, result.output
     assert "1 of 6 recordings are cut short or damaged" in result.stderr
     assert "utt-4." in result.stderr
 
 
 def test_batch_size_changes_no_answer(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
-
     texts = []
     for batch_size in (1, 4):
         options = ProviderOptions(model=str(checkpoint), device="cpu", batch_size=batch_size, max_new_tokens=12)
@@ -349,8 +319,6 @@ def test_a_row_without_id_goes_by_its_place(tmp_path: Path) -> None:
 
 
 def test_a_summary_states_what_was_computed_with_what(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
-
     options = ProviderOptions(model=str(checkpoint), device="cpu", num_beams=1, max_new_tokens=4)
     evaluate(TinyAudioProvider.load(options), eval_set(folder), tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -360,10 +328,3 @@ def test_a_summary_states_what_was_computed_with_what(folder: Path, checkpoint: 
     assert environment["encoder_precision"] == "float32"
     assert environment["audio"] == "16 kHz mono, float32 samples"
     assert {"jiwer", "kaldialign", "whisper-normalizer", "python", "tinyaudio"} <= set(summary["versions"])
-
-
-def test_a_missing_model_is_one_clear_line() -> None:
-    from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
-
-    with pytest.raises(TinyAudioError, match="no tinyaudio model at"):
-        TinyAudioProvider.load(ProviderOptions(model="/nowhere/at/all"))

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import typer
+from evaluations import run_eval
 from fake_assemblyai import FakeAssemblyAI, Reply, error, serving
-from typer.testing import CliRunner
 
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip, Utterance
@@ -27,7 +26,6 @@ from pipelines.evaluate.providers import assemblyai as module
 from pipelines.evaluate.providers.assemblyai import JOBS_FILE, AssemblyAIProvider
 from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.paid_jobs import Ledger, quote
-from tinyaudio.cli import evaluate as cli_eval
 
 HTML = b"<html><body>Maintenance</body></html>"
 ATTEMPTS = 4
@@ -357,10 +355,11 @@ def environment() -> dict[str, str]:
 
 
 def test_a_clip_that_has_a_job_is_never_paid_for_again_however_often_the_evaluation_is_killed(
-    fake: FakeAssemblyAI, corpus: Path, tmp_path: Path
+    fake: FakeAssemblyAI, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = command_line(corpus, "--output", str(tmp_path / "out"), "--yes", "--json")
     fake.statuses = ["processing"] * 4 + ["completed"]
+    monkeypatch.setenv("ASSEMBLYAI_API_KEY", "fake-key")
     kills = []
     for num_posts in (6, 12):  # 5 are in flight, so the id of at least one is noted
         process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -383,8 +382,8 @@ def test_a_clip_that_has_a_job_is_never_paid_for_again_however_often_the_evaluat
         assert known, "killed before anything was paid for"
         assert known.isdisjoint(clips[num_posts:])
     assert len(clips) <= 16 + 5 * len(kills), "at most what was in flight at each kill"
-    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
-    assert (again.returncode, len(fake.posts)) == (0, len(clips))
+    again = run_eval(*command[4:])
+    assert (again.exit_code, len(fake.posts)) == (0, len(clips))
 
 
 @pytest.mark.parametrize(("typed", "code", "paid"), [("n", 1, 0), ("y", 0, 16)])
@@ -412,17 +411,14 @@ def test_a_run_names_what_to_score_and_fetching_paid_answers_asks_nothing(
     monkeypatch.setenv("ASSEMBLYAI_API_KEY", "fake-key")
     monkeypatch.setenv("ASSEMBLYAI_POLLING_INTERVAL", "0.05")
     fake.statuses = ["completed"]
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    app.command("eval")(cli_eval.evaluate)
-    command = ["eval", str(checkpoint), "--provider", "assemblyai", "--corpus", str(corpus)]
-    first = CliRunner().invoke(app, [*command, "--yes"])
+    command = [str(checkpoint), "--provider", "assemblyai", "--corpus", str(corpus)]
+    first = run_eval(*command, "--yes")
     assert first.exit_code == 0, first.output
     assert {model for post in fake.posts for model in post["speech_models"]} == {"universal-3-5-pro"}
     folder = checkpoint / "eval" / "corpus-test-assemblyai"
     lost = [replace(one, pred_text=None, error="late") for one in read_predictions(folder / "predictions.jsonl")]
     write_predictions(folder / "predictions.jsonl", lost)
-    again = CliRunner().invoke(app, [*command, "--retry-failed"])
+    again = run_eval(*command, "--retry-failed")
     assert again.exit_code == 0, again.output
     assert "0 clips, 0.00 h" in again.output
     assert len(fake.posts) == 16

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import prediction
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluate_report import SETTINGS, prediction, summary_of
+from test_evaluate_report import SETTINGS, summary_of
 
 from pipelines.evaluate.confidence import area_under_roc, measure_confidence
 from pipelines.evaluate.eval_sets import Clip, Utterance
@@ -17,7 +18,6 @@ from pipelines.evaluate.providers.base import ProviderOptions
 from pipelines.evaluate.providers.tinyaudio import TinyAudioProvider
 from pipelines.evaluate.report.report import write_reports
 from pipelines.evaluate.summary import load_summary, save_summary
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.transcribe import Transcriber
 
 
@@ -116,11 +116,9 @@ def test_a_report_without_scores_has_no_such_section(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_head", [True, False])
 def test_our_provider_scores_words_where_the_encoder_has_a_head(
-    model: Any, processor: Any, ctc_folder: Path, spoken: Any, has_head: bool
+    processor: Any, spoken: Any, has_head: bool, request: pytest.FixtureRequest
 ) -> None:
-    if has_head:
-        encoder, head = load_encoder_with_head(str(ctc_folder))
-        model.attach(encoder=encoder, ctc_head=head)
+    model = request.getfixturevalue("with_head" if has_head else "model")
     options = ProviderOptions(model="tiny", device="cpu", num_beams=1, max_new_tokens=4)
     provider = TinyAudioProvider(transcriber=Transcriber(model, processor), options=options)
     clips = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import prediction
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -21,12 +22,6 @@ from pipelines.evaluate.stage import Scoring, score_again
 from pipelines.evaluate.summary import Settings, Summary, load_summary, save_settings, summarize
 
 SETTINGS = Settings(provider="tinyaudio", model={"name": "a"}, scored={"corpus": "corpus", "split": "test"})
-
-
-def prediction(i: int, text: str, answer: str | None = None, **changes: Any) -> Prediction:
-    values: dict[str, Any] = {"audio_filepath": f"{i}.wav", "duration": 1.5 + i, "time": 0.1, "text": text}
-    values |= {"pred_text": answer, "utterance_id": f"utt-{i}", "error": "late" if answer is None else None}
-    return Prediction(**{**values, **changes})
 
 
 def summary_of(*predictions: Prediction, **options: Any) -> Summary:

@@ -239,15 +239,6 @@ def edges_of(words):
     return [edge for word in words for edge in (word.start, word.end)]
 
 
-@pytest.fixture
-def with_head(model, ctc_folder):
-    """The tiny model with an encoder that has a head."""
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
-    model.config.encoder_id = str(ctc_folder)
-    return model
-
-
 def test_word_times_change_no_text_and_stay_inside_their_segment(with_head, processor, spoken):
     transcriber, sources = Transcriber(with_head, processor), [samples for samples, _ in spoken[:6]]
     plain = transcriber.transcribe(sources, **FEW)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import prediction
 from fake_hub import FakeHub, serving
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -24,18 +25,6 @@ from pipelines.recipes import load_recipe
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 
 PUBLISHED = {"encoder_id": "facebook/hubert-large-ls960-ft", "decoder_id": "HuggingFaceTB/SmolLM3-3B-Base"}
-
-
-def prediction(i: int, text: str, answer: str | None) -> Prediction:
-    return Prediction(
-        audio_filepath=f"{i}.wav",
-        duration=2.0,
-        time=0.1,
-        text=text,
-        pred_text=answer,
-        utterance_id=f"utt-{i}",
-        error=None if answer is not None else "late",
-    )
 
 
 def add_evaluation(run: Path, name: str, answers: list[Prediction], **changes: Any) -> None:

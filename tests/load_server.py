@@ -8,7 +8,6 @@ was accepted is answered, and the exit code is 0. Prints one JSON object; `test_
 
 import contextlib
 import http.client
-import io
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import soundfile
+from audio_files import with_soundfile
 
 ROOT = Path(__file__).parents[1]
 NUM_CLIENTS, BAD_SHARE = 50, 0.1
@@ -147,13 +146,7 @@ def form(file: bytes, **fields: str) -> bytes:
     return (f'{written}{HEAD}"file"; filename="a.wav"\r\n\r\n').encode() + file + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-def encoded(samples: np.ndarray, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format=kind)
-    return buffer.getvalue()
-
-
-SILENCE = encoded(np.zeros(16_000 * 90, np.int16), "FLAC")
+SILENCE = with_soundfile(np.zeros(16_000 * 90, np.int16), format="FLAC")
 
 
 def recordings() -> list[bytes]:
@@ -165,9 +158,9 @@ def recordings() -> list[bytes]:
     (path,) = (ROOT / "pipelines/demo/corpus").glob("test-0*.parquet")
     files = [row["wav"]["bytes"] for row in pq.read_table(path).slice(0, 60).to_pylist()]
     samples = [load_audio(file) for file in files]
-    pause = np.zeros(12_000, np.float32)
+    pause, kinds = np.zeros(12_000, np.float32), "FLAC OGG FLAC OGG FLAC".split()
     joined = [np.concatenate([p for s in samples[n : n + 4] for p in (s, pause)]) for n in range(0, 20, 4)]
-    return [*files, *(encoded(talk, kind) for talk, kind in zip(joined, "FLAC OGG FLAC OGG FLAC".split(), strict=True))]
+    return [*files, *(with_soundfile(talk, format=kind) for talk, kind in zip(joined, kinds, strict=True))]
 
 
 def load(model: str, duration_s: float, seed: int) -> dict[str, object]:

@@ -9,11 +9,13 @@ from transformers import LlamaConfig
 from pipelines.bench import drafts as bench_drafts
 from pipelines.bench import transcribe as bench_transcribe
 from pipelines.bench.transcribe import PARTS, measure, measure_full_size
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import ModelError
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
 from tinyaudio.model.verify import Written
 from tinyaudio.transcribe import Transcriber
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = LlamaConfig(**SIZES, vocab_size=49_152, num_key_value_heads=2, eos_token_id=None)
 
 
 def test_one_model_is_loaded_for_both_ways(checkpoint, monkeypatch):
@@ -44,22 +46,11 @@ def test_both_ways_are_measured_side_by_side_at_equal_text(model, checkpoint):
         assert min(speed["shares"].values()) > 0
 
 
-def test_drafts_are_measured_against_generate_at_equal_text(model, processor, ctc_folder, spoken, monkeypatch):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
-    model.add_token_ctc(torch.arange(2, 50))
-    tiny = LlamaConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    monkeypatch.setattr(bench_drafts, "smollm2_135m", lambda: tiny)
+def test_drafts_are_measured_against_generate_at_equal_text(with_head, processor, spoken, monkeypatch):
+    with_head.add_token_ctc(torch.arange(2, 50))
+    monkeypatch.setattr(bench_drafts, "smollm2_135m", lambda: SMALL)
     monkeypatch.setattr(bench_drafts, "BUDGET", 6)
-    transcriber = Transcriber(model, processor)
+    transcriber = Transcriber(with_head, processor)
     monkeypatch.setattr(bench_drafts, "_transcribe", lambda *_: 1.0)
     found = bench_drafts.measure_drafts(transcriber, [samples for samples, _ in spoken[:3]], 1)
     rows = [f"{kind}, batch {size}" for size in (1, 16) for kind in ("projector", "encoder", "transcribe")]
@@ -72,9 +63,7 @@ def test_drafts_are_measured_against_generate_at_equal_text(model, processor, ct
 
 
 def test_the_larger_decoder_repeats_the_passes_that_were_measured(monkeypatch):
-    small = LlamaConfig(vocab_size=49_152, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                        num_attention_heads=2, num_key_value_heads=2, eos_token_id=None)  # fmt: skip
-    monkeypatch.setattr(bench_drafts, "smollm2_135m", lambda: small)
+    monkeypatch.setattr(bench_drafts, "smollm2_135m", lambda: SMALL)
     like = [Written(token_ids=[0] * 12, num_passes=passes) for passes in (1, 2, 3)]
     found = bench_drafts.measure_large(like, 20, 1)
     assert found["same_text"] == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import with_pauses
 from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app
@@ -211,8 +212,7 @@ def test_pattern_of_folders_is_what_the_shell_makes_of_it(run, talk, tmp_path):
 
 
 def test_text_of_several_segments_is_a_line_each(run, spoken, tmp_path):
-    pause = np.zeros(12_000, np.float32)
-    soundfile.write(tmp_path / "long.wav", np.concatenate([p for s, _ in spoken[:3] for p in (s, pause)]), 16_000)
+    soundfile.write(tmp_path / "long.wav", with_pauses(samples for samples, _ in spoken[:3]), 16_000)
     done = run(tmp_path / "long.wav", "--chunk-length", "4")
     assert len(done.stdout.splitlines()) == 3
     assert run(tmp_path / "long.wav", "--chunk-length", "4", "-f", "txt").exit_code == 0

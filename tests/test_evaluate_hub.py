@@ -4,7 +4,6 @@ Layouts: dataset_info and configs of hf-audio/esb-datasets-test-only-sorted @ d4
 d062013 and fixie-ai/gigaspeech @ 21d9f45 (README.md of each); rows are bundled synthetic speech.
 """
 
-import io
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
+from audio_files import with_soundfile
 from hub_replica import Fault, Hub
 
 from pipelines.evaluate.eval_sets import named_sections, open_eval_set
@@ -71,9 +70,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def cell(samples: Samples, name: str, rate: int = 16_000) -> dict[str, Any]:
-    stream = io.BytesIO()
-    soundfile.write(stream, samples, rate, format="WAV", subtype="PCM_16")
-    return {"bytes": stream.getvalue(), "path": name}
+    return {"bytes": with_soundfile(samples, rate), "path": name}
 
 
 def esb_rows(spoken: list[tuple[Samples, str]], dataset: str) -> pa.Table:

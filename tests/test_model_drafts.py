@@ -9,6 +9,7 @@ import jiwer
 import numpy as np
 import pytest
 import torch
+from bundled import utterances
 from tiny_decoders import DECODERS, SIZES, WIDTH
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -24,7 +25,6 @@ from tinyaudio.model.drafts import (
     open_drafter,
     vocabulary_of,
 )
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import ModelError
 from tinyaudio.model.prompt import pad_left
 from tinyaudio.model.recognize import Options
@@ -227,7 +227,7 @@ def test_the_command_line_knows_every_drafter():
     assert DRAFTS == KINDS
 
 
-def test_auto_takes_the_best_drafter_that_there_is(model, ctc_folder, tokenizer):
+def test_auto_takes_the_best_drafter_that_there_is(model, tokenizer, request):
     assert open_drafter(model, tokenizer, "auto") is None
     assert open_drafter(model, tokenizer, "none") is None
     with pytest.raises(ModelError, match="expected an encoder with a CTC head, found none in"):
@@ -236,8 +236,7 @@ def test_auto_takes_the_best_drafter_that_there_is(model, ctc_folder, tokenizer)
         open_drafter(model, tokenizer, "projector")
     with pytest.raises(ValueError, match="draft is 'whisper'; expected one of auto"):
         open_drafter(model, tokenizer, "whisper")
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    model.attach(encoder=encoder, ctc_head=head)
+    request.getfixturevalue("with_head")
     assert open_drafter(model, tokenizer, "auto").kind == "encoder"
     assert open_drafter(model, tokenizer, "none") is None
 
@@ -338,17 +337,12 @@ def test_drafts_are_for_plain_greedy_decoding(with_head, processor, spoken):
 @pytest.mark.slow
 def test_drafts_of_the_trained_demo_change_no_text_and_save_passes():
     """After `make demo`: both test sets, and their recordings joined by tens, at batch 1, 4 and 16."""
-    import pyarrow.parquet
-
-    from tinyaudio.model.audio import load_audio
-
-    root = Path(__file__).parent.parent
-    if not (root / "runs/demo/config.json").is_file():
+    run = Path(__file__).parent.parent / "runs/demo"
+    if not (run / "config.json").is_file():
         pytest.skip("needs the trained demo; run `make demo`")
-    transcriber = Transcriber.load(root / "runs/demo", device="cpu", dtype="float32")
+    transcriber = Transcriber.load(run, device="cpu", dtype="float32")
     for split in ("test", "test_unseen"):
-        (path,) = (root / "pipelines/demo/corpus").glob(f"{split}-0*.parquet")
-        single = [load_audio(row["wav"]["bytes"]) for row in pyarrow.parquet.read_table(path).to_pylist()]
+        single = [samples for _, _, samples in utterances(split)]
         pause = np.zeros(16_000, np.float32)
         spaced = [np.concatenate([samples, pause]) for samples in single]
         joined = [np.concatenate(spaced[at : at + 10]) for at in range(0, len(spaced), 10)]

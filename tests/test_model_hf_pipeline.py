@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import with_pauses
 from transformers import pipeline
 
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
@@ -52,7 +53,7 @@ def test_paths_bytes_and_dicts_of_any_rate_are_inputs(asr, spoken, expected, tmp
 
 
 def test_timestamps_are_segments_and_chunk_length_is_the_window(asr, spoken):
-    joined = np.concatenate([part for s, _ in spoken[:4] for part in (s, np.zeros(9600, np.float32))])
+    joined = with_pauses((samples for samples, _ in spoken[:4]), 0.6)
     output = asr(joined, chunk_length_s=4.0, return_timestamps=True, **FEW)
     assert len(output["chunks"]) == 4
     starts = [chunk["timestamp"][0] for chunk in output["chunks"]]

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import soundfile
 import torch
+from audio_files import with_soundfile
+from conftest import with_pauses
 from transformers import AutomaticSpeechRecognitionPipeline, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 from tinyaudio.model import inputs as inputs_module
@@ -94,9 +95,7 @@ def asr(checkpoint):
 
 
 def wav_of(samples: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
-    return buffer.getvalue()
+    return with_soundfile(samples, subtype="FLOAT")
 
 
 def loaded(given: object) -> np.ndarray:
@@ -271,7 +270,7 @@ def test_addresses_without_a_server_are_one_line(model, processor, spoken):
 
 def test_a_loaded_model_gets_its_own_pipeline(checkpoint, asr, spoken):
     """Whisper's model card: transformers chooses the class by a configuration, and reads none for a model object."""
-    long = np.concatenate([part for s, _ in spoken[:6] for part in (s, np.zeros(16_000, np.float32))])
+    long = with_pauses((samples for samples, _ in spoken[:6]), 1.0)
     expected = asr(long, return_timestamps=True, chunk_length_s=4, **FEW)
     assert len(expected["chunks"]) == 6
     model = AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint, trust_remote_code=True)

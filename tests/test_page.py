@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import with_pauses
 from servers import running
 
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import TinyAudioError
 from tinyaudio.page import _uploads_only, build_page, follow_recording, mount_page
 from tinyaudio.request_queue import RequestQueue
-from tinyaudio.transcribe import Transcriber
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SPACE = Path(__file__).parent.parent / "pipelines" / "space"
 
 
 @pytest.fixture
-def transcriber(model, processor):
-    model.config.window_s = 4.0
-    model.generation_config.update(num_beams=1, max_new_tokens=6)
-    return Transcriber(model, processor, name="tiny")
+def transcriber(transcriber):
+    transcriber.model.generation_config.update(num_beams=1, max_new_tokens=6)
+    return transcriber
 
 
 @pytest.fixture
@@ -45,8 +43,8 @@ def last(queue, path):
 @pytest.fixture
 def files(tmp_path, spoken):
     soundfile.write(tmp_path / "talk.wav", spoken[0][0], 16_000, subtype="FLOAT")
-    parts = [part for samples, _ in spoken[:3] for part in (samples, np.zeros(12_000, np.float32))]
-    soundfile.write(tmp_path / "three.wav", np.concatenate(parts), 16_000, subtype="FLOAT")
+    three = with_pauses(samples for samples, _ in spoken[:3])
+    soundfile.write(tmp_path / "three.wav", three, 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "silence.wav", np.zeros(48_000), 16_000)
     (tmp_path / "broken.wav").write_text("no sound here, only words\n" * 20)
     return tmp_path
@@ -62,9 +60,7 @@ def test_recording_gives_text_segments_and_warnings_in_words(queue, files, spoke
     assert "token budget" in answer.notes, "the random model never ends by itself"
 
 
-def test_words_are_shown_with_their_doubts(transcriber, queue, files, ctc_folder):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    transcriber.model.attach(encoder=encoder, ctc_head=head)
+def test_words_are_shown_with_their_doubts(transcriber, queue, files, with_head):
     answer = last(queue, files / "three.wav")
     (expected,) = transcriber.transcribe([files / "three.wav"], word_timestamps=True)
     said = [word for segment in expected.segments for word in segment.words]
@@ -145,7 +141,7 @@ def test_stopped_transcription_does_no_more_work(queue, transcriber, files):
 
     transcriber.recognizer.decode = slow
     spoken, rate = soundfile.read(files / "talk.wav", dtype="float32")
-    soundfile.write(files / "long.wav", np.tile(np.concatenate([spoken, np.zeros(12_000)]), 100), rate)
+    soundfile.write(files / "long.wav", np.tile(with_pauses([spoken]), 100), rate)
     answers = follow_recording(queue, str(files / "long.wav"))
     while not next(answers).rows:
         pass
@@ -282,9 +278,7 @@ def test_in_a_browser_a_click_on_a_segment_plays_from_there(tab, server, files):
 
 
 @pytest.mark.slow
-def test_in_a_browser_a_click_on_a_word_plays_from_there(tab, server, transcriber, ctc_folder, files):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    transcriber.model.attach(encoder=encoder, ctc_head=head)
+def test_in_a_browser_a_click_on_a_word_plays_from_there(tab, server, with_head, files):
     put_in(tab, files / "three.wav", "s of audio")
     answer = last(server.queue, files / "three.wav")
     tab.locator("#words").get_by_text(answer.words[-1][0], exact=True).last.click()

@@ -9,22 +9,15 @@ import numpy as np
 import pytest
 import torch
 from audio_files import with_av
+from conftest import with_pauses
 from scripted_decoder import scripted
 
 from tinyaudio.model import voice
 from tinyaudio.model.align import BLANK
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.recognize import Options
 from tinyaudio.request_queue import NotReadyError, QueueFullError, RequestQueue
-from tinyaudio.transcribe import Transcriber
 
 FEW = {"max_new_tokens": 3, "num_beams": 1}
-
-
-@pytest.fixture
-def transcriber(model, processor):
-    model.config.window_s = 4.0
-    return Transcriber(model, processor, name="tiny")
 
 
 @pytest.fixture
@@ -65,8 +58,7 @@ def finish(ticket, updates):
 @pytest.fixture
 def recordings(spoken):
     """Short ones, long ones with pauses, long ones without, silence."""
-    pause = np.zeros(12_000, np.float32)
-    talk = np.concatenate([part for samples, _ in spoken[:6] for part in (samples, pause)])
+    talk = with_pauses(samples for samples, _ in spoken[:6])
     no_pause = np.concatenate([samples for samples, _ in spoken[6:12]])
     return [*(samples for samples, _ in spoken[:8]), talk, no_pause, np.zeros(48_000, np.float32)]
 
@@ -80,12 +72,11 @@ def test_transcripts_are_those_of_the_command_line(transcriber, started, recordi
     assert queue.num_requests == 0
 
 
-def test_scores_are_for_those_who_ask(transcriber, started, ctc_folder, spoken):
+def test_scores_are_for_those_who_ask(transcriber, started, with_head, spoken):
     """Requests of both kinds share a batch; what one did not ask for, warnings included, it does not get."""
-    encoder, head = load_encoder_with_head(str(ctc_folder))
+    head = with_head.ctc_head
     silence = torch.nn.functional.one_hot(torch.tensor(head.alphabet[BLANK]), head.linear.out_features).float()
     head.forward = lambda features: silence.clamp(1e-6).log().expand(*features.shape[:2], -1)
-    transcriber.model.attach(encoder=encoder, ctc_head=head)
     samples = spoken[0][0]
     plain, sure, timed = (
         transcriber.transcribe([samples], **FEW, **options)[0].to_dict()
@@ -110,11 +101,9 @@ def test_an_unreadable_file_is_a_transcript_with_its_error(transcriber, started,
     assert "does not exist" in finish(*submit(queue, tmp_path / "nowhere.wav")).error
 
 
-def slow_queue(model, processor, started, batches, batch_size=2, **settings):
+def slow_queue(transcriber, started, batches, batch_size=2, **settings):
     """A queue whose batches take 20 ms, and note the numbers of their requests."""
-    _, recognizer = scripted(model, processor, lambda *_: ("the cat", True))
-    model.config.window_s = 4.0
-    transcriber = Transcriber(model, processor)
+    _, recognizer = scripted(transcriber.model, transcriber.processor, lambda *_: ("the cat", True))
     transcriber.recognizer = recognizer
     decode = recognizer.decode
 
@@ -127,10 +116,10 @@ def slow_queue(model, processor, started, batches, batch_size=2, **settings):
     return started(transcriber, Options(batch_size=batch_size), **settings)
 
 
-def test_a_sentence_does_not_wait_for_an_hour(model, processor, started, spoken):
+def test_a_sentence_does_not_wait_for_an_hour(transcriber, started, spoken):
     batches = []
-    queue = slow_queue(model, processor, started, batches, batch_size=1)
-    talk = np.concatenate([part for samples, _ in spoken[:5] for part in (samples, np.zeros(12_000, np.float32))])
+    queue = slow_queue(transcriber, started, batches, batch_size=1)
+    talk = with_pauses(samples for samples, _ in spoken[:5])
     long = submit(queue, np.tile(talk, 20))
     while len(batches) < 5:
         time.sleep(0.01)
@@ -141,11 +130,11 @@ def test_a_sentence_does_not_wait_for_an_hour(model, processor, started, spoken)
     assert len(finish(*long).segments) == 100
 
 
-def test_requests_are_served_first_come_first_served(model, processor, started, spoken):
+def test_requests_are_served_first_come_first_served(transcriber, started, spoken):
     """The first ones too: a queue that is ready has loaded the voice detector, which takes longer than a slice."""
     voice._load_model.cache_clear()
     batches = []
-    queue = slow_queue(model, processor, started, batches)
+    queue = slow_queue(transcriber, started, batches)
     assert voice._load_model.cache_info().currsize == 1
     requests = [submit(queue, spoken[0][0]) for _ in range(12)]
     for each in requests:
@@ -154,10 +143,10 @@ def test_requests_are_served_first_come_first_served(model, processor, started, 
     assert all(abs(place - number) <= 2 for place, number in enumerate(served)), "two readers, and two in a batch"
 
 
-def test_pieces_are_read_ahead_but_not_without_end(model, processor, started, spoken):
+def test_pieces_are_read_ahead_but_not_without_end(transcriber, started, spoken):
     batches = []
-    queue = slow_queue(model, processor, started, batches)
-    talk = np.concatenate([part for samples, _ in spoken[:5] for part in (samples, np.zeros(12_000, np.float32))])
+    queue = slow_queue(transcriber, started, batches)
+    talk = with_pauses(samples for samples, _ in spoken[:5])
     requests = [submit(queue, np.tile(talk, 10)) for _ in range(4)]
     most = 0
     while len(batches) < 20:
@@ -168,10 +157,10 @@ def test_pieces_are_read_ahead_but_not_without_end(model, processor, started, sp
     assert 0 < most <= queue._max_pieces + 4
 
 
-def test_one_that_goes_away_frees_its_place_at_once_and_its_pieces_are_not_decoded(model, processor, started, spoken):
+def test_one_that_goes_away_frees_its_place_at_once_and_its_pieces_are_not_decoded(transcriber, started, spoken):
     batches = []
-    queue = slow_queue(model, processor, started, batches, max_requests=1)
-    ticket, updates = submit(queue, np.tile(np.concatenate([spoken[0][0], np.zeros(12_000, np.float32)]), 60))
+    queue = slow_queue(transcriber, started, batches, max_requests=1)
+    ticket, updates = submit(queue, np.tile(with_pauses([spoken[0][0]]), 60))
     updates.get(timeout=60)
     with pytest.raises(QueueFullError, match="all 1 places"):
         queue.enter()
@@ -185,10 +174,10 @@ def test_one_that_goes_away_frees_its_place_at_once_and_its_pieces_are_not_decod
     finish(*submit(queue, spoken[1][0]))
 
 
-def test_too_long_a_recording_is_read_only_as_far_as_is_allowed(model, processor, started, spoken):
+def test_too_long_a_recording_is_read_only_as_far_as_is_allowed(transcriber, started, spoken):
     batches = []
-    queue = slow_queue(model, processor, started, batches, max_duration_s=12)
-    ticket, updates = submit(queue, np.tile(np.concatenate([spoken[0][0], np.zeros(12_000, np.float32)]), 400))
+    queue = slow_queue(transcriber, started, batches, max_duration_s=12)
+    ticket, updates = submit(queue, np.tile(with_pauses([spoken[0][0]]), 400))
     while (update := updates.get(timeout=60)).transcript is None:
         pass
     assert ticket.is_too_long

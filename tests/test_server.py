@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -19,14 +18,13 @@ import numpy as np
 import openai
 import pysubs2
 import pytest
-import soundfile
-from audio_files import with_av
+from audio_files import with_av, with_soundfile
+from conftest import with_pauses
 from servers import running
 from typer.testing import CliRunner
 
 from tinyaudio.cli.app import app as cli
 from tinyaudio.cli.serve import serve as serve_command
-from tinyaudio.model.encoder import load_encoder_with_head
 from tinyaudio.model.errors import MissingModelError, ModelError
 from tinyaudio.model.recognize import Options
 from tinyaudio.request_queue import RequestQueue
@@ -38,18 +36,6 @@ FEW = {"max_new_tokens": 6, "num_beams": 1}
 KEY = "correct-horse"
 
 
-def encoded(samples, kind="WAV"):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format=kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def transcriber(model, processor):
-    model.config.window_s = 4.0
-    return Transcriber(model, processor, name="tiny")
-
-
 @pytest.fixture
 def server(transcriber):
     with running(transcriber, options=Options(**FEW)) as server:
@@ -59,8 +45,7 @@ def server(transcriber):
 @pytest.fixture
 def three(spoken):
     """Three sentences with pauses, as a WAV file's bytes."""
-    pause = np.zeros(12_000, np.float32)
-    return encoded(np.concatenate([part for samples, _ in spoken[:3] for part in (samples, pause)]))
+    return with_soundfile(with_pauses(samples for samples, _ in spoken[:3]))
 
 
 @pytest.fixture
@@ -178,9 +163,7 @@ def test_word_times_are_refused_where_the_encoder_has_no_head(server, three):
     assert "word times" in answer.json()["error"]["message"]
 
 
-def test_word_times_are_those_of_the_command_line(transcriber, ctc_folder, three):
-    encoder, head = load_encoder_with_head(str(ctc_folder))
-    transcriber.model.attach(encoder=encoder, ctc_head=head)
+def test_word_times_are_those_of_the_command_line(transcriber, with_head, three):
     (expected,) = transcriber.transcribe([three], word_timestamps=True, **FEW)
     with running(transcriber, options=Options(**FEW)) as server:
         words = server.post(three, response_format="verbose_json", timestamp_granularities="word").json()["words"]
@@ -202,8 +185,8 @@ def test_word_times_are_those_of_the_command_line(transcriber, ctc_folder, three
         (b"#EXTM3U\n#EXTINF:10,\nhttp://192.0.2.1/secret.wav\n#EXT-X-ENDLIST\n", "not readable"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "not readable"),
         (b"cos\nsystem\n(S'touch /tmp/x'\ntR.", "not readable"),
-        (encoded(np.zeros(0)), "no samples"),
-        (encoded(np.zeros(16_000), "FLAC")[:60], "file"),
+        (with_soundfile(np.zeros(0)), "no samples"),
+        (with_soundfile(np.zeros(16_000), format="FLAC")[:60], "file"),
     ],
     ids=["empty", "head", "playlist", "concat", "pickle", "no samples", "truncated"],
 )
@@ -266,7 +249,7 @@ def test_too_large_a_body_is_413_before_it_is_read(transcriber, three, monkeypat
 
 
 def test_too_long_a_recording_is_413_whatever_its_size(transcriber):
-    hours = encoded(np.zeros(16_000 * 1200, np.int16), "FLAC")
+    hours = with_soundfile(np.zeros(16_000 * 1200, np.int16), format="FLAC")
     assert len(hours) < 1 << 20
     with running(transcriber, max_duration_s=60) as server:
         answer = server.post(hours)
@@ -334,15 +317,8 @@ def test_nothing_is_answered_without_the_key_but_the_probes(transcriber, three):
         for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
             assert server.client.get(path).status_code == 200
             assert server.client.get(path, headers={"Authorization": f"Basic {basic}"}).status_code == 200
-            for wrong in (
-                "",
-                "Bearer",
-                f"Bearer {KEY}x",
-                f"Bearer {KEY[:-1]}",
-                f"Basic {KEY}",
-                "Basic ====",
-                KEY,
-            ):
+            keys = f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY
+            for wrong in ("", "Bearer", "Basic ====", *keys):
                 answer = server.client.get(path, headers={"Authorization": wrong})
                 assert answer.status_code == 401, (path, wrong)
                 assert KEY not in answer.text
@@ -486,8 +462,7 @@ def test_sigterm_finishes_what_runs_refuses_what_is_new_and_exits_0(started, spo
     process, url = started("--batch-size", "1")
     assert httpx.get(f"{url}/health").status_code == 200
     wait_ready(url)
-    pause = np.zeros(36_000, np.float32)
-    long = encoded(np.concatenate([part for samples, _ in spoken[:10] for part in (samples, pause)]))
+    long = with_soundfile(with_pauses((samples for samples, _ in spoken[:10]), 2.25))
     answers = []
 
     def ask(content=long):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from audio_files import with_soundfile
 from hypothesis import HealthCheck, given, settings
 from servers import running
 
 from tinyaudio.model.recognize import Options
 from tinyaudio.server import Limits
-from tinyaudio.transcribe import Transcriber
 
 SCRIPT = Path(__file__).with_name("load_server.py")
 DURATION_S = 8
@@ -75,19 +75,11 @@ def as_bytes(text: str | bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def talk_bytes(spoken):
-    import io
-
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, spoken[0][0], 16_000, format="FLAC")
-    return buffer.getvalue()
+    return with_soundfile(spoken[0][0], format="FLAC")
 
 
 @pytest.fixture
-def server(model, processor):
-    model.config.window_s = 4.0
-    transcriber = Transcriber(model, processor, name="tiny")
+def server(transcriber):
     options = Options(num_beams=1, max_new_tokens=2)
     with running(transcriber, options=options, limits=Limits(max_upload_bytes=1 << 20, body_grace_s=2)) as server:
         yield server

@@ -39,15 +39,8 @@ from tinyaudio.transcribe import Transcriber, default_model, pick_device
 FEW = {"max_new_tokens": 3, "num_beams": 1}
 
 
-@pytest.fixture
-def transcriber(model, processor):
-    return Transcriber(model, processor, name="tiny")
-
-
 def half_a_wav(samples):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format="WAV")
-    return buffer.getvalue()[: len(samples)]
+    return with_soundfile(samples)[: len(samples)]
 
 
 def test_one_transcript_per_input_in_order_whatever_its_length(transcriber, spoken):

@@ -89,5 +89,6 @@ def test_what_it_does_not_go_with_is_said(transcriber, spoken, model):
     model.config.ctc_weight = 0.0
     with pytest.raises(ModelError, match=r"trained with train.ctc_weight above 0"):
         transcriber.transcribe(source, ctc_nbest=NBEST)
-    with pytest.raises(ValueError, match="ctc_nbest is 0"):
-        Options(ctc_nbest=0)
+    for number in (0, 1, 101, 100_000):
+        with pytest.raises(ValueError, match=f"ctc_nbest is {number}; expected 2 to 100"):
+            Options(ctc_nbest=number)

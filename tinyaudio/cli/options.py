@@ -30,7 +30,7 @@ DraftOption = Annotated[
 NBestOption = Annotated[
     int | None,
     typer.Option(
-        "--ctc-nbest", min=2, help="Let the decoder choose among the N best texts of the projector's CTC head."
+        "--ctc-nbest", min=2, max=100, help="Let the decoder choose among the N best texts of the projector's CTC head."
     ),
 ]
 

@@ -43,11 +43,8 @@ def measure_drafts(transcriber: Transcriber, recordings: Sequence[Any], repeats:
         samples to text, with encoder and guard. Empty if the model has no drafter.
     """
     model, tokenizer = transcriber.model, transcriber.processor.tokenizer
-    kinds = {
-        "projector": model.token_ctc is not None,
-        "encoder": model.ctc_head is not None,
-    }
-    drafters = [open_drafter(model, tokenizer, kind) for kind, is_there in kinds.items() if is_there]
+    heads = {"projector": model.token_ctc, "encoder": model.ctc_head}
+    drafters = [open_drafter(model, tokenizer, kind) for kind, head in heads.items() if head is not None]
     vocabulary = vocabulary_of(tokenizer, len(model.get_input_embeddings().weight))
     results: dict[str, dict[str, Any]] = {}
     written: list[Written] = []

@@ -29,8 +29,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from cache import FeatureStore
-from pipelines.bench.host import HOST_NOTES, measure_host
+from pipelines.bench.host import HOST_NOTES, measure_host, new_store
 from pipelines.bench.memory import CountFlops, matmul_peak, measuring_resident
 from pipelines.bench.models import bench_encoder
 from pipelines.bench.race import median_ratio, race
@@ -143,7 +142,7 @@ def bench_extract(
         "decode_share": report.decode_s / took_s,
         "write_share": report.write_s / took_s,
         "idle_share": max(0.0, 1 - report.encoder_busy),
-        "matmul_share": _flops_per_audio_second(encoder) * speed / matmul_peak(where) if is_gpu else None,
+        "matmul_share": flops_per_audio_second(encoder) * speed / matmul_peak(where) if is_gpu else None,
         "vs_cudnn_attention": alone["plain"] / alone["cudnn"] if alone else None,
         "bf16_vs_float32": alone["plain"] / alone["float32"] if alone else None,
         "compiled_vs_plain": alone["compiled"] / alone["plain"] if alone else None,
@@ -214,9 +213,7 @@ def extract_once(
     path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, encoder: LoadedEncoder
 ) -> tuple[float, ExtractReport]:
     """Extract into a new store; return the seconds, without starting the decoding processes, and the report."""
-    dim, rows_per_shard = encoder.model.config.hidden_size, plan.rows_per_shard
-    fingerprint = {"bench": True}
-    store = FeatureStore.create(path, plan=plan.table, dim=dim, fingerprint=fingerprint, rows_per_shard=rows_per_shard)
+    store = new_store(path, plan, encoder.model.config.hidden_size)
     report = ExtractReport(store=str(path))
     with ShardPipeline(recipe, corpus, encoder, store, report) as pipeline:
         pipeline.warm_up()
@@ -257,8 +254,9 @@ def _encode_padded(encoder: LoadedEncoder, recordings: list[Samples]) -> list[ND
     return [row[: num_frames(len(samples))] for row, samples in zip(host, recordings, strict=True)]
 
 
-def _flops_per_audio_second(encoder: LoadedEncoder, duration_s: int = 10) -> float:
-    values = torch.randn(1, duration_s * SAMPLING_RATE, device=encoder.model.device)
+def flops_per_audio_second(encoder: LoadedEncoder) -> float:
+    """Count the encoder's floating-point operations for a second of audio, over ten seconds."""
+    values = torch.randn(1, 10 * SAMPLING_RATE, device=encoder.model.device)
     with CountFlops() as counter:
         encode(encoder.model, values, torch.ones_like(values, dtype=torch.long), encoder.precision)
-    return counter.flops / duration_s
+    return counter.flops / 10

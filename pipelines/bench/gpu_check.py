@@ -27,8 +27,9 @@ from transformers import HubertConfig, SmolLM3Config
 from transformers.generation import LogitsProcessorList
 
 from pipelines.bench import models
-from pipelines.bench.extract import encoder_alone, extract_once, make_wav_corpus
-from pipelines.bench.memory import CountFlops, matmul_peak
+from pipelines.bench.extract import encoder_alone, extract_once, flops_per_audio_second, make_wav_corpus
+from pipelines.bench.memory import matmul_peak
+from pipelines.bench.race import seconds
 from pipelines.bench.train import Batch, Contestant, Step, our_batches, our_loss, plain_loss
 from pipelines.bench.transcribe import Script, timed_parts, wav_recordings
 from pipelines.corpora import open_corpus
@@ -37,7 +38,7 @@ from pipelines.extract.encode import open_batch_encoder
 from pipelines.extract.plan import plan_corpus
 from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.encoder import encode, load_feature_extractor
+from tinyaudio.model.encoder import load_feature_extractor
 from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
 from tinyaudio.transcribe import Transcriber
 
@@ -88,22 +89,19 @@ def check_profile(device: torch.device) -> None:
     audio_s = sum(map(len, recordings)) / SAMPLING_RATE
 
     def fastest(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
+        def finish() -> None:
             work()
             synchronize()
-            times.append(time.perf_counter() - started)
-        return audio_s / min(times)
+
+        return audio_s / min(seconds(finish) for _ in range(5))
 
     inputs = encoder.prepare(recordings)
     for is_on in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(is_on)
-        started = time.perf_counter()
-        encoder.encode(inputs)()
-        first_ms = (time.perf_counter() - started) * 1e3
+        first_s = seconds(lambda: encoder.encode(inputs)())
         speed = fastest(lambda: encoder.encode(inputs)())
-        report(profile="encode", precision=loaded.precision, cudnn_attention=is_on, first_ms=first_ms, real_time=speed)
+        found = {"cudnn_attention": is_on, "first_ms": first_s * 1e3, "real_time": speed}
+        report(profile="encode", precision=loaded.precision, **found)
     if SMALL:
         alone, why = encoder_alone(loaded, 2, 4.0, with_compiled=False), "not measured on a CPU, where it takes minutes"
         report(profile="encoder alone, real time", precision=loaded.precision, **alone, compiled=why)
@@ -182,10 +180,7 @@ def check_extract(device: torch.device) -> None:
                 seconds=took_s,
             )
         if device.type == "cuda":
-            values = torch.randn(1, 10 * SAMPLING_RATE, device=device)
-            with CountFlops() as counter:
-                encode(encoder.model, values, torch.ones_like(values, dtype=torch.bool), encoder.precision)
-            share = counter.flops / 10 * audio_s / took_s / matmul_peak(device)
+            share = flops_per_audio_second(encoder) * audio_s / took_s / matmul_peak(device)
             report(extract="matmul share", share=share, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
 

@@ -93,7 +93,7 @@ def measure_host(folder: Path, recipe: Recipe) -> dict[str, float]:
 
 def _measure_threads(path: Path, recipe: Recipe, corpus: Corpus, plan: Plan, encoder: BatchEncoder) -> dict[str, float]:
     """Do the work of each thread by itself, for the first shard."""
-    store = _new_store(path, plan)
+    store = new_store(path, plan, DIM)
     writer = store.write_shard(0)
     assert writer is not None
     with writer:  # in memory that was written to before, as the memory of all but the first shards is
@@ -140,7 +140,7 @@ def _measure_line(
 ) -> tuple[float, float]:
     """Run the whole pipeline; return its speed by the clock and by the processor time of this process."""
     section = recipe.extract.model_copy(update={"decode_workers": decode_workers})
-    store = _new_store(path, plan)
+    store = new_store(path, plan, DIM)
     report = ExtractReport(store=str(path))
     pipeline = ShardPipeline(recipe.model_copy(update={"extract": section}), corpus, encoder.encoder, store, report)
     pipeline.encoder = encoder
@@ -156,8 +156,9 @@ def _measure_line(
     return audio_s / clock_s, audio_s / processor_s
 
 
-def _new_store(path: Path, plan: Plan) -> FeatureStore:
+def new_store(path: Path, plan: Plan, dim: int) -> FeatureStore:
+    """Create an empty float16 store for a plan."""
     rows_per_shard = plan.rows_per_shard
     return FeatureStore.create(
-        path, plan=plan.table, dim=DIM, fingerprint={"bench": True}, rows_per_shard=rows_per_shard
+        path, plan=plan.table, dim=dim, fingerprint={"bench": True}, rows_per_shard=rows_per_shard
     )

@@ -49,14 +49,18 @@ def measuring_peak(device: torch.device) -> Iterator[Peak]:
 
 
 @contextlib.contextmanager
-def measuring_resident() -> Iterator[Peak]:
-    """Sample the resident memory of this process and the processes it has started through multiprocessing."""
+def measuring_resident(other: int | None = None) -> Iterator[Peak]:
+    """Sample the resident memory of this process and those it has started through multiprocessing, or of another one.
+
+    Args:
+        other: its process id.
+    """
     peak, is_done = Peak(), threading.Event()
 
     def watch() -> None:
         while True:
-            total = 0
-            for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+            total, own = 0, (os.getpid(), *(child.pid for child in multiprocessing.active_children()))
+            for pid in own if other is None else (other,):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                     total += psutil.Process(pid).memory_info().rss
             peak.size_bytes = max(peak.size_bytes, total)

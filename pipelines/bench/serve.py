@@ -18,10 +18,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 
-from pipelines.bench.memory import SAMPLING_INTERVAL_S, Peak
+from pipelines.bench.memory import measuring_resident
 from pipelines.bench.models import DEMO
 from pipelines.bench.race import median_ratio, race, seconds
 from tinyaudio.model.audio import SAMPLING_RATE, load_audio
@@ -76,17 +75,18 @@ def measure(
         return sum(audio_s) / seconds(work)
 
     latencies: dict[int, list[float]] = {count: [] for count in CLIENTS}
-    peaks = {count: Peak() for count in CLIENTS}
+    peaks = dict.fromkeys(CLIENTS, 0)
     is_same = True
     with _server(model, device, batch_size) as (port, pid):
 
         def clients(count: int) -> float:
             nonlocal is_same
             num_sent = num_requests if count > 1 else max(1, num_requests // 5)
-            with _watching(pid, peaks[count]):
+            with measuring_resident(pid) as peak:
                 began = time.perf_counter()
                 answers = send_all(port, files[:num_sent], count)
                 took_s = time.perf_counter() - began
+            peaks[count] = max(peaks[count], peak.size_bytes)
             latencies[count] += [latency for _, latency in answers]
             is_same = is_same and [text for text, _ in answers] == expected[:num_sent]
             return sum(audio_s[:num_sent]) / took_s
@@ -104,7 +104,7 @@ def measure(
             "rtfx": round(statistics.median(speeds[str(count)]), 2),
             "p50_s": round(_quantile(latencies[count], 0.50), 3),
             "p95_s": round(_quantile(latencies[count], 0.95), 3),
-            "peak_rss_bytes": peaks[count].size_bytes,
+            "peak_rss_bytes": peaks[count],
         }
         for count in CLIENTS
     }
@@ -204,24 +204,6 @@ def _is_ready(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-@contextmanager
-def _watching(pid: int, peak: Peak) -> Iterator[None]:
-    """Sample the resident memory of another process."""
-    process, is_done = psutil.Process(pid), threading.Event()
-
-    def watch() -> None:
-        while not is_done.wait(SAMPLING_INTERVAL_S):
-            peak.size_bytes = max(peak.size_bytes, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        thread.join()
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -222,17 +222,9 @@ def _speed(work: Callable[[], int], cold_files: list[Path] | None = None) -> flo
 def drop_from_page_cache(files: list[Path]) -> None:
     """Flush files, and make the next reading come from the disk."""
     for path in files:
-        _flush(path, drops=True)
-
-
-def _flush(path: Path, drops: bool = False) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        if drops:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
+        sync(path)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _readers(corpus: BenchCorpus, folder: Path) -> dict[str, Callable[[], int]]:
@@ -315,7 +307,7 @@ def _race_writers(corpus: BenchCorpus, folder: Path, rounds: int) -> dict[str, l
             array[...] = corpus.rows
             for file in path.rglob("*"):
                 if file.is_file():
-                    _flush(file)
+                    sync(file)
             sync(path)
             return corpus.rows.nbytes
 

@@ -83,7 +83,6 @@ def bench_train(
     Args:
         on_race: called with `contestants` before anything else is measured, so that a later failure does not lose them.
         full_size: HuBERT-large and SmolLM3-3B shapes at random weights; requires a GPU.
-        turns: of a few steps for each contestant.
 
     Returns:
         `vs_plain`, `vs_live`: our audio seconds per second over theirs, None where they do not fit into the GPU.
@@ -186,10 +185,10 @@ def _audio_batches(parts: Parts, positions: Iterator[list[int]], num_ahead: int)
             yield waiting.popleft().result()
 
 
-def our_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
+def our_loss(model: TinyAudioForConditionalGeneration, batch: Batch, **options: Any) -> Tensor:
     """Compute the model's own loss: logits at label positions only, in chunks; right padding without a mask."""
     names = ("features", "num_frames", "labels", "host_counts")
-    loss = model(**{name: batch.get(name) for name in names}).loss
+    loss = model(**{name: batch.get(name) for name in names}, **options).loss
     assert loss is not None
     return loss
 
@@ -318,13 +317,7 @@ def _ctc_step_share(ours: Contestant, step: Step, parts: Parts) -> float:
     """Measure a step on the CTC loss over the tokens of the transcripts beside one through the decoder, in turns."""
     tokens = np.unique(parts.targets.ids).astype(np.int64)
     parts.model.add_token_ctc(torch.from_numpy(tokens[tokens != parts.model.config.eos_token_id]))
-
-    def ctc_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor:
-        names = ("features", "num_frames", "labels", "host_counts")
-        loss = model(**{name: batch.get(name) for name in names}, is_ctc_only=True).loss
-        assert loss is not None
-        return loss
-
+    ctc_loss = partial(our_loss, is_ctc_only=True)
     ctc, batch = Contestant(name="CTC alone", next_batch=ours.next_batch, loss=ctc_loss), ours.next_batch()
     step(ctc, batch)
     ways = {one.name: partial(seconds, partial(step, one, batch, True)) for one in (ctc, ours)}

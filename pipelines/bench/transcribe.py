@@ -159,10 +159,6 @@ def _compare(
     """Measure one by one against batched, both without drafts.
 
     Args:
-        recordings: encoded audio.
-        batch_size: of the batched way.
-        beams: numbers of beams, each measured.
-        repeats: runs of each way, of which the median counts.
         generate: what both ways pass on to `generate`.
         options: fields of `recognize.Options`, for both ways.
     """

@@ -79,11 +79,7 @@ def _is_dead(owner: Owner | None, silent_s: float) -> bool:
 
 
 def sweep(layout: Layout, header: Header) -> list[Path]:
-    """Remove what dead writers left: temporary files, unfinished stores, claims, and shard files without a commit.
-
-    Returns:
-        The files and folders removed.
-    """
+    """Remove and return what dead writers left: temporary files, unfinished stores, claims, shards without a commit."""
     claims = sorted(layout.lock.parent.glob("[0-9]*"))
     folders = [layout.root, *(path for path in layout.root.iterdir() if path.is_dir())]
     found = [each for folder in folders for each in temporaries(folder)]

@@ -100,12 +100,7 @@ def _copy_shard(store: FeatureStore, source: FeatureStore, shard: int) -> bool:
 
 
 def store_export(
-    source: Paths,
-    destination: Paths,
-    *,
-    max_hours: float | None = None,
-    split: str | None = None,
-    seed: int = 0,
+    source: Paths, destination: Paths, *, max_hours: float | None = None, split: str | None = None, seed: int = 0
 ) -> FeatureStore:
     """Copy some utterances into a smaller store, for quick ablations; their frames stay bit-identical.
 

@@ -85,11 +85,7 @@ def require_same(root: Path, found: Header, requested: Header) -> None:
 
 
 def compare_fields(found: Any, requested: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Compare two JSON values field by field.
-
-    Returns:
-        Dotted field name -> (found, requested), for the fields that differ; None stands for an absent field.
-    """
+    """Compare two JSON values: dotted field name -> (found, requested) where they differ; None for an absent field."""
     if isinstance(found, Mapping) and isinstance(requested, Mapping):
         differences: dict[str, tuple[Any, Any]] = {}
         for key in sorted(found.keys() | requested.keys()):
@@ -120,10 +116,7 @@ def create_empty(root: Path, header: Header, plan: pa.Table) -> None:
 
 
 def repair_metadata(root: Path, header: Header, plan: pa.Table) -> list[str]:
-    """Write damaged headers, Zarr metadata and plans of an existing store again; its shards are not touched.
-
-    Returns:
-        The names of the files that were written.
+    """Write damaged headers, Zarr metadata and plans of an existing store again, and return their names.
 
     Raises:
         StoreMismatchError: the store holds something other than what is requested.
@@ -166,11 +159,7 @@ def _is_only_the_header_damaged(layout: Layout, header: Header) -> bool:
 
 
 def metadata_faults(root: Path, header: Header) -> dict[str, str]:
-    """Find damaged files of a store that belong to no shard and no seal.
-
-    Returns:
-        Name of the file inside the store -> what is wrong with it.
-    """
+    """Find damaged files that belong to no shard and no seal: name inside the store -> what is wrong with it."""
     layout = Layout(root)
     faults = {
         name: "it does not describe this store"
@@ -202,11 +191,7 @@ def _is_equivalent(path: Path, expected: bytes) -> bool:
 
 def _documents(header: Header, plan: pa.Table) -> dict[str, bytes]:
     """Encode all files of an empty store, by their names inside it."""
-    return {
-        **zarr_metadata(header),
-        "plan.parquet": encode_plan(plan),
-        "quarantine/plan.jsonl": _encode_rejected(plan),
-    }
+    return {**zarr_metadata(header), "plan.parquet": encode_plan(plan), "quarantine/plan.jsonl": _encode_rejected(plan)}
 
 
 def _encode_rejected(plan: pa.Table) -> bytes:

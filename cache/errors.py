@@ -86,11 +86,7 @@ class CorruptShardError(CacheError, OSError):
 
 
 class DiskFullError(CacheError, OSError):
-    """The disk, the quota or the file size limit is exhausted; nothing of the unfinished file is kept.
-
-    Args:
-        found: what was missing and where.
-    """
+    """The disk, the quota or the file size limit is exhausted; nothing of the unfinished file is kept."""
 
     def __init__(self, found: str) -> None:
         super().__init__(f"{found}. Free some space and run the same command again to resume.")

@@ -38,9 +38,6 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-# ------------------------------------------------------------------------------------------- writing
-
-
 def sync(path: Path) -> None:
     """Flush a file, or the names in a directory, to disk."""
     fd = os.open(path, os.O_RDONLY)
@@ -63,13 +60,10 @@ def temporaries(directory: Path) -> Iterator[tuple[Path, Owner | None]]:
 
 
 def write_temporary(path: Path, buffers: Buffers, owner: Owner) -> Path:
-    """Write the temporary neighbour of `path` and flush it to disk.
+    """Write the temporary neighbour of `path`, flush it to disk, and return it.
 
     Args:
         buffers: written in order; they may be computed during the write.
-
-    Returns:
-        The neighbour.
 
     Raises:
         DiskFullError: no space, quota or file size left. The neighbour is removed after this and any other error.
@@ -139,17 +133,11 @@ def _disk_full(path: Path) -> DiskFullError:
     return DiskFullError(f"no space left while writing {str(path)!r}; the unfinished file was removed")
 
 
-# ------------------------------------------------------------------------------------------- several writers
-
-
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[int]:
-    """Hold a kernel lock on a file, for milliseconds, while names are put in place; it ends with the process.
+    """Hold a kernel lock on a file, whose descriptor it yields, while names are put in place; it ends with the process.
 
     On a file system without locks it warns once and continues: claims and exclusive links still keep writers apart.
-
-    Yields:
-        The descriptor of the file.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

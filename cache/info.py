@@ -126,9 +126,5 @@ def store_info(path: Paths) -> StoreInfo:
 
 
 def store_diff(path: Paths, other: Paths) -> dict[str, tuple[Any, Any]]:
-    """Compare what two stores hold.
-
-    Returns:
-        Field -> (value in the first, value in the second), for the fields that differ; empty: the same extraction.
-    """
+    """Compare two stores: field -> (value in the first, in the second) where they differ; none: the same extraction."""
     return compare_fields(FeatureStore.open(path).header.identity(), FeatureStore.open(other).header.identity())

@@ -117,11 +117,7 @@ class Header:
 
 
 def divide_shard(rows_per_shard: int) -> tuple[int, int]:
-    """Choose chunk and block for a shard: the largest divisors up to 512 and 16,384 rows.
-
-    Returns:
-        (chunk_rows, block_rows); a chunk divides a block divides a shard.
-    """
+    """Choose (chunk_rows, block_rows): the largest up to 512 and 16,384; a chunk divides a block divides a shard."""
     chunk = max(n for n in range(1, min(CHUNK_ROWS, rows_per_shard) + 1) if rows_per_shard % n == 0)
     chunks = rows_per_shard // chunk
     return chunk, chunk * max(n for n in range(1, max(1, BLOCK_ROWS // chunk) + 1) if chunks % n == 0)

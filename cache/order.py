@@ -136,12 +136,9 @@ def epoch_order(
 
 
 def _assign_streams(mean_cost: NDArray[np.float64], num_streams: int, rng: np.random.Generator) -> Ints:
-    """Assign blocks to streams by stratified sampling, so that all streams have similar costs.
+    """Choose the stream of each block by stratified sampling, so that all streams have similar costs.
 
     Blocks are sorted by cost; of every `num_streams` consecutive ones, each stream gets one at random.
-
-    Returns:
-        The stream of each block.
     """
     by_cost = np.argsort(mean_cost, kind="stable")
     num_strata = -(-len(by_cost) // num_streams)
@@ -157,10 +154,8 @@ def _make_windows(
     """Divide the shuffled blocks of each stream into windows of similar cost, numbered in order of use.
 
     A stream's shuffled blocks are divided into groups of several windows. A group is sorted by cost, then cut into
-    windows, whose order within the group is shuffled again.
-
-    Returns:
-        The window of each block, and the stream of each window.
+    windows, whose order within the group is shuffled again. Returns the window of each block and the stream of each
+    window.
     """
     num_blocks = len(stream_of_block)
     order = _group_by(stream_of_block, rng.permutation(num_blocks))
@@ -219,11 +214,7 @@ def _sort_pools(window: Ints, costs: Ints, rng: np.random.Generator) -> tuple[In
 def _cut_batches(costs: Ints, pool_bounds: Ints, budget: int) -> Ints:
     """Cut every pool into the fewest batches within the budget, by a binary search in all pools at a time.
 
-    Args:
-        costs: (N,) ascending inside each pool.
-
-    Returns:
-        The end of each batch, ascending.
+    `costs` (N,) ascend inside each pool. Returns the end of each batch, ascending.
     """
     begin, stop = pool_bounds[:-1].copy(), pool_bounds[1:]
     ends = []

@@ -28,12 +28,7 @@ REQUIRED_COLUMNS = {*PLAN_COLUMNS, "shard", "row", "reason"}
 MARGIN_FRAMES = 1  # a duration rounded to 1/100 s is off by at most one frame of 20 ms
 
 
-def make_plan(
-    table: pa.Table,
-    *,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    margin_frames: int = MARGIN_FRAMES,
-) -> pa.Table:
+def make_plan(table: pa.Table, *, rows_per_shard: int = ROWS_PER_SHARD, margin_frames: int = MARGIN_FRAMES) -> pa.Table:
     """Assign a shard and a row to every utterance.
 
     Shards follow the order of the table, so that each is read from few sources, nearly sequentially; inside a shard
@@ -42,7 +37,6 @@ def make_plan(
     Args:
         table: the columns of `PLAN_COLUMNS`, and optionally `reason` (not empty: rejected by the caller) and others,
             which are kept.
-        rows_per_shard: frames in one shard.
         margin_frames: rows kept free after each utterance, since its real length may exceed the planned one.
 
     Returns:
@@ -100,10 +94,7 @@ def _pack(needed: NDArray[np.int64], rows_per_shard: int) -> tuple[NDArray[np.in
     """Fill one shard after another; within a shard, the longest utterance goes first, into the first block it fits.
 
     Thus a block holds utterances of similar length, with which `cache.order` needs little padding and few blocks in
-    memory.
-
-    Returns:
-        shard and row of each length, and the number of shards.
+    memory. Returns shard and row of each length, and the number of shards.
     """
     block_rows = divide_shard(rows_per_shard)[1]
     lengths: list[int] = needed.tolist()

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 CODE_MAX = 127  # at 8 bits; -128 is the fill of unused rows
 CLIPS = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 7 / 16, 3 / 8, 5 / 16, 1 / 4, 3 / 16)  # of the scale that reaches the peak
 MIN_FRAMES, MIN_UTTERANCES = 100_000, 1_000  # what a calibration should have seen, or all there is
-_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
+SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def quantize(
 
 
 def _as_scales(steps: NDArray[np.float32]) -> NDArray[np.float16]:
-    return np.clip(steps, _SMALLEST_SCALE, np.finfo(np.float16).max).astype(np.float16)
+    return np.clip(steps, SMALLEST_SCALE, np.finfo(np.float16).max).astype(np.float16)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,11 +35,7 @@ class FeatureReader:
     """The stored utterances of a store, or of one split of it, by position in `index`."""
 
     def __init__(
-        self,
-        store: FeatureStore | str | os.PathLike[str],
-        *,
-        split: str | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        self, store: FeatureStore | str | os.PathLike[str], *, split: str | None = None, cache_bytes: int = CACHE_BYTES
     ) -> None:
         """Open a store for reading, finished or not.
 
@@ -67,8 +63,6 @@ class FeatureReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.store.path), self.split, self.cache_bytes)
-
-    # ------------------------------------------------------------------------------------------- records and index
 
     @cached_property
     def commits(self) -> dict[int, Commit]:
@@ -147,8 +141,6 @@ class FeatureReader:
     def calibration(self) -> Calibration | None:
         """Mean and standard deviation of a quantised store; None for float16."""
         return self.store.calibration
-
-    # ------------------------------------------------------------------------------------------- frames
 
     @cached_property
     def _blocks(self) -> BlockCache:

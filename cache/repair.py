@@ -13,14 +13,9 @@ from cache.verify import Fault, check_shard, store_verify
 
 
 def store_repair(store: FeatureStore, *, deep: bool | None = None) -> list[Fault]:
-    """Remove damaged shards, so that they are pending again; intact shards are not touched.
+    """Remove damaged shards, so that they are pending again, and return the faults found; `deep` as in `find_faults`.
 
-    Args:
-        deep: as in `find_faults`.
-
-    Returns:
-        The faults found. Shards with a fault that `is_lost` are pending now; plan and metadata are repaired by
-        `FeatureStore.create`.
+    Shards with a fault that `is_lost` are pending now; plan and metadata are repaired by `FeatureStore.create`.
     """
     for folder in FOLDERS:
         (store.path / folder).mkdir(exist_ok=True)

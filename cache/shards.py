@@ -57,10 +57,9 @@ def bytes_of(array: NDArray[np.generic]) -> memoryview:
 
 
 def expected_index(num_chunks: int, chunks_per_shard: int, chunk_bytes: int) -> NDArray[np.uint64]:
-    """Compute the index of a shard whose first `num_chunks` chunks are present.
+    """Compute the index of a shard whose first `num_chunks` chunks are present, (chunks_per_shard, 2) uint64.
 
-    Returns:
-        (chunks_per_shard, 2) little-endian uint64: offset and size of each chunk, `ABSENT` twice if it is not present.
+    Each row is a chunk's offset and size, little-endian, or `ABSENT` twice.
     """
     index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
     index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * (chunk_bytes + CRC_BYTES)

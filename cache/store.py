@@ -139,11 +139,9 @@ class FeatureStore:
         return read_commit(self.layout, self.header, shard)
 
     def write_shard(self, shard: int) -> ShardWriter | None:
-        """Begin to write a shard.
+        """Begin to write a shard, in a context manager that commits when it is left without an exception.
 
-        Returns:
-            A context manager that commits when it is left without an exception; None if the shard is committed or
-            claimed by a living writer.
+        None if the shard is committed or claimed by a living writer.
         """
         claim = claim_shard(self.layout, self.header, shard)
         if claim is None:
@@ -156,10 +154,9 @@ class FeatureStore:
             raise
 
     def seal(self) -> str:
-        """Finalize a store: one index, one file of commit records, and a digest over everything.
+        """Finalize a store: one index, one file of commit records, and a digest over everything, which is returned.
 
-        Returns:
-            The root digest. Sealing again changes nothing.
+        Sealing again changes nothing.
 
         Raises:
             UnsealableStoreError: some shards are not committed.

@@ -8,6 +8,7 @@ reading everything again. Nothing else of a store is changed here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,14 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from cache.commits import (
-    ArrayFile,
-    Commit,
-    check_commit,
-    committed_shards,
-    note_damage,
-    noted_damage,
-)
+from cache.commits import ArrayFile, Commit, check_commit, committed_shards, note_damage, noted_damage
 from cache.create import metadata_faults
 from cache.errors import CorruptShardError, command_that_made
 from cache.files import BYTES_LOST
@@ -117,11 +111,9 @@ def _seal_faults(store: FeatureStore, shards: list[int]) -> Iterator[Fault]:
             yield _fault(store, "seal", None, layout.sealed_commits, "the records are not those that were sealed")
         else:
             for shard, line in enumerate(content.splitlines(keepends=True)):
-                try:
+                with contextlib.suppress(OSError):  # found by the check of the shard
                     if layout.commit(shard).read_bytes() != line:
                         yield _fault(store, "seal", shard, layout.commit(shard), "it is not the record that was sealed")
-                except OSError:
-                    pass  # found by the check of the shard
         if hashlib.sha256(layout.sealed_index.read_bytes()).hexdigest() != seal["index_sha256"]:
             yield _fault(store, "seal", None, layout.sealed_index, "it is not the index that was sealed")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -167,11 +159,10 @@ def check_files(store: FeatureStore, commit: Commit, paths: Mapping[str, Path], 
 
 
 def _compare_array(store: FeatureStore, name: str, path: Path, expected: ArrayFile, deep: bool) -> str:
-    """Compare a shard file of the committed size with its record.
+    """Compare a shard file of the committed size with its record: what is wrong; empty if nothing is.
 
-    Returns:
-        What is wrong; empty if nothing is. Without `deep`, of the chunks only the checksums that stand in the file
-        after the first and the last one are compared: eight bytes find a file in the wrong place.
+    Without `deep`, of the chunks only the checksums that stand in the file after the first and the last one are
+    compared: eight bytes find a file in the wrong place.
     """
     header, array = store.header, name.partition("/")[0]
     spec, chunk_bytes, num_chunks = header.arrays[array], header.chunk_bytes(array), len(expected.checksums)
@@ -194,13 +185,10 @@ def _compare_array(store: FeatureStore, name: str, path: Path, expected: ArrayFi
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return f"chunk {wrong[0]} is not the one that was committed{more}"
     chunks_per_shard = header.rows_per_shard // header.chunk_rows
-    try:
-        if np.array_equal(
-            read_index(path, chunks_per_shard), expected_index(num_chunks, chunks_per_shard, chunk_bytes)
-        ):
+    wanted = expected_index(num_chunks, chunks_per_shard, chunk_bytes)
+    with contextlib.suppress(ValueError):  # incomplete, or its checksum is wrong
+        if np.array_equal(read_index(path, chunks_per_shard), wanted):
             return ""
-    except ValueError:
-        pass
     return "the Zarr shard index at its end is damaged"
 
 

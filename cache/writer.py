@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -149,9 +148,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._commit()
@@ -284,11 +281,7 @@ class ShardWriter:
 
 
 def claim_shard(layout: Layout, header: Header, shard: int) -> Claim | None:
-    """Claim a shard that is not committed, and remove files of it that were left by a writer that died.
-
-    Returns:
-        The claim; None if the shard is committed or claimed by a living writer.
-    """
+    """Claim a shard, and remove what a dead writer left of it; None if it is committed, or a living writer holds it."""
     if layout.commit(shard).exists() or (claim := Claim.take(layout, shard)) is None:
         return None
     with exclusive(layout.lock):

@@ -11,29 +11,20 @@ from pipelines.scoring import count_word_errors, probability_of_improvement
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two systems on the utterances that both answered.
-
-    Args:
-        name, other_name: the systems.
-        utterances: number compared.
-        failed: utterances of both sets that one or both systems did not answer.
-        unshared: utterances of one of the two sets only, as with different samples.
-        wer, other_wer: over the compared utterances, fractions; None if the references contain no words.
-        p_better, p_other_better: share of resamples in which that system has fewer errors (paired bootstrap over
-            utterances, Bisani and Ney 2004); the rest, up to 1, are ties.
-        num_better, num_worse, num_tied: utterances on which the first system has fewer, more, or as many errors.
-    """
+    """Two systems on the utterances that both answered."""
 
     name: str
     other_name: str
-    utterances: int
-    failed: int
-    unshared: int
-    wer: float | None
+    utterances: int  # compared
+    failed: int  # of both sets, without an answer of one or both systems
+    unshared: int  # of one of the two sets only, as with different samples
+    wer: float | None  # fraction, over the compared utterances; None if the references contain no words
     other_wer: float | None
+    # Share of resamples in which a system has fewer errors (paired bootstrap over utterances, Bisani and Ney 2004); the
+    # rest, up to 1, are ties.
     p_better: float
     p_other_better: float
-    num_better: int
+    num_better: int  # utterances on which the first system has fewer errors
     num_worse: int
     num_tied: int
 

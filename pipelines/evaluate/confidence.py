@@ -3,7 +3,7 @@
 A word is wrong if jiwer's alignment of the normalised texts calls it a substitution or an insertion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,7 @@ from pipelines.evaluate.predictions import WordScore
 from pipelines.scoring import align_words
 
 NUM_BINS = 10  # of equal width
-SCORES: dict[str, Callable[[WordScore], float | None]] = {
-    "probability": lambda word: word.probability,
-    "acoustic_score": lambda word: word.acoustic_score,
-}
+SCORES = ("probability", "acoustic_score")  # of `WordScore`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,44 +30,27 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreQuality:
-    """One score of words.
+    """One score of words."""
 
-    Args:
-        name: as in `Word`.
-        num_words, num_wrong: words that have this score.
-        auc: area under the ROC curve: how often a right word has a higher score than a wrong one, ties by half. None if
-            all words are right, or none is.
-        calibration_error: mean distance between a bin's mean score and its share of right words, weighted by words.
-        bins: those that are not empty.
-    """
-
-    name: str
-    num_words: int
-    num_wrong: int
-    auc: float | None
-    calibration_error: float
-    bins: tuple[Bin, ...]
+    name: str  # as in `Word`
+    num_words: int  # that have this score
+    num_wrong: int  # of these
+    # Area under the ROC curve: how often a right word has a higher score than a wrong one, ties by half.
+    auc: float | None  # None if all words are right, or none is
+    calibration_error: float  # mean distance of a bin's mean score from its share of right words, weighted by words
+    bins: tuple[Bin, ...]  # that are not empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarningQuality:
-    """One warning of the CTC head.
+    """One warning of the CTC head."""
 
-    Args:
-        code: `unheard`, counted in words, or `missing`, counted in answers.
-        num_scored: words or answers.
-        num_warned: of them, warned of.
-        num_wrong: of those warned of: wrong words, or answers that lack a word.
-        num_errors: errors that the warning is for: inserted words, or answers that lack a word.
-        num_found: of these, warned of.
-    """
-
-    code: str
-    num_scored: int
-    num_warned: int
-    num_wrong: int
-    num_errors: int
-    num_found: int
+    code: str  # `unheard`, counted in words, or `missing`, counted in answers
+    num_scored: int  # words or answers
+    num_warned: int  # of them, warned of
+    num_wrong: int  # of those warned of: wrong words, or answers that lack a word
+    num_errors: int  # that the warning is for: inserted words, or answers that lack a word
+    num_found: int  # of these errors, warned of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +113,7 @@ def measure_confidence(pairs: Sequence[Pair], normalizer: Normalizer) -> Confide
 
 
 def _score_quality(name: str, words: Sequence[WordScore], is_right: NDArray[np.bool_]) -> ScoreQuality:
-    values = [SCORES[name](word) for word in words]
+    values: list[float | None] = [getattr(word, name) for word in words]
     has_score = np.array([value is not None for value in values], bool)
     scores, right = np.array([value for value in values if value is not None], float), is_right[has_score]
     places = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)

@@ -55,27 +55,18 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How many answers went wrong as a whole, out of `answered`.
-
-    Args:
-        empty: no word although the reference has some.
-        looping, refusing: as `tinyaudio.model.guard.judge` finds them in the text as scored.
-        guarded: answers that our guard warned about or repaired; `guard_codes` counts them by code.
-        provider_codes: other warnings of a provider, such as that another model answered.
-        leading_deletions, trailing_deletions: answers that lack the first (last) word of their reference.
-        empty_references: utterances whose reference has no word; every word of the answer is an insertion.
-    """
+    """How many answers went wrong as a whole, out of `answered`."""
 
     answered: int
-    empty: int
-    looping: int
-    refusing: int
-    guarded: int
-    guard_codes: dict[str, int]
-    provider_codes: dict[str, int]
-    leading_deletions: int
-    trailing_deletions: int
-    empty_references: int
+    empty: int  # no word although the reference has some
+    looping: int  # as `tinyaudio.model.guard.judge` finds in the text as scored
+    refusing: int  # the same
+    guarded: int  # our guard warned about them or repaired them
+    guard_codes: dict[str, int]  # these, by code
+    provider_codes: dict[str, int]  # other warnings of a provider, such as that another model answered
+    leading_deletions: int  # without the first word of their reference
+    trailing_deletions: int  # without the last
+    empty_references: int  # the reference has no word, so every word of the answer is an insertion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +94,7 @@ class Analysis:
 
 
 def analyse(pairs: Sequence[Pair], failed: Sequence[Prediction] = ()) -> Analysis:
-    """Align all pairs once and report where the errors are.
-
-    Args:
-        failed: the others; counted in the breakdowns.
-    """
+    """Align all pairs once and report where the errors are; `failed` utterances are counted in the breakdowns."""
     output = align_words([pair.reference for pair in pairs], [pair.hypothesis for pair in pairs])
     aligned = [_aligned_pair(pair, output, i) for i, pair in enumerate(pairs)] if output else []
     histogram = Counter(min(one.num_errors, MOST_ERRORS) for one in aligned)

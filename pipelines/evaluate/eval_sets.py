@@ -50,17 +50,11 @@ class Utterance:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clip:
-    """One utterance with its audio, as every provider gets it.
+    """One utterance with its audio, as every provider gets it."""
 
-    Args:
-        utterance: a provider reads its id only; the rest becomes part of the prediction.
-        samples: (S,) float32, 16 kHz mono.
-        warnings: codes of the recording itself, such as `input_truncated`; part of the prediction.
-    """
-
-    utterance: Utterance
-    samples: Samples
-    warnings: tuple[str, ...] = ()
+    utterance: Utterance  # a provider reads its id only; the rest becomes part of the prediction
+    samples: Samples  # (S,) float32, 16 kHz mono
+    warnings: tuple[str, ...] = ()  # of the recording itself, such as `input_truncated`; part of the prediction
 
     @property
     def utterance_id(self) -> str:

@@ -49,11 +49,7 @@ def make_pairs(predictions: Iterable[Prediction], normalizer: Normalizer) -> lis
 
 
 def open_normalizer(name: str, section: CorpusSection) -> Normalizer:
-    """Open a normaliser by name.
-
-    Args:
-        name: one of `NAMES`.
-        section: the corpus, for "recipe".
+    """Open a normaliser by its name, one of `NAMES`; "recipe" takes the corpus's policy.
 
     Raises:
         EvaluationError: no such normaliser.

@@ -19,13 +19,7 @@ from cache.create import compare_fields
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import EvalSet, Utterance
 from pipelines.evaluate.normalizers import open_normalizer, text_policy
-from pipelines.evaluate.predictions import (
-    Prediction,
-    claimed,
-    drop_torn_line,
-    read_predictions,
-    write_predictions,
-)
+from pipelines.evaluate.predictions import Prediction, claimed, drop_torn_line, read_predictions, write_predictions
 from pipelines.evaluate.providers.base import Provider, ProviderOptions
 from pipelines.evaluate.report.report import write_reports
 from pipelines.evaluate.summary import Settings, Summary, load_settings, save_settings, save_summary, summarize

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,6 +35,7 @@ from pipelines.scoring import (
 )
 from tinyaudio.version import __version__
 
+Loaded = TypeVar("Loaded")
 FORMAT = 2
 MAX_FAILURES_LISTED = 100
 MAX_INCOMPLETE_NAMED = 10
@@ -43,22 +44,14 @@ INCOMPLETE = frozenset({"input_truncated", "input_damaged"})  # warnings of reco
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an evaluation is: written before it starts, compared before it resumes.
-
-    Args:
-        model: its identity, as the provider states it.
-        scored: the set's identity, see `EvalSet.identity`.
-        text_policy: the recipe's `text_*` settings, for the normaliser "recipe".
-        trained_on: corpus of the training recipe, if known.
-        environments: what answers were computed on; several if the evaluation was resumed elsewhere.
-    """
+    """What an evaluation is: written before it starts, compared before it resumes."""
 
     provider: str
-    model: dict[str, Any]
-    scored: dict[str, Any]
-    text_policy: dict[str, str] = field(default_factory=dict)
-    trained_on: str | None = None
-    environments: tuple[dict[str, Any], ...] = ()
+    model: dict[str, Any]  # its identity, as the provider states it
+    scored: dict[str, Any]  # the set's identity, see `EvalSet.identity`
+    text_policy: dict[str, str] = field(default_factory=dict)  # the recipe's `text_*`, for the normaliser "recipe"
+    trained_on: str | None = None  # corpus of the training recipe, if known
+    environments: tuple[dict[str, Any], ...] = ()  # where answers were computed; several if it was resumed elsewhere
 
     @property
     def corpus_name(self) -> str:
@@ -84,33 +77,22 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """What drafts did in greedy decoding, over the utterances that were decoded with them.
-
-    Args:
-        passes_per_utterance: passes of the decoder.
-        passes_per_token: of the tokens that it wrote; 1 without drafts.
-        accepted_share: of these tokens, those that were drafted.
-    """
+    """What drafts did in greedy decoding, over the utterances that were decoded with them."""
 
     utterances: int
-    passes_per_utterance: float
-    passes_per_token: float
-    accepted_share: float
+    passes_per_utterance: float  # of the decoder
+    passes_per_token: float  # that it wrote; 1 without drafts
+    accepted_share: float  # of these tokens, those that were drafted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long it took.
+    """How long it took."""
 
-    Args:
-        audio_s: seconds of audio of the answered utterances.
-        time_s: seconds of wall time of their answers, summed.
-        rtfx: audio_s / time_s of a local system. Reading and decoding files is not included, warm-up is. None for a
-            remote system, whose times are latencies with network and queue.
-    """
-
-    audio_s: float
-    time_s: float
+    audio_s: float  # of the answered utterances
+    time_s: float  # wall time of their answers, summed
+    # audio_s / time_s of a local system. Reading and decoding files is not included, warm-up is. None for a remote
+    # system, whose times are latencies with network and queue.
     rtfx: float | None
     drafts: Drafting | None = None
 
@@ -172,8 +154,7 @@ def save_settings(path: Path, settings: Settings) -> None:
 
 def load_settings(path: Path) -> Settings:
     """Read settings.json; errors as `load_summary`."""
-    settings: Settings = _load(path, _SETTINGS)
-    return settings
+    return _load(path, _SETTINGS)
 
 
 def save_summary(path: Path, summary: Summary) -> None:
@@ -186,11 +167,10 @@ def load_summary(path: Path) -> Summary:
     Raises:
         EvaluationError: missing, damaged, or of another format.
     """
-    summary: Summary = _load(path, _SUMMARY)
-    return summary
+    return _load(path, _SUMMARY)
 
 
-def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
+def _load(path: Path, adapter: TypeAdapter[Loaded]) -> Loaded:
     if not path.is_file():
         raise EvaluationError(f"{str(path)!r} does not exist; expected the folder of an evaluation")
     try:

@@ -24,21 +24,15 @@ Group = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One finished run of a grid.
-
-    Args:
-        wers: (step through the decoder, dev WER) at evaluations.
-        ctc_wers: (step, dev WER of the CTC loss's tokens alone) at evaluations.
-        losses: (step, training loss) at logs.
-    """
+    """One finished run of a grid."""
 
     name: str
     settings: dict[str, Any]
     group: Group
     report: TrainReport
-    wers: tuple[tuple[int, float], ...]
-    ctc_wers: tuple[tuple[int, float], ...]
-    losses: tuple[tuple[int, float], ...]
+    wers: tuple[tuple[int, float], ...]  # (step through the decoder, dev WER) at evaluations
+    ctc_wers: tuple[tuple[int, float], ...]  # (step, dev WER of the CTC loss's tokens alone) at evaluations
+    losses: tuple[tuple[int, float], ...]  # (step, training loss) at logs
 
 
 @dataclass(frozen=True)
@@ -79,11 +73,7 @@ class Measure:
 
 
 def tabulate(outcomes: Sequence[Outcome], failed: Mapping[str, str]) -> Table:
-    """Make one row for each group of seeds.
-
-    Args:
-        failed: run name -> reason, listed below the table.
-    """
+    """Make one row for each group of seeds, and list failed runs (name -> reason) below."""
     groups = Measure.of(outcomes).groups(outcomes)
     keys = list(dict.fromkeys(key for group in groups for key, _ in group))
     has_ctc = any(one.report.ctc_wer is not None for one in outcomes)
@@ -120,18 +110,13 @@ def tabulate(outcomes: Sequence[Outcome], failed: Mapping[str, str]) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How well this ablation ranks the groups of another one of the same grid, each by the mean over its seeds.
-
-    Args:
-        correlation: Spearman's, -1 to 1.
-        best_here: rank of this ablation's best group there, from 1. best_there: rank of the other's best group here.
-    """
+    """How well this ablation ranks the groups of another one of the same grid, each by the mean over its seeds."""
 
     other: str
     num_groups: int
-    correlation: float
-    best_here: int
-    best_there: int
+    correlation: float  # Spearman's, -1 to 1
+    best_here: int  # rank of this ablation's best group there, from 1
+    best_there: int  # rank of the other's best group here
 
     def __str__(self) -> str:
         return (
@@ -141,11 +126,7 @@ class Agreement:
 
 
 def read_wers(other: Path, names: Sequence[str]) -> dict[str, float]:
-    """Read the dev WER of each run of a finished ablation.
-
-    Args:
-        other: its folder, with table.csv.
-        names: of the runs that it has to have.
+    """Read the dev WER of each run of a finished ablation from table.csv in its folder.
 
     Raises:
         RunError: it has no table, or not these runs.
@@ -165,11 +146,7 @@ def read_wers(other: Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def agreement(outcomes: Sequence[Outcome], other: Path, wers: Mapping[str, float]) -> Agreement:
-    """Compare the ranking of at least two groups with that of a finished ablation of the same grid.
-
-    Args:
-        other: its folder. wers: as `read_wers`.
-    """
+    """Compare the ranking of at least two groups with that of a finished ablation in `other`; `wers` as `read_wers`."""
     measure = Measure.of(outcomes)
     groups = list(measure.groups(outcomes).values())
     here = _ranks([statistics.mean(map(measure.final, runs)) for runs in groups])

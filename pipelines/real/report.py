@@ -19,22 +19,15 @@ LABELS = {"main": "with a CTC loss", "plain": "without a CTC loss"}
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One evaluation on the dev split while a run trained; rates are fractions, None where not measured.
-
-    Args:
-        minutes: wall time since the run began, evaluations included.
-        decoder: WER of the transcripts that the decoder writes. insertions: the part of it that loops raise.
-        ctc: WER of the projector's CTC head alone.
-        loss, gain: nats per token, of the right audio, and by how much that of wrong audio is larger.
-    """
+    """One evaluation on the dev split while a run trained; rates are fractions, None where not measured."""
 
     step: int
-    minutes: float
-    decoder: float | None
-    insertions: float | None
-    ctc: float | None
-    loss: float | None
-    gain: float | None
+    minutes: float  # wall time since the run began, evaluations included
+    decoder: float | None  # WER of the transcripts that the decoder writes
+    insertions: float | None  # the part of it that loops raise
+    ctc: float | None  # WER of the projector's CTC head alone
+    loss: float | None  # nats per token, of the right audio
+    gain: float | None  # by how much that of wrong audio is larger
 
 
 def curve_of(run: Run) -> list[Point]:
@@ -71,9 +64,9 @@ def tabulate(evaluations: Mapping[str, Summary], curves: Mapping[str, Sequence[P
     lines += ["", *(f"- {comparison_line(one.comparison)}" for one in evaluations.values() if one.comparison)]
     for name, points in curves.items():
         lines += ["", f"Learning curve {LABELS[name]}, on the dev split:", ""]
-        lines += [
+        lines.append(
             "| step | minutes | WER by the decoder | insertions | WER by CTC alone | loss | gain of the right audio |"
-        ]
+        )
         lines += ["|" + "---:|" * 7]
         for point in points:
             rates = " | ".join(

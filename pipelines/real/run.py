@@ -59,20 +59,14 @@ def real(
     overrides: Sequence[str] = (),
     say: Say = print,
 ) -> Path:
-    """Convert, check, extract, train, evaluate and report.
+    """Convert, check, extract, train, evaluate and report; return the file with the tables.
 
     Args:
         parts: folder with the two wheels, or with the two converted folders.
-        speech: folder of a corpus with the splits that real.toml names; None: convert the parts and stop.
-        out: folder of everything that is made.
+        speech: folder of a corpus with the splits that real.toml names; None: convert the parts, return their folder.
         hours: time of each training on this machine; None: the recipe's number of steps.
         plain: also train without a CTC loss, for as long.
         max_samples: size of a random sample of the test split; None: all of it.
-        overrides: "section.key=value" of the recipe.
-        say: receives messages.
-
-    Returns:
-        The file with the tables; without speech, the folder of the parts.
 
     Raises:
         RunError: wheels that are missing or others, or a training stopped by a signal. Others as the stages.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import StoreNotFoundError
 from pipelines.errors import RunError
 from pipelines.recipes import load_recipe
 from pipelines.train import stage
@@ -108,16 +109,16 @@ def test_a_holder_that_has_not_said_who_it_is_is_another_process(holder, tmp_pat
 
 
 def test_training_is_refused_before_anything_is_loaded(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_train", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(stage, "check_settings", lambda _: pytest.fail("it trains"))
     for resume in (False, True):
         with pytest.raises(RunError, match=f"is in use: process {holder.pid} on"):
             stage.train(load_recipe("demo"), tmp_path / "store", Run(tmp_path / "run"), resume=resume)
 
 
-def test_a_finished_run_answers_although_its_folder_is_held(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_train", lambda *_, **__: "nothing to do")
+def test_a_finished_run_answers_although_its_folder_is_held(holder, tmp_path):
     Run(tmp_path / "run").update({"is_finished": True})
-    assert stage.train(load_recipe("demo"), tmp_path / "store", Run(tmp_path / "run")) == "nothing to do"
+    with pytest.raises(StoreNotFoundError, match="does not exist"):  # it begins to look for its store
+        stage.train(load_recipe("demo"), tmp_path / "store", Run(tmp_path / "run"))
 
 
 def test_a_file_system_without_locks_is_left_as_it_is(tmp_path, monkeypatch):

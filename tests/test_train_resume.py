@@ -52,21 +52,21 @@ class Killed(BaseException):
 
 def strike(monkeypatch, place: str, step: int, blow) -> None:
     """Call `blow` in the middle of a step, or halfway through writing its checkpoint."""
-    on_step_end, flush = TrainingCallback.on_step_end, trainer_module._flush
+    on_step_end, sync = TrainingCallback.on_step_end, trainer_module.sync
 
     def in_step(self, args, state, control, **kwargs):
         if state.global_step == step:
             blow()
         on_step_end(self, args, state, control, **kwargs)
 
-    def in_save(folder):
-        if folder.name == f"checkpoint-{step}":
-            (folder / "optimizer.pt").write_bytes(b"torn")
+    def in_save(path):
+        if path.parent.name == f"checkpoint-{step}":
+            path.with_name("optimizer.pt").write_bytes(b"torn")
             blow()
-        flush(folder)
+        sync(path)
 
     monkeypatch.setattr(TrainingCallback, "on_step_end", in_step if place == "step" else on_step_end)
-    monkeypatch.setattr(trainer_module, "_flush", in_save if place == "save" else flush)
+    monkeypatch.setattr(trainer_module, "sync", in_save if place == "save" else sync)
 
 
 def kill():

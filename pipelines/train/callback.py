@@ -61,8 +61,6 @@ class TrainingCallback(TrainerCallback):
         """Return whether the word errors of a step are known, or there is no dev set to evaluate."""
         return self.dev is None or self.evaluated_step == step
 
-    # ------------------------------------------------------------------------------------- called by the Trainer
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Repeat an evaluation that was interrupted by a stop."""
         if self.dev is None:
@@ -114,8 +112,6 @@ class TrainingCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.run.adopt_model(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    # ------------------------------------------------------------------------------------- evaluating
 
     def _is_due(self, state: Any) -> bool:
         ends_phase = state.global_step in (self.settings.ctc_steps, state.max_steps)

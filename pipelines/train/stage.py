@@ -105,6 +105,10 @@ def train(
             here, a loss or a weight that is not finite, or an overfit check that failed.
         ModelError: a frozen part cannot be loaded.
     """
+    is_main, settings = is_main_process(), recipe.train
+    if not is_main:
+        say = lambda _: None  # noqa: E731
+
     # The device is checked first: a run that cannot begin leaves no folder.
     if device.startswith("cuda:"):  # transformers' Trainer would use the first GPU anyway
         index = device.removeprefix("cuda:")
@@ -112,167 +116,137 @@ def train(
             f"device {device!r}; expected cuda, cpu or auto. Set CUDA_VISIBLE_DEVICES={index} to choose a GPU"
         )
     torch_device = pick_device(device)
-    with run.held() if is_main_process() and not run.is_finished else contextlib.nullcontext():
-        return _train(
-            recipe,
-            store_path,
-            run,
-            resume=resume,
-            torch_device=torch_device,
-            say=say,
-            overrides=overrides,
-            stop_after=stop_after,
-            is_dev_run=is_dev_run,
+    with run.held() if is_main and not run.is_finished else contextlib.nullcontext():
+        # Check everything that can be checked before a model is loaded.
+        if torch_device.type == "cuda":  # each process of torchrun has its own GPU
+            torch_device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(torch_device)
+        check_settings(recipe)
+        if settings.bf16:
+            require_bfloat16(torch_device, "train.bf16", "train.bf16=false")
+        if recipe.decoder.dtype == "bfloat16":
+            require_bfloat16(torch_device, "decoder.dtype", "decoder.dtype=float32")
+        store = FeatureStore.open(store_path)
+        check_encoder(recipe.encoder, store.fingerprint, store_path)
+        if pending := store.pending_shards():
+            say(
+                f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run "
+                "trains on the others only. Extract again until the store is complete"
+            )
+        is_finished = run.is_finished
+        if resume or is_finished:
+            run.check_resumable(recipe, store.fingerprint_id)
+            # The branch of the decoder may have moved since the run began.
+            revision = run.state.get("decoder_revision", recipe.decoder.revision)
+            recipe = recipe.model_copy(update={"decoder": recipe.decoder.model_copy(update={"revision": revision})})
+        elif is_main:
+            run.check_free()
+        if is_finished:
+            say(f"{run.folder} is finished; nothing to do (use another --run to train again)")
+            return _check_overfit(TrainReport(**run.state["report"]), recipe)
+
+        # Load the model, plan the batches, choose the dev set.
+        checkpoint = last_checkpoint(run) if resume else None
+        if checkpoint is not None:
+            check_files(checkpoint)
+        model, processor = build_model(recipe, store, torch_device)
+        reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
+        targets = stored_targets(reader, processor.tokenizer, say)
+        if settings.ctc_steps or settings.ctc_weight:
+            tokens = np.unique(targets.ids)
+            model.add_token_ctc(torch.from_numpy(tokens[tokens != model.config.eos_token_id].astype(np.int64)))
+            model.config.ctc_weight = settings.ctc_weight
+            say(ctc_coverage(reader, targets, recipe.projector.stack_factor))
+        costs = positions_needed(reader, targets, processor.tokenizer, recipe.projector.stack_factor)
+        chosen = None
+        if settings.overfit_utterances is not None:
+            chosen = overfit_positions(len(reader), settings.overfit_utterances)
+        elif is_dev_run and len(reader):
+            chosen = longest_batch(costs, settings.batch_tokens)
+        batches = TrainingBatches(
+            reader,
+            targets,
+            costs,
+            budget=settings.batch_tokens,
+            seed=settings.seed,
+            num_batches=settings.all_steps * settings.accumulate,
+            chosen=chosen,
+            jitter_frames=settings.jitter_frames,
+            world_size=num_processes(),
+            is_pinned=torch_device.type == "cuda",
         )
+        if not is_dev_run and not resume:  # it needs the order of an epoch, which a resume computes once
+            say(batches.coverage(settings.accumulate))
+        dev = DevSet.open(recipe, store, processor, say)
+        if dev is not None and is_dev_run:
+            dev = dev.largest_batch()
+        if settings.gradient_checkpointing:
+            model.checkpoint_activations()
+        if settings.compile:
+            model.compile_decoder()
 
-
-def _train(
-    recipe: Recipe,
-    store_path: Path,
-    run: Run,
-    *,
-    resume: bool,
-    torch_device: torch.device,
-    say: Callable[[str], None],
-    overrides: Sequence[str],
-    stop_after: int | None,
-    is_dev_run: bool,
-) -> TrainReport:
-    """Do the work of `train`."""
-    is_main, settings = is_main_process(), recipe.train
-    if not is_main:
-        say = lambda _: None  # noqa: E731
-
-    # Check everything that can be checked before a model is loaded.
-    if torch_device.type == "cuda":  # each process of torchrun has its own GPU
-        torch_device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(torch_device)
-    check_settings(recipe)
-    if settings.bf16:
-        require_bfloat16(torch_device, "train.bf16", "train.bf16=false")
-    if recipe.decoder.dtype == "bfloat16":
-        require_bfloat16(torch_device, "decoder.dtype", "decoder.dtype=float32")
-    store = FeatureStore.open(store_path)
-    check_encoder(recipe.encoder, store.fingerprint, store_path)
-    if pending := store.pending_shards():
-        say(
-            f"WARNING: {len(pending)} of {store.num_shards} shards of {store_path} are not extracted yet; this run "
-            "trains on the others only. Extract again until the store is complete"
+        # Begin the run, or return to the state of its last checkpoint.
+        first_step = 0 if checkpoint is None else step_of(checkpoint)
+        if is_main:
+            if not resume:
+                state = {
+                    "store": str(store_path.resolve()),
+                    "store_fingerprint": store.fingerprint_id,
+                    "encoder_revision": model.config.encoder_revision,
+                    "decoder_revision": model.config.decoder_revision,
+                    "overrides": list(overrides),
+                }
+                run.begin(recipe, state)
+            run.rewind_metrics(first_step)
+        callback = TrainingCallback(run, dev, settings, say, stop_after)
+        callback.resume(first_step)
+        trainer = ProjectorTrainer(
+            model=model,
+            args=training_arguments(recipe, run, torch_device),
+            batches=batches,
+            processor=processor,
+            settings=settings,
+            callbacks=[callback, *(tensorboard(recipe, run, first_step) if is_main else [])],
         )
-    is_finished = run.is_finished
-    if resume or is_finished:
-        run.check_resumable(recipe, store.fingerprint_id)
-        # The branch of the decoder may have moved since the run began.
-        revision = run.state.get("decoder_revision", recipe.decoder.revision)
-        recipe = recipe.model_copy(update={"decoder": recipe.decoder.model_copy(update={"revision": revision})})
-    elif is_main:
-        run.check_free()
-    if is_finished:
-        say(f"{run.folder} is finished; nothing to do (use another --run to train again)")
-        return _check_overfit(TrainReport(**run.state["report"]), recipe)
+        trainer.remove_callback(PrinterCallback)  # `callback` prints instead
+        trainer.remove_callback(ProgressCallback)
+        callback.trainer = trainer
+        if checkpoint is not None:
+            progress = json.loads((checkpoint / PROGRESS).read_text())
+            trainer.meter.restore(progress)
+            batches.restore(progress)
 
-    # Load the model, plan the batches, choose the dev set.
-    checkpoint = last_checkpoint(run) if resume else None
-    if checkpoint is not None:
-        check_files(checkpoint)
-    model, processor = build_model(recipe, store, torch_device)
-    reader = open_training_reader(store, recipe.corpus.train_split, num_processes())
-    targets = stored_targets(reader, processor.tokenizer, say)
-    if settings.ctc_steps or settings.ctc_weight:
-        tokens = np.unique(targets.ids)
-        model.add_token_ctc(torch.from_numpy(tokens[tokens != model.config.eos_token_id].astype(np.int64)))
-        model.config.ctc_weight = settings.ctc_weight
-        say(ctc_coverage(reader, targets, recipe.projector.stack_factor))
-    costs = positions_needed(reader, targets, processor.tokenizer, recipe.projector.stack_factor)
-    chosen = None
-    if settings.overfit_utterances is not None:
-        chosen = overfit_positions(len(reader), settings.overfit_utterances)
-    elif is_dev_run and len(reader):
-        chosen = longest_batch(costs, settings.batch_tokens)
-    batches = TrainingBatches(
-        reader,
-        targets,
-        costs,
-        budget=settings.batch_tokens,
-        seed=settings.seed,
-        num_batches=settings.all_steps * settings.accumulate,
-        chosen=chosen,
-        jitter_frames=settings.jitter_frames,
-        world_size=num_processes(),
-        is_pinned=torch_device.type == "cuda",
-    )
-    if not is_dev_run and not resume:  # it needs the order of an epoch, which a resume computes once
-        say(batches.coverage(settings.accumulate))
-    dev = DevSet.open(recipe, store, processor, say)
-    if dev is not None and is_dev_run:
-        dev = dev.largest_batch()
-    if settings.gradient_checkpointing:
-        model.checkpoint_activations()
-    if settings.compile:
-        model.compile_decoder()
+        # Train.
+        with counting_encoder_passes() as encoder, stop_on_sigterm(callback):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        digest = weights_digest(model.decoder)
+        assert digest == model.config.decoder_digest, f"the frozen decoder changed during training: {digest}"
 
-    # Begin the run, or return to the state of its last checkpoint.
-    first_step = 0 if checkpoint is None else step_of(checkpoint)
-    if is_main:
-        if not resume:
-            state = {
-                "store": str(store_path.resolve()),
-                "store_fingerprint": store.fingerprint_id,
-                "encoder_revision": model.config.encoder_revision,
-                "decoder_revision": model.config.decoder_revision,
-                "overrides": list(overrides),
-            }
-            run.begin(recipe, state)
-        run.rewind_metrics(first_step)
-    callback = TrainingCallback(run, dev, settings, say, stop_after)
-    callback.resume(first_step)
-    trainer = ProjectorTrainer(
-        model=model,
-        args=training_arguments(recipe, run, torch_device),
-        batches=batches,
-        processor=processor,
-        settings=settings,
-        callbacks=[callback, *(tensorboard(recipe, run, first_step) if is_main else [])],
-    )
-    trainer.remove_callback(PrinterCallback)  # `callback` prints instead
-    trainer.remove_callback(ProgressCallback)
-    callback.trainer = trainer
-    if checkpoint is not None:
-        progress = json.loads((checkpoint / PROGRESS).read_text())
-        trainer.meter.restore(progress)
-        batches.restore(progress)
-
-    # Train.
-    with counting_encoder_passes() as encoder, stop_on_sigterm(callback):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    digest = weights_digest(model.decoder)
-    assert digest == model.config.decoder_digest, f"the frozen decoder changed during training: {digest}"
-
-    # Save and report.
-    newest, totals, steps = trainer.checkpoint_now(), trainer.meter.totals(), trainer.state.global_step
-    report = TrainReport(
-        run=str(run.folder),
-        steps=steps,
-        loss=callback.last_loss,
-        dev_wer=callback.last_wer,
-        ctc_wer=callback.last_ctc_wer,
-        parameters=sum(p.numel() for p in model.projector.parameters()),
-        seconds=totals["seconds"],
-        is_finished=callback.has_overfit or (steps >= settings.all_steps and callback.has_evaluated(steps)),
-        num_utterances=int(totals["num_utterances"]),
-        audio_s=totals["audio_s"],
-        encoder_passes=encoder.passes,
-        peak_memory_bytes=int(peak_memory_bytes(torch_device)),
-    )
-    if is_main:
-        run.adopt_model(newest)
-        run.update({"is_finished": report.is_finished, "report": report.to_dict()})
-    if not report.is_finished and not is_dev_run:
-        say(
-            f"stopped at step {steps} of {settings.all_steps}, saved. "
-            f"Run the same command with --run {run.folder} --resume to continue"
+        # Save and report.
+        newest, totals, steps = trainer.checkpoint_now(), trainer.meter.totals(), trainer.state.global_step
+        report = TrainReport(
+            run=str(run.folder),
+            steps=steps,
+            loss=callback.last_loss,
+            dev_wer=callback.last_wer,
+            ctc_wer=callback.last_ctc_wer,
+            parameters=sum(p.numel() for p in model.projector.parameters()),
+            seconds=totals["seconds"],
+            is_finished=callback.has_overfit or (steps >= settings.all_steps and callback.has_evaluated(steps)),
+            num_utterances=int(totals["num_utterances"]),
+            audio_s=totals["audio_s"],
+            encoder_passes=encoder.passes,
+            peak_memory_bytes=int(peak_memory_bytes(torch_device)),
         )
-    return _check_overfit(report, recipe)
+        if is_main:
+            run.adopt_model(newest)
+            run.update({"is_finished": report.is_finished, "report": report.to_dict()})
+        if not report.is_finished and not is_dev_run:
+            say(
+                f"stopped at step {steps} of {settings.all_steps}, saved. "
+                f"Run the same command with --run {run.folder} --resume to continue"
+            )
+        return _check_overfit(report, recipe)
 
 
 def _check_overfit(report: TrainReport, recipe: Recipe) -> TrainReport:

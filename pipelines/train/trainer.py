@@ -7,7 +7,6 @@ take the same steps.
 
 import json
 import math
-import os
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from cache.files import sync
 from pipelines.errors import RunError
 from pipelines.files import full_disk
 from pipelines.processes import gather, is_main_process, num_processes
@@ -206,7 +206,8 @@ class ProjectorTrainer(Trainer):
             if self.args.should_save:
                 progress = {**totals, **self.batches.progress()}
                 (staged / PROGRESS).write_text(json.dumps(progress) + "\n")
-                _flush(staged)
+                for path in [*staged.iterdir(), staged]:  # so that a power cut after the rename leaves them whole
+                    sync(path)
                 staged.rename(target)
                 rotate_checkpoints(str(target.parent), self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
@@ -255,16 +256,6 @@ def last_checkpoint(run: Run) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """Read a checkpoint's step from its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _flush(folder: Path) -> None:
-    """Flush a folder's files to the disk, so that a power cut after the rename leaves them whole."""
-    for path in [*folder.iterdir(), folder]:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def training_arguments(recipe: Recipe, run: Run, device: torch.device) -> TrainingArguments:

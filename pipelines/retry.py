@@ -37,9 +37,6 @@ class ShortAnswerError(ConnectionError):
     """A server sent fewer bytes than requested."""
 
 
-# ------------------------------------------------------------------------------------------- any service
-
-
 def retry(
     call: Callable[[], Result],
     is_transient: Callable[[Exception], bool],
@@ -97,9 +94,6 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def _asked_s(error: Exception) -> float | None:
     return retry_after_s(getattr(getattr(error, "response", None), "headers", None) or {})
-
-
-# ------------------------------------------------------------------------------------------- the Hugging Face hub
 
 
 def retry_hub(call: Callable[[], Result], what: str, timeout_s: float) -> Result:

@@ -15,7 +15,6 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -104,10 +103,7 @@ class Decoder:
         return future
 
     def collect(self, futures: Sequence[Future[Piece]]) -> tuple[list[Decoded], float]:
-        """Wait for pieces.
-
-        Returns:
-            Every recording or reason, and the seconds of work.
+        """Wait for pieces; return every recording or reason, and the seconds of work.
 
         Raises:
             FetchError: the network failed for as long as the recipe waits.
@@ -131,9 +127,7 @@ class Decoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.terminate()
         for pool in self._pools:
@@ -189,9 +183,7 @@ def _decode(audio: bytes, limit_s: float) -> Samples | str:
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-# ------------------------------------------------------------------------------------------- in a worker process
-
-_worker: tuple[Corpus, float] | None = None
+_worker: tuple[Corpus, float] | None = None  # in a worker process
 
 
 def _start_worker(corpus: Corpus, limit_s: float) -> None:

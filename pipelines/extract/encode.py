@@ -24,15 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import Calibration
-from cache.quantize import CLIPS, CODE_MAX, pack, packed_bytes, zero_code
+from cache.quantize import CLIPS, CODE_MAX, SMALLEST_SCALE, pack, packed_bytes, zero_code
 from pipelines.encoders import LoadedEncoder
 from tinyaudio.model.audio import WINDOW_LENGTH, Samples
 from tinyaudio.model.encoder import encode, encoder_inputs
 
 CPU_BATCH_S = 15.0  # seconds; 15 to 120 are equally fast within noise, and memory grows with it
 MAX_LANES = 8  # batches at the same time on a CPU: each of HuBERT-large takes about a gigabyte of activations
-
-SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
 @dataclass(frozen=True)
@@ -263,9 +261,8 @@ def quantize_tensor(features: Tensor, calibration: Tensor, bits: int = 8) -> tup
     normal = (features - calibration[0]) / calibration[1]
     peak = normal.abs().amax(-1)
     zero, top = zero_code(bits), 2**bits - 1
-    peak = peak / torch.full_like(
-        peak, zero or CODE_MAX
-    )  # a GPU multiplies with the reciprocal of a number: other bits
+    # A tensor, since a GPU multiplies with the reciprocal of a number: other bits.
+    peak = peak / torch.full_like(peak, zero or CODE_MAX)
     if bits == 8:
         scales = _as_scales(peak)
         return (normal / scales.float().unsqueeze(-1)).round().clamp(-CODE_MAX, CODE_MAX).to(torch.int8), scales

@@ -38,15 +38,10 @@ POLICY = set("min_duration_s max_duration_s max_chars_per_s text_case text_punct
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The work of one extraction.
+    """The work of one extraction."""
 
-    Args:
-        table: from `cache.make_plan`, with the columns transcript, speaker, sex, source and duration_s.
-        splits: in store order.
-    """
-
-    table: pa.Table
-    splits: tuple[str, ...]
+    table: pa.Table  # from `cache.make_plan`, with the columns transcript, speaker, sex, source and duration_s
+    splits: tuple[str, ...]  # in store order
     rows_per_shard: int
 
     @property
@@ -177,9 +172,6 @@ def audio_fingerprint(family: "Family") -> dict[str, Any]:
 def corpus_fingerprint(recipe: Recipe, corpus: Corpus, splits: Sequence[str]) -> dict[str, Any]:
     """Describe the data, and the recipe's filters and text policy."""
     return {"splits": {split: corpus.provenance(split) for split in splits}, **recipe.corpus.model_dump(include=POLICY)}
-
-
-# ------------------------------------------------------------------------------------------- scans kept beside a store
 
 
 def scan_once(corpus: Corpus, columns: Columns, split: str, store: Path) -> pa.Table:

@@ -141,10 +141,7 @@ def finished(recipe: Recipe, store: Path, split: str | None = None) -> ExtractRe
 
 
 def wanted_splits(recipe: Recipe, corpus: Corpus, split: str | None = None) -> tuple[list[str], list[str]]:
-    """Return the splits to extract: the given one, or train and dev.
-
-    Returns:
-        The splits, and warnings: without a dev split, stage two trains without measuring.
+    """Return the splits to extract (the given one, or train and dev), and a warning if stage two cannot measure.
 
     Raises:
         CorpusError: a split does not exist.
@@ -161,9 +158,6 @@ def wanted_splits(recipe: Recipe, corpus: Corpus, split: str | None = None) -> t
         except CorpusError as error:
             warnings.append(f"{error}. Stage two will train without dev WER; set corpus.dev_split to name another")
     return splits, warnings
-
-
-# ------------------------------------------------------------------------------------------- parts of a request
 
 
 def fix_revisions(recipe: Recipe, store: Path) -> Recipe:

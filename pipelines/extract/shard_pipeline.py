@@ -18,8 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -50,13 +49,8 @@ POLL_S = 60.0  # between checks of a full disk
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 Row = dict[str, Any]
+Progress = Callable[[float, dict[str, Any]], None]  # of each encoder batch: seconds of audio, state of the extraction
 _log = logging.getLogger("tinyaudio")
-
-
-class Progress(Protocol):
-    """A callback for each encoder batch: its seconds of audio, and the state of the extraction."""
-
-    def __call__(self, audio_s: float, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -98,10 +92,8 @@ class ShardPipeline:
         self._decoder = Decoder(self.corpus, workers, self.recipe.corpus.max_duration_s, is_hub=is_hub)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._decoder.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._decoder.__exit__(kind)
 
     def warm_up(self) -> None:
         """Start the decoding workers before the first shard."""
@@ -137,7 +129,7 @@ class ShardPipeline:
                     raise
                 _log.warning("%s Waiting for disk space for up to %.1f h more.", error, left_s / 3600)
                 time.sleep(min(POLL_S, left_s))
-                self._decoder.__exit__(type(error), error, None)
+                self._decoder.__exit__(type(error))
                 self.__enter__()
 
     def _run_pools(self, shards: Sequence[int]) -> None:
@@ -366,9 +358,6 @@ def memory_bound(rows_per_shard: int, bytes_per_row: int, is_gpu: bool) -> int:
     num_ahead = AHEAD_SHARDS_GPU if is_gpu else AHEAD_SHARDS
     samples = rows_per_shard * HOP_LENGTH * np.dtype(np.float32).itemsize
     return (num_ahead + 1) * samples + (num_ahead + 3) * rows_per_shard * bytes_per_row
-
-
-# ------------------------------------------------------------------------------------------- disk space
 
 
 def lack_of_space(recipe: Recipe, store: FeatureStore, mine: Collection[int]) -> str:

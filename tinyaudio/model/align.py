@@ -179,15 +179,12 @@ def _words(target: Sequence[int], space: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """A text beside what was heard.
+    """A text beside what was heard."""
 
-    Args:
-        words: of the text, with their times.
-        missing: (start, end) in seconds of each stretch where letters were heard and nothing was written.
-    """
-
-    words: tuple[Word, ...]
-    missing: tuple[tuple[float, float], ...] = ()
+    words: tuple[Word, ...]  # of the text, with their times
+    missing: tuple[
+        tuple[float, float], ...
+    ] = ()  # (start, end), s, of stretches of letters of which nothing is written
 
 
 def align_words(

@@ -118,16 +118,11 @@ def naming_damage(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("PytorchStreamReader", "unexpected EOF")):
+    except (RuntimeError, *_DAMAGE) as error:
+        is_damage = any(words in str(error) for words in ("PytorchStreamReader", "unexpected EOF"))
+        if isinstance(error, RuntimeError) and not is_damage:
             raise
-        raise _damaged(name, error) from error
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
-
-
-def _damaged(name: str, error: Exception) -> ModelError:
-    return ModelError(f"{name!r} has damaged weights ({one_line(error)}). Download or copy it again")
+        raise ModelError(f"{name!r} has damaged weights ({one_line(error)}). Download or copy it again") from error
 
 
 def is_hub_id(name: str) -> bool:

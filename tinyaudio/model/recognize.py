@@ -50,32 +50,22 @@ _OF_GREEDY |= {"top_p", "use_cache", "bos_token_id", "eos_token_id", "pad_token_
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How sure the text of a piece is, if that was asked for; what is not explained here is as in `Segment`.
-
-    Args:
-        words: with their times; None without a CTC head.
-        is_missing: whether the head heard letters where nothing is written, outside of what other pieces hold as well.
-    """
+    """How sure the text of a piece is, if that was asked for; what is not explained here is as in `Segment`."""
 
     avg_logprob: float | None = None
     no_speech_prob: float | None = None
-    words: tuple[Word, ...] | None = None
-    is_missing: bool = False
+    words: tuple[Word, ...] | None = None  # with their times; None without a CTC head
+    is_missing: bool = False  # the head heard letters where nothing is written, outside of what other pieces hold too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What became of a piece.
-
-    Args:
-        warnings: codes of `guard.CODES`.
-        drafts: what drafts did, if any were checked.
-    """
+    """What became of a piece."""
 
     text: str
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # codes of `guard.CODES`
     scores: Scores = Scores()
-    drafts: DraftCounts | None = None
+    drafts: DraftCounts | None = None  # what drafts did, if any were checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +110,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The progress of a stream.
+    """The progress of a stream."""
 
-    Args:
-        done_s: seconds of audio that are transcribed, without speech, or part of an input that ended.
-        read_s: seconds of audio read so far.
-        num_done: inputs finished, with or without an error.
-    """
-
-    done_s: float
-    read_s: float
-    num_done: int
+    done_s: float  # of audio that is transcribed, without speech, or part of an input that ended
+    read_s: float  # of audio read so far
+    num_done: int  # inputs finished, with or without an error
 
 
 OnProgress = Callable[[Progress], None]
+Encoded = tuple[Tensor, Tensor]  # features and their numbers of frames, as `encoder.encode` returns
+Lines = list[tuple[str, bool]]  # of each row the text, and whether it ended by itself within its token budget
 
 
 class TokenBudgets(StoppingCriteria):
@@ -224,8 +210,9 @@ class Recognizer:
 
     def _decode(self, pieces: Sequence[Piece], options: Options) -> list[Output]:
         config = self._settings(options)
-        features, num_frames = self._encode(pieces)
+        encoded = self._encode(pieces)
         durations = [len(piece.samples) / SAMPLING_RATE for piece in pieces]
+        budgets = [token_budget(duration, config.max_new_tokens) for duration in durations]
 
         def find_fault(i: int, text: str, is_complete: bool) -> str | None:
             return judge(text, durations[i], is_complete, speech_s=pieces[i].end_s - pieces[i].start_s)
@@ -233,30 +220,28 @@ class Recognizer:
         drafter = self.drafter(options)
         counts: Sequence[DraftCounts | None] = [None] * len(pieces)
         if options.ctc_nbest is not None:
-            first = self._choose_text(features, num_frames, options.ctc_nbest)
+            first = self._choose_text(encoded, options.ctc_nbest)
         elif drafter is None:
-            first = self._write(features, num_frames, durations, config, options.generate)
+            first = self._write(encoded, budgets, config, options.generate)
         else:
-            first, counts = self._write_with_drafts(features, num_frames, durations, config, drafter)
+            first, counts = self._write_with_drafts(encoded, budgets, drafter)
         faults = [find_fault(i, *output) for i, output in enumerate(first)]
         outputs = [Output(text=text) for text, _ in first]
         again = [i for i, fault in enumerate(faults) if fault is not None]
         if again:
-            second = self._write_again(
-                features[again], num_frames[again], [durations[i] for i in again], config, options.generate
-            )
+            features, num_frames = (part[again] for part in encoded)
+            second = self._write_again((features, num_frames), [budgets[i] for i in again], config, options.generate)
             for i, (text, is_complete) in zip(again, second, strict=True):
                 outputs[i] = _choose(first[i][0], str(faults[i]), text, find_fault(i, text, is_complete))
         outputs = [replace(output, drafts=counted) for output, counted in zip(outputs, counts, strict=True)]
         if not (options.word_timestamps or options.confidence):
             return outputs
-        scores = self._score(pieces, [output.text for output in outputs], features, num_frames)
+        scores = self._score(pieces, [output.text for output in outputs], encoded)
         return [replace(output, scores=one) for output, one in zip(outputs, scores, strict=True)]
 
-    def _score(
-        self, pieces: Sequence[Piece], texts: Sequence[str], features: Tensor, num_frames: Tensor
-    ) -> list[Scores]:
+    def _score(self, pieces: Sequence[Piece], texts: Sequence[str], encoded: Encoded) -> list[Scores]:
         """Score finished texts: by the decoder, which reads them once more, and by the CTC head if there is one."""
+        features, num_frames = encoded
         ids, tokens = tokens_of_words(self.tokenizer, texts)
         log_probs = self.model.target_log_probs(features, num_frames, ids)
         scores = [Scores(avg_logprob=float(row.mean())) for row in log_probs]
@@ -277,8 +262,8 @@ class Recognizer:
             scores[i] = replace(scores[i], words=tuple(words), no_speech_prob=silences[i], is_missing=is_missing)
         return scores
 
-    def _encode(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-        """Run the encoder, over a part of a large batch at a time; shapes as `encoder.encode`."""
+    def _encode(self, pieces: Sequence[Piece]) -> Encoded:
+        """Run the encoder, over a part of a large batch at a time."""
         device, parts = self.model.device, []
         for part in batches_by_length(pieces, len(pieces), ENCODER_BATCH_S, is_sorted=True):
             values, mask = encoder_inputs(self.feature_extractor, [piece.samples for piece in part])
@@ -288,39 +273,25 @@ class Recognizer:
         return torch.cat(padded), torch.cat([num_frames for _, num_frames in parts])
 
     def _write(
-        self,
-        features: Tensor,
-        num_frames: Tensor,
-        durations: Sequence[float],
-        config: GenerationConfig,
-        settings: dict[str, Any],
-    ) -> list[tuple[str, bool]]:
-        """Run the decoder: the text of each row, and whether it ended by itself within its token budget.
-
-        Args:
-            settings: options of `generate` that take precedence over `config`.
-        """
-        budgets = torch.tensor([token_budget(duration, config.max_new_tokens) for duration in durations])
+        self, encoded: Encoded, budgets: Sequence[int], config: GenerationConfig, settings: dict[str, Any]
+    ) -> Lines:
+        """Run the decoder; `settings` are options of `generate` that take precedence over `config`."""
+        features, num_frames = encoded
         config = copy.deepcopy(config)
-        others = config.update(**{**settings, "max_new_tokens": int(budgets.max())})
-        criteria = StoppingCriteriaList([TokenBudgets(budgets)])
+        others = config.update(**{**settings, "max_new_tokens": max(budgets)})
+        criteria = StoppingCriteriaList([TokenBudgets(torch.tensor(budgets))])
         with warnings.catch_warnings():
             # Penalties do not count the prompt, as intended: it is audio.
             warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
             tokens = self.model.generate(
                 features=features, num_frames=num_frames, generation_config=config, stopping_criteria=criteria, **others
             )
-        ended = _ended(tokens.cpu(), self.model.config.eos_token_id, budgets).tolist()
+        ended = _ended(tokens.cpu(), self.model.config.eos_token_id, torch.tensor(budgets)).tolist()
         return self._lines(tokens, ended)
 
     def _write_again(
-        self,
-        features: Tensor,
-        num_frames: Tensor,
-        durations: Sequence[float],
-        config: GenerationConfig,
-        generate: dict[str, Any],
-    ) -> list[tuple[str, bool]]:
+        self, encoded: Encoded, budgets: Sequence[int], config: GenerationConfig, generate: dict[str, Any]
+    ) -> Lines:
         """Decode faulty rows again, as `_write` does: without the decoder, if the projector kept its CTC head.
 
         The head's text follows the audio, and cannot loop, refuse or invent; penalties make a decoder write
@@ -328,17 +299,18 @@ class Recognizer:
         """
         if self.model.token_ctc is None or not self.model.config.ctc_weight:
             settings = {**generate, **RETRY, "num_beams": max(RETRY_NUM_BEAMS, config.num_beams)}
-            return self._write(features, num_frames, durations, config, settings)
-        projected, lengths = self.model.project(features, num_frames)
+            return self._write(encoded, budgets, config, settings)
+        projected, lengths = self.model.project(*encoded)
         paths = self.model.token_ctc.best_path(projected, lengths, self.model.get_input_embeddings().weight)
         return self._lines(paths, [True] * len(paths))
 
-    def _choose_text(self, features: Tensor, num_frames: Tensor, count: int) -> list[tuple[str, bool]]:
+    def _choose_text(self, encoded: Encoded, count: int) -> Lines:
         """Let the decoder choose among the most probable texts of the projector's CTC head; it reads, and writes none.
 
         CTC knows what was heard, and the decoder which words follow each other. This is n-best rescoring, with both
         log-probabilities added.
         """
+        features, num_frames = encoded
         projected, lengths = self.model.project(features, num_frames)
         embeddings, chosen = self.model.get_input_embeddings().weight, []
         for row, found in enumerate(self.model.token_ctc.best_texts(projected, lengths, embeddings, count)):
@@ -357,8 +329,8 @@ class Recognizer:
             chosen.append((max(totals, key=totals.__getitem__), True))
         return chosen
 
-    def _lines(self, token_ids: Any, ended: Sequence[bool]) -> list[tuple[str, bool]]:
-        """Decode rows into one line each, and say whether it ended by itself; a line break ends it, too."""
+    def _lines(self, token_ids: Any, ended: Sequence[bool]) -> Lines:
+        """Decode rows into one line each; a line break ends a text, too."""
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [
             (" ".join(first_line(text).split()), has_ended or "\n" in text.strip())
@@ -411,18 +383,12 @@ class Recognizer:
             )
 
     def _write_with_drafts(
-        self,
-        features: Tensor,
-        num_frames: Tensor,
-        durations: Sequence[float],
-        config: GenerationConfig,
-        drafter: Drafter,
-    ) -> tuple[list[tuple[str, bool]], list[DraftCounts]]:
+        self, encoded: Encoded, budgets: Sequence[int], drafter: Drafter
+    ) -> tuple[Lines, list[DraftCounts]]:
         """Run the decoder as `_write` does, greedy, over drafts; also return what these did for each row."""
-        budgets = [token_budget(duration, config.max_new_tokens) for duration in durations]
         if self._vocabulary is None:
             self._vocabulary = vocabulary_of(self.tokenizer, len(self.model.get_input_embeddings().weight))
-        written = self.model.generate_with_drafts(features, num_frames, drafter, self._vocabulary, budgets)
+        written = self.model.generate_with_drafts(*encoded, drafter, self._vocabulary, budgets)
         ended = [one.token_ids[-1] == self.model.config.eos_token_id for one in written]
         counts = [
             DraftCounts(
@@ -524,22 +490,14 @@ def _not_before(words: Sequence[Word], second: float) -> tuple[Word, ...]:
 
 @dataclass
 class OpenInput:
-    """An input that is not finished: its events so far, and the outputs of its pieces by their index.
-
-    Args:
-        with_words: whether its segments show their words.
-        pieces: so far, without their samples.
-        outputs: of the pieces that are decoded, in any order.
-        end: the last event, once it is read.
-        done_s: seconds of the input that are decoded.
-    """
+    """An input that is not finished: its events so far, and the outputs of its pieces by their index."""
 
     name: str
-    with_words: bool = False
-    pieces: list[Piece] = field(default_factory=list)
-    outputs: dict[int, Output] = field(default_factory=dict)
-    end: End | None = None
-    done_s: float = 0.0
+    with_words: bool = False  # whether its segments show their words
+    pieces: list[Piece] = field(default_factory=list)  # so far, without their samples
+    outputs: dict[int, Output] = field(default_factory=dict)  # of the pieces that are decoded, in any order
+    end: End | None = None  # the last event, once it is read
+    done_s: float = 0.0  # of the input, decoded
 
     def add(self, event: Event) -> None:
         if isinstance(event, End):

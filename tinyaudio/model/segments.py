@@ -37,30 +37,19 @@ WORDS_PER_SECOND = 5  # fast speech; bounds how far from a seam the same words c
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Samples to decode at once, and their place in the recording.
+    """Samples to decode at once, and their place in the recording: seconds from its beginning."""
 
-    Args:
-        samples: (n,) at 16 kHz.
-        begin_s: where its samples begin, seconds from the beginning of the recording.
-        start_s, end_s: where its speech begins and ends, seconds from the beginning of the recording.
-        advance_s: seconds of the recording that are done when this piece is.
-        overlap_s: seconds at its beginning that the piece before holds as well; 0 after a gap.
-        overlap_after_s: seconds at its end that the next piece holds as well; 0 before a gap.
-        warnings: codes of `guard.CODES`.
-        input, index, name: number and name of its input, and its number within the input; set by `reader`.
-    """
-
-    samples: Samples
-    begin_s: float = 0.0
-    start_s: float
-    end_s: float
-    advance_s: float
-    overlap_s: float = 0.0
-    overlap_after_s: float = 0.0
-    warnings: tuple[str, ...] = ()
-    input: int = 0
-    index: int = 0
-    name: str = ""
+    samples: Samples  # (n,) at 16 kHz
+    begin_s: float = 0.0  # where its samples begin
+    start_s: float  # where its speech begins
+    end_s: float  # where its speech ends
+    advance_s: float  # seconds of the recording that are done when this piece is
+    overlap_s: float = 0.0  # seconds at its beginning that the piece before holds as well; 0 after a gap
+    overlap_after_s: float = 0.0  # seconds at its end that the next piece holds as well; 0 before a gap
+    warnings: tuple[str, ...] = ()  # codes of `guard.CODES`
+    input: int = 0  # number of its input; set by `reader`, as what follows
+    index: int = 0  # its number within the input
+    name: str = ""  # of the input
 
 
 def cut_steps(blocks: Iterable[Samples], window_s: float, voice: VoiceActivity | None = None) -> Iterator[Piece | None]:
@@ -140,21 +129,13 @@ class _Span:
 
 
 class _Speech:
-    """The spans of speech that are not yet in a piece.
-
-    Args:
-        window: the longest stretch of speech in one piece, frames.
-        overlap: of two windows without a gap between them, frames.
-
-    Attributes:
-        num_frames: frames followed so far.
-        spans: in order of time; the last one is still growing while `is_open`.
-    """
+    """The spans of speech that are not yet in a piece."""
 
     def __init__(self, window: int, overlap: int) -> None:
-        self.window, self.overlap = window, overlap
-        self.num_frames = 0
-        self.spans: list[_Span] = []
+        self.window = window  # the longest stretch of speech in one piece, frames
+        self.overlap = overlap  # of two windows without a gap between them, frames
+        self.num_frames = 0  # followed so far
+        self.spans: list[_Span] = []  # in order of time; the last one is still growing while `is_open`
         self.is_open = False
 
     def add(self, probabilities: NDArray[np.float32]) -> None:

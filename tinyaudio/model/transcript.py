@@ -88,17 +88,12 @@ def _rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftCounts:
-    """What drafts did for a transcript, see `drafts`; second decodings are not counted.
-
-    Args:
-        num_passes: passes of the decoder, of all segments together.
-        num_tokens: that it wrote, each end-of-text included. num_accepted: those of them that were drafted.
-    """
+    """What drafts did for a transcript, see `drafts`; second decodings are not counted."""
 
     draft: str
-    num_passes: int
-    num_tokens: int
-    num_accepted: int
+    num_passes: int  # of the decoder, of all segments together
+    num_tokens: int  # that it wrote, each end-of-text included
+    num_accepted: int  # those of them that were drafted
 
     def __add__(self, other: "DraftCounts") -> "DraftCounts":
         return replace(

@@ -23,17 +23,11 @@ from .prompt import pad_left
 
 @dataclass(kw_only=True)
 class Written:
-    """One row's text.
+    """One row's text."""
 
-    Args:
-        token_ids: what the decoder wrote, with end-of-text if it came within the budget.
-        num_passes: passes of the decoder that this row took part in, the prompt's included.
-        num_accepted: those of `token_ids` that were drafted.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    num_passes: int = 0
-    num_accepted: int = 0
+    token_ids: list[int] = field(default_factory=list)  # with end-of-text if it came within the budget
+    num_passes: int = 0  # of the decoder that this row took part in, the prompt's included
+    num_accepted: int = 0  # those of `token_ids` that were drafted
 
 
 @torch.no_grad()
@@ -73,11 +67,7 @@ def write_with_drafts(
         whole = torch.cat([mask, _first_columns(width, list(map(len, given)), mask)], dim=1)
         positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, -block.shape[1] :]
         hidden = body(
-            inputs_embeds=block,
-            attention_mask=whole,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            inputs_embeds=block, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         # Each row's last position before its proposal, and those of the proposal, predict a token.
         before = block.shape[1] - width - 1 if is_first else 0

@@ -20,17 +20,12 @@ MIN_FREE_GPU_GB = 9  # the default decoder takes 7.5 GB in bfloat16
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The state of one requirement.
-
-    Args:
-        state: "ok", "note" (works with a limitation) or "bad" (something will fail).
-        remedy: what to do; empty for "ok".
-    """
+    """The state of one requirement."""
 
     name: str
-    state: str
+    state: str  # "ok", "note" (works with a limitation) or "bad" (something will fail)
     found: str
-    remedy: str = ""
+    remedy: str = ""  # what to do; empty for "ok"
 
 
 def examine() -> Iterator[Finding]:
@@ -120,9 +115,7 @@ def _device() -> Finding:
 def _disk() -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = Path(HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
+    place = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
     free_gb = shutil.disk_usage(place).free / 1e9
     remedy = f"the default models need {MIN_FREE_GB} GB; set HF_HOME to a larger disk"
     return _check("free disk", free_gb >= MIN_FREE_GB, f"{free_gb:.0f} GB for models", remedy, "note")

@@ -19,19 +19,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The size limits of a subtitle.
+    """The size limits of a subtitle."""
 
-    Args:
-        max_line_width: characters. A longer word has its own line and is never broken.
-        max_line_count: lines.
-        max_cue_s: seconds.
-        highlight_words: show a cue once for each of its words, with that word underlined, as Whisper does.
-    """
-
-    max_line_width: int = 42
+    max_line_width: int = 42  # characters. A longer word has its own line and is never broken
     max_line_count: int = 2
     max_cue_s: float = 7.0
-    highlight_words: bool = False
+    highlight_words: bool = False  # show a cue once for each of its words, with that word underlined, as Whisper does
 
     def __post_init__(self) -> None:
         if min(self.max_line_width, self.max_line_count, self.max_cue_s) <= 0:

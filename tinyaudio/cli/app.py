@@ -136,12 +136,9 @@ def _one_line(error: Exception) -> str | None:
         return " ".join(str(error).split())
     from pipelines.files import full_disk
 
+    text = str(error).split("] ", 1)[-1] if isinstance(error, OSError) else None  # without [Errno 28]
     if reason := full_disk(error):
-        text = str(error).split("] ", 1)[-1] if isinstance(error, OSError) else reason  # without [Errno 28]
-        return f"{text}. Free some space and run the same command again."
-    if not isinstance(error, OSError):
-        return None
-    text = str(error).split("] ", 1)[-1]
-    if error.errno in _UNUSABLE and error.filename is not None:
+        return f"{text or reason}. Free some space and run the same command again."
+    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is not None:
         return f"{text}. Name another path, or make this one accessible."
     return None

@@ -16,8 +16,7 @@ FullSizeOption = Annotated[
 ]
 
 AudioOption = Annotated[
-    float | None,
-    typer.Option("--audio-s", min=1, help="Seconds of audio in a round.  [default: minutes of work]"),
+    float | None, typer.Option("--audio-s", min=1, help="Seconds of audio in a round.  [default: minutes of work]")
 ]
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Rounds, of which medians are taken.  [default: 1 to 5]")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json as json_module
-import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -103,9 +102,7 @@ def evaluate(
     from pipelines.recipes import load_recipe
     from tinyaudio.transcribe import default_model
 
-    if length_penalty is not None and not math.isfinite(length_penalty):
-        usage(f"--length-penalty {length_penalty:g}: expected a number")
-    check_decoding(draft, num_beams, ctc_nbest)
+    check_decoding(draft, num_beams, ctc_nbest, length_penalty)
 
     if rescore is not None:
         given = {"MODEL": model, "--corpus": corpus, "--recipe": recipe, "--split": split, "--source": source}
@@ -126,8 +123,9 @@ def evaluate(
         model = default_model()
     is_folder = model is not None and Path(model).is_dir()
     own = None
-    if model is not None and is_folder:
-        own = _recipe_beside(Path(model))
+    if model is not None and is_folder:  # a run, or one of its checkpoints
+        folders = (Path(model), Path(model).parent, Path(model).parent.parent)
+        own = next((str(each / "recipe.toml") for each in folders if (each / "recipe.toml").is_file()), None)
     elif model is not None and provider == "tinyaudio":
         own = _recipe_on_hub(model, revision)
 
@@ -191,12 +189,6 @@ def evaluate(
             on_progress=lambda done, total: bar.update(done),
         )
     _finish(summary, "predictions, summary.json, report.md and report.html", folder, fail_over, json)
-
-
-def _recipe_beside(folder: Path) -> str | None:
-    """Find the recipe of a run, also from one of its checkpoints."""
-    beside = [folder / "recipe.toml", folder.parent / "recipe.toml", folder.parent.parent / "recipe.toml"]
-    return next((str(path) for path in beside if path.is_file()), None)
 
 
 def _recipe_on_hub(model: str, revision: str | None) -> str | None:

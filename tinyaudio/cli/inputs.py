@@ -43,23 +43,14 @@ class OutputClashError(OutputError):
 
 @dataclass(frozen=True, kw_only=True)
 class FoundInput:
-    """One recording to transcribe.
+    """One recording to transcribe."""
 
-    Args:
-        path: the file; None for stdin. Of an address, its last part, after which the transcript is named.
-        url: the address of a recording on the web.
-        below: its folder, relative to the folder given on the command line; "" for other files.
-        is_named: the command line names this file itself, not a folder or pattern that contains it.
-        problem: one line that says why the input cannot be used; None for a file to try.
-        note: one line about what was passed over in the folder that this is the first recording of.
-    """
-
-    path: Path | None
-    below: Path = Path()
-    is_named: bool = False
-    problem: str | None = None
-    url: str | None = None
-    note: str | None = None
+    path: Path | None  # None for stdin. Of an address, its last part, after which the transcript is named
+    below: Path = Path()  # its folder, relative to the folder given on the command line; "" for other files
+    is_named: bool = False  # the command line names this file itself, not a folder or pattern that contains it
+    problem: str | None = None  # one line that says why the input cannot be used; None for a file to try
+    url: str | None = None  # the address of a recording on the web
+    note: str | None = None  # one line about what was passed over in the folder that this is the first recording of
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Options that several commands share, and how help lists commands."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,14 +18,12 @@ StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
 ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="Folder or hub id.  [default: $TINYAUDIO_MODEL, else runs/latest]"),
+    str | None, typer.Option("--model", "-m", help="Folder or hub id.  [default: $TINYAUDIO_MODEL, else runs/latest]")
 ]
 
 DRAFTS = ("auto", "projector", "encoder", "none")  # as `tinyaudio.model.drafts.KINDS`, which imports torch
 DraftOption = Annotated[
-    str,
-    typer.Option("--draft", help="What drafts greedy text, for speed: auto, projector, encoder or none."),
+    str, typer.Option("--draft", help="What drafts greedy text, for speed: auto, projector, encoder or none.")
 ]
 
 NBestOption = Annotated[
@@ -35,8 +34,12 @@ NBestOption = Annotated[
 ]
 
 
-def check_decoding(draft: str, num_beams: int | None, ctc_nbest: int | None = None) -> None:
-    """Exit with a usage error for an unknown drafter, or for options that exclude each other."""
+def check_decoding(
+    draft: str, num_beams: int | None, ctc_nbest: int | None = None, length_penalty: float | None = None
+) -> None:
+    """Exit with a usage error for a value that cannot be used, or for options that exclude each other."""
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        usage(f"--length-penalty {length_penalty:g}: expected a number")
     if draft not in DRAFTS:
         usage(f"--draft {draft!r}: expected one of {', '.join(DRAFTS)}")
     if draft in ("projector", "encoder") and num_beams not in (None, 1):

@@ -8,6 +8,7 @@ Exit codes: 0 all inputs done (silence counts as done), 1 some input failed (the
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,22 +128,16 @@ def transcribe(
     accepted too.
     """
     _check_whisper_options(language, task, temperature)
-    check_decoding(draft, num_beams, ctc_nbest)
+    check_decoding(draft, num_beams, ctc_nbest, length_penalty)
     if highlight_words and not word_timestamps:
         usage("--highlight-words: expected --word-timestamps with it; add that")
-    if length_penalty is not None and not math.isfinite(length_penalty):
-        usage(f"--length-penalty {length_penalty:g}: expected a number")
     if chunk_length is not None and not (math.isfinite(chunk_length) and chunk_length > 0):
         usage(f"--chunk-length {chunk_length:g}: expected seconds above 0")
     load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
-    decoding: dict[str, Any] = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "length_penalty": length_penalty,
-    }
-    decoding |= {"batch_size": batch_size, "window_s": chunk_length, "word_timestamps": word_timestamps}
-    decoding |= {"track": track, "draft": draft, "ctc_nbest": ctc_nbest}
+    decoding: dict[str, Any] = {"num_beams": num_beams, "draft": draft, "ctc_nbest": ctc_nbest}
+    decoding |= {"max_new_tokens": max_new_tokens, "length_penalty": length_penalty, "batch_size": batch_size}
+    decoding |= {"window_s": chunk_length, "word_timestamps": word_timestamps, "track": track}
 
     inputs = find_inputs(paths, recursive)
     _check_streams(inputs)
@@ -176,7 +171,9 @@ def transcribe(
             f"interrupted; {sink.num_done} of {len(inputs)} inputs are done. Run the same command with --skip-existing "
             "to resume."
         )
-        os._exit(130) if _has_stuck_reader() else sys.exit(130)
+        if any(thread.name == "tinyaudio-reader" for thread in threading.enumerate()):
+            os._exit(130)  # it still waits for input: a pipe that stays open would keep the process alive
+        sys.exit(130)
     except BrokenPipeError:
         _discard_stdout()
         sys.exit(BROKEN_PIPE)
@@ -225,23 +222,14 @@ def _run(
             sink.add(item, transcript, files)
 
 
-# ------------------------------------------------------------------------------------------- where transcripts go
-
-
 @dataclass(kw_only=True)
 class Sink:
-    """Where transcripts go, and how many of the inputs are done.
-
-    Args:
-        output_dir: folder for files; None: beside each input.
-        on_stdout: a format, "lines" for lines of "name: text", or "" for nothing.
-        is_implicit: the command line asks for no files; they are written because there are several inputs.
-    """
+    """Where transcripts go, and how many of the inputs are done."""
 
     kinds: tuple[str, ...]
-    output_dir: Path | None = None
-    on_stdout: str
-    is_implicit: bool = False
+    output_dir: Path | None = None  # folder for files; None: beside each input
+    on_stdout: str  # a format, "lines" for lines of "name: text", or "" for nothing
+    is_implicit: bool = False  # the command line asks for no files; they are written because there are several inputs
     layout: Layout
     quiet: bool
     num_done: int = 0
@@ -343,12 +331,9 @@ def _describe_warnings(transcript: "Transcript") -> Iterator[str]:
     from tinyaudio.model.guard import CODES, RETRIED
 
     def explain(code: str) -> str:
-        base = code.removesuffix(RETRIED)
-        return (
-            f"{base} in the first decoding; the second was clean and is used"
-            if base != code
-            else f"{code}: {CODES[code]}"
-        )
+        if code.endswith(RETRIED):
+            return f"{code.removesuffix(RETRIED)} in the first decoding; the second was clean and is used"
+        return f"{code}: {CODES[code]}"
 
     for segment in transcript.segments:
         for code in segment.warnings:
@@ -360,9 +345,6 @@ def _describe_warnings(transcript: "Transcript") -> Iterator[str]:
 def _discard_stdout() -> None:
     """Redirect stdout to nowhere, so that flushing its buffer at exit does not fail once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# ------------------------------------------------------------------------------------------- checks of options
 
 
 def _check_whisper_options(language: str, task: str, temperature: str) -> None:
@@ -408,10 +390,3 @@ def _check_streams(inputs: Sequence[FoundInput]) -> None:
             usage("- is stdin, which is closed; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
         if sys.stdin.isatty():
             usage("- is a terminal; expected audio through a pipe: tinyaudio transcribe - < speech.wav")
-
-
-def _has_stuck_reader() -> bool:
-    """Check whether a thread still waits for input: a pipe that stays open would keep the process alive."""
-    import threading
-
-    return any(thread.name == "tinyaudio-reader" for thread in threading.enumerate())

@@ -68,11 +68,7 @@ NOTES = {
 
 
 def bench_extract(
-    *,
-    full_size: bool = False,
-    audio_s: float | None = None,
-    rounds: int | None = None,
-    device: str = "auto",
+    *, full_size: bool = False, audio_s: float | None = None, rounds: int | None = None, device: str = "auto"
 ) -> dict[str, Any]:
     """Measure.
 

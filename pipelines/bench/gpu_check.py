@@ -24,23 +24,18 @@ import numpy as np
 import torch
 import transformers
 from transformers import HubertConfig, SmolLM3Config
-from transformers.generation import LogitsProcessorList
 
 from pipelines.bench import models
 from pipelines.bench.extract import encoder_alone, extract_once, flops_per_audio_second, make_wav_corpus
 from pipelines.bench.memory import matmul_peak
 from pipelines.bench.race import seconds
 from pipelines.bench.train import Batch, Contestant, Step, our_batches, our_loss, plain_loss
-from pipelines.bench.transcribe import Script, timed_parts, wav_recordings
+from pipelines.bench.transcribe import scripted, timed_parts
 from pipelines.corpora import open_corpus
 from pipelines.encoders import LoadedEncoder
 from pipelines.extract.encode import open_batch_encoder
 from pipelines.extract.plan import plan_corpus
-from pipelines.train.model import load_tokenizer
 from tinyaudio.model.audio import SAMPLING_RATE
-from tinyaudio.model.encoder import load_feature_extractor
-from tinyaudio.model.processing_tinyaudio import TinyAudioProcessor
-from tinyaudio.transcribe import Transcriber
 
 SMALL = os.environ.get("SMALL") == "1"
 STARTED = time.monotonic()
@@ -186,14 +181,8 @@ def check_extract(device: torch.device) -> None:
 
 def check_transcribe(device: torch.device) -> None:
     """Measure generation at several batch sizes, with the text of a script."""
-    model = models.full_size_model(device)
-    tokenizer = load_tokenizer(str(models.DEMO / "decoder"))
-    processor = TinyAudioProcessor(load_feature_extractor(str(models.DEMO / "encoder")), tokenizer)
-    transcriber = Transcriber(model, processor)
     count, duration_s = (4, 2.0) if SMALL else (64, 8.0)
-    recordings, ids = wav_recordings(tokenizer, count, duration_s)
-    script = LogitsProcessorList([Script([*ids, model.config.eos_token_id])])
-    settings: dict[str, Any] = {"max_new_tokens": len(ids) + 1, "generate": {"logits_processor": script}}
+    transcriber, recordings, settings = scripted(device, count, duration_s)
     for is_on, batch_size, num_beams in ((True, 16, 1), (False, 16, 1), (False, 64, 1), (False, 64, 4), (False, 8, 4)):
         torch.backends.cuda.enable_cudnn_sdp(is_on)
         settings |= {"batch_size": batch_size, "num_beams": num_beams}
@@ -203,7 +192,7 @@ def check_transcribe(device: torch.device) -> None:
         transcriber.transcribe(recordings, **settings)
         synchronize()
         took_s = time.perf_counter() - started
-        with timed_parts(model) as spent:
+        with timed_parts(transcriber.model) as spent:
             transcriber.transcribe(recordings[:batch_size], **settings)
         report(
             transcribe=f"batch {batch_size}, beams {num_beams}",

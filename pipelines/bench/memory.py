@@ -50,11 +50,7 @@ def measuring_peak(device: torch.device) -> Iterator[Peak]:
 
 @contextlib.contextmanager
 def measuring_resident(other: int | None = None) -> Iterator[Peak]:
-    """Sample the resident memory of this process and those it has started through multiprocessing, or of another one.
-
-    Args:
-        other: its process id.
-    """
+    """Sample the resident memory of this process and of those it has started through multiprocessing, or of `other`."""
     peak, is_done = Peak(), threading.Event()
 
     def watch() -> None:

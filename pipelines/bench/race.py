@@ -13,11 +13,7 @@ Result = TypeVar("Result")
 
 
 def race(ways: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
-    """Run every way once in each round.
-
-    Returns:
-        By name, the result of each round.
-    """
+    """Run every way once in each round; return by name the result of each round."""
     results: dict[str, list[Result]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():

@@ -132,9 +132,6 @@ def bench_store(directory: Path, *, size_mb: int = 1024, rounds: int = 5, seed: 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------- what is read and written
-
-
 def loquacious_like_frames(count: int, seed: int) -> NDArray[np.int64]:
     """Draw utterance lengths like LoquaciousSet's, as `LENGTHS` says."""
     rng = np.random.default_rng(seed)
@@ -206,9 +203,6 @@ def write_shard(store: FeatureStore, shard: int, rows: NDArray[np.float16]) -> t
             writer.append(utterance_id, rows[row : row + num_frames], num_samples=0, duration_s=0.0, transcript="")
         appended = time.perf_counter()
     return appended - begun, time.perf_counter() - appended
-
-
-# ------------------------------------------------------------------------------------------- reading and writing
 
 
 def _speed(work: Callable[[], int], cold_files: list[Path] | None = None) -> float:
@@ -317,9 +311,6 @@ def _race_writers(corpus: BenchCorpus, folder: Path, rounds: int) -> dict[str, l
 
     speeds = race({"store": ours, "plain": plain, "zarr": by_zarr}, rounds)
     return {"store": speeds.pop("store"), "store with append": with_append, **speeds}
-
-
-# ------------------------------------------------------------------------------------------- ordering
 
 
 def _index_like(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -127,9 +127,6 @@ def bench_train(
     }
 
 
-# ------------------------------------------------------------------------------------------- contestants
-
-
 def contestants(parts: Parts) -> list[Contestant]:
     """Set up the three contestants, ours first."""
     ours = our_batches(parts)
@@ -210,9 +207,6 @@ def plain_loss(model: TinyAudioForConditionalGeneration, batch: Batch) -> Tensor
         mask[i, : len(row)] = 1
     loss: Tensor = decoder(inputs_embeds=pad_right(rows), attention_mask=mask, labels=labels).loss
     return loss
-
-
-# ------------------------------------------------------------------------------------------- steps
 
 
 class Step:
@@ -323,9 +317,6 @@ def _ctc_step_share(ours: Contestant, step: Step, parts: Parts) -> float:
     ways = {one.name: partial(seconds, partial(step, one, batch, True)) for one in (ctc, ours)}
     took = race(ways, TURNS)
     return median_ratio(took[ctc.name], took[ours.name])
-
-
-# ------------------------------------------------------------------------------------------- memory of the losses
 
 
 def loss_memory_vs_full(device: torch.device) -> float:

@@ -96,28 +96,25 @@ def measure_full_size(device: str, audio_s: float | None = None, rounds: int | N
             "Omit --full-size, or use a larger machine."
         )
     with measuring_resident() as peak:
-        model = full_size_model(where)
-        tokenizer = load_tokenizer(str(DEMO / "decoder"))
-        processor = TinyAudioProcessor(load_feature_extractor(str(DEMO / "encoder")), tokenizer)
         count, duration_s = (64, 8.0) if is_gpu else (2, 2.0)
         count = count if audio_s is None else max(1, round(audio_s / duration_s))
-        recordings, ids = wav_recordings(tokenizer, count, duration_s)
-        script = LogitsProcessorList([Script([*ids, model.config.eos_token_id])])
+        transcriber, recordings, options = scripted(where, count, duration_s)
         result = _compare(
-            Transcriber(model, processor),
+            transcriber,
             recordings,
             batch_size=64 if is_gpu else 2,
             beams=(1, 4) if is_gpu else (1,),
             repeats=rounds or (3 if is_gpu else 1),
-            generate={"logits_processor": script},
-            max_new_tokens=len(ids) + 1,
+            **options,
         )
     name = "HuBERT-large and SmolLM3-3B at random weights"
     return {"model": name, **result, "same_text": None, "peak_rss_bytes": peak.size_bytes}
 
 
-def wav_recordings(tokenizer: Any, count: int, duration_s: float) -> tuple[list[bytes], list[int]]:
-    """Cut bundled speech into WAV files of one length; also return the ids of a text that is as long as theirs."""
+def scripted(device: torch.device, count: int, duration_s: float) -> tuple[Transcriber, list[bytes], dict[str, Any]]:
+    """Make the real shapes, bundled speech in WAV files of one length, and options to write a text of that length."""
+    model, tokenizer = full_size_model(device), load_tokenizer(str(DEMO / "decoder"))
+    processor = TinyAudioProcessor(load_feature_extractor(str(DEMO / "encoder")), tokenizer)
     rows = _bundled(200)
     speech = np.concatenate([load_audio(row["wav"]["bytes"]) for row in rows])
     recordings = []
@@ -126,7 +123,10 @@ def wav_recordings(tokenizer: Any, count: int, duration_s: float) -> tuple[list[
         soundfile.write(file, samples, SAMPLING_RATE, format="WAV")
         recordings.append(file.getvalue())
     num_tokens = int(3.5 * duration_s)  # as English speech has
-    return recordings, tokenizer(" ".join(row["text"] for row in rows[:10]))["input_ids"][: num_tokens - 1]
+    ids = tokenizer(" ".join(row["text"] for row in rows[:10]))["input_ids"][: num_tokens - 1]
+    script = LogitsProcessorList([Script([*ids, model.config.eos_token_id])])
+    options = {"max_new_tokens": len(ids) + 1, "generate": {"logits_processor": script}}
+    return Transcriber(model, processor), recordings, options
 
 
 class Script(LogitsProcessor):

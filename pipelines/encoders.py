@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import RunError
 from pipelines.processes import local_rank
-from pipelines.recipes.recipe import EncoderSection, encoder_name
+from pipelines.recipes.recipe import EncoderSection, model_name
 from pipelines.retry import retry_hub
 from tinyaudio.model.encoder import load_encoder, load_feature_extractor
 from tinyaudio.model.families import Family, family_of
@@ -69,7 +69,7 @@ def open_encoder(section: EncoderSection, device: torch.device, timeout_s: float
     extractor = retry_hub(lambda: load_feature_extractor(section.id, section.revision), what, timeout_s)
     precision = section.precision if device.type == "cuda" else "float32"
     fingerprint = {
-        "id": encoder_name(section.id),
+        "id": model_name(section.id),
         "revision": None if Path(section.id).is_dir() else resolved_revision(model, section.revision),
         "weights": weights_digest(model),
         "layer": "last_hidden_state",

@@ -84,11 +84,7 @@ def fold(texts: Sequence[str]) -> list[str]:
 
 
 def check_pairs(references: Sequence[str], hypotheses: Sequence[str]) -> None:
-    """Refuse lists that are not pairs.
-
-    Raises:
-        ValueError: lists of different lengths.
-    """
+    """Refuse lists of different lengths, which are not pairs, with a ValueError."""
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; expected pairs")
 
@@ -129,11 +125,7 @@ def count_character_errors(references: Sequence[str], hypotheses: Sequence[str])
 
 
 def wer_interval(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    *,
-    replications: int = REPLICATIONS,
-    seed: int = SEED,
+    references: Sequence[str], hypotheses: Sequence[str], *, replications: int = REPLICATIONS, seed: int = SEED
 ) -> Interval | None:
     """Estimate the 95 % interval of a WER by resampling utterances.
 

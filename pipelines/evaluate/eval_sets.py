@@ -148,11 +148,7 @@ class EvalSet:
         return {name: version(name) for name in ("soundfile", "soxr", "av")}
 
     def load(self, ids: Collection[str]) -> Iterator[tuple[list[Clip], list[Prediction]]]:
-        """Decode utterances, about `WINDOW_S` seconds of audio at a time.
-
-        Yields:
-            The clips, and a failed prediction for each utterance without transcript or readable audio.
-        """
+        """Decode utterances, about `WINDOW_S` seconds of audio at a time: clips, and predictions of what failed."""
         chosen = set(ids)
         for window in _windows([one for one in self.utterances if one.utterance_id in chosen]):
             by_place: dict[str, list[Utterance]] = {}

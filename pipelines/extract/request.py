@@ -24,7 +24,7 @@ from pipelines.extract.plan import Plan, corpus_fingerprint
 from pipelines.extract.report import ExtractReport
 from pipelines.files import write_text
 from pipelines.recipes import Recipe
-from pipelines.recipes.recipe import encoder_name
+from pipelines.recipes.recipe import model_name
 from pipelines.retry import retry_hub
 
 REQUEST, RECIPE = "request.json", "recipe.toml"  # inside the store
@@ -62,7 +62,7 @@ class Request:
         return {
             "corpus": corpus_fingerprint(self.recipe, self.corpus, self.splits),
             "encoder": {
-                "id": encoder_name(encoder.id),
+                "id": model_name(encoder.id),
                 "revision": None if folder.is_dir() else encoder.revision,
                 "files": digest_model_files(folder) if folder.is_dir() else None,
                 **encoder.model_dump(include={"precision", "compile"}),
@@ -188,7 +188,7 @@ def _revisions(recipe: Recipe) -> dict[str, Any]:
     """Return the revisions that a recipe gives, with what they are revisions of."""
     return {
         "corpus": [recipe.corpus.name, recipe.corpus.revision],
-        "encoder": [encoder_name(recipe.encoder.id), recipe.encoder.revision],
+        "encoder": [model_name(recipe.encoder.id), recipe.encoder.revision],
     }
 
 

@@ -80,9 +80,9 @@ class EncoderSection(Section):
     context: Literal["own", "full"] | None = None  # what Whisper hears: the recording's own length (None), or 30 s
 
 
-def encoder_name(encoder_id: str) -> str:
-    """Name an encoder in a fingerprint: its hub id, or a local folder's own name, since weights identify a folder."""
-    return Path(encoder_id).resolve().name if Path(encoder_id).is_dir() else encoder_id
+def model_name(model: str) -> str:
+    """Name a model: its hub id, or a local folder's own name (`runs/latest` is named after the run it points to)."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 class DecoderSection(Section):

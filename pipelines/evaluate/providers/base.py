@@ -97,11 +97,6 @@ def in_batches(
             yield replace(one, time=share)
 
 
-def model_name(model: str) -> str:
-    """Name a model: its hub id, or a local folder's own name (`runs/latest` is named after the run it points to)."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def local_environment(device: torch.device) -> dict[str, Any]:
     """Return what a local model is computed on."""
     return {

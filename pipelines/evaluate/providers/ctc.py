@@ -17,7 +17,7 @@ from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
 from pipelines.evaluate.providers.base import ProviderOptions, in_batches, length_batches, local_environment
-from pipelines.recipes.recipe import encoder_name
+from pipelines.recipes.recipe import model_name
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encode, encoder_inputs, load_feature_extractor
 from tinyaudio.model.frozen import freeze, load_config, load_frozen, place, resolved_revision, weights_digest
@@ -68,8 +68,8 @@ class CTCProvider:
 
     def identity(self) -> dict[str, Any]:
         return {
-            "name": encoder_name(self.model_id),
-            "encoder": {"id": encoder_name(self.model_id), "revision": self.revision},
+            "name": model_name(self.model_id),
+            "encoder": {"id": model_name(self.model_id), "revision": self.revision},
             "weights_digest": weights_digest(self.model),
             "decoding": "greedy",
         }

@@ -18,13 +18,8 @@ from pipelines.encoders import pick_device
 from pipelines.errors import EvaluationError, one_line
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction
-from pipelines.evaluate.providers.base import (
-    ProviderOptions,
-    in_batches,
-    length_batches,
-    local_environment,
-    model_name,
-)
+from pipelines.evaluate.providers.base import ProviderOptions, in_batches, length_batches, local_environment
+from pipelines.recipes.recipe import model_name
 from tinyaudio.model.audio import SAMPLING_RATE
 from tinyaudio.model.errors import MissingModelError
 

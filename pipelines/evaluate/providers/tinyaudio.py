@@ -11,15 +11,8 @@ from typing import Any
 from pipelines.errors import EvaluationError
 from pipelines.evaluate.eval_sets import Clip
 from pipelines.evaluate.predictions import Prediction, WordScore
-from pipelines.evaluate.providers.base import (
-    DECODING,
-    ProviderOptions,
-    in_batches,
-    length_batches,
-    local_environment,
-    model_name,
-)
-from pipelines.recipes.recipe import encoder_name
+from pipelines.evaluate.providers.base import DECODING, ProviderOptions, in_batches, length_batches, local_environment
+from pipelines.recipes.recipe import model_name
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.recognize import Options
 from tinyaudio.model.transcript import Transcript
@@ -64,8 +57,8 @@ class TinyAudioProvider:
             "name": model_name(str(self.options.model)),
             "revision": self.transcriber.revision,
             "projector_digest": weights_digest(self.transcriber.model.projector),
-            "encoder": {**encoder, "id": encoder_name(encoder["id"])},
-            "decoder": {**decoder, "id": encoder_name(decoder["id"]), "dtype": config.decoder_dtype},
+            "encoder": {**encoder, "id": model_name(encoder["id"])},
+            "decoder": {**decoder, "id": model_name(decoder["id"]), "dtype": config.decoder_dtype},
             "decoding": {**self._decoding(), "guard": self.options.guard, **chosen},
         }
 

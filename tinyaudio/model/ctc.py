@@ -49,12 +49,7 @@ class TokenCTC(nn.Module):
         self._cached_vectors: Tensor | None = None
 
     def loss(
-        self,
-        projected: Tensor,
-        lengths: Sequence[int],
-        labels: Tensor,
-        num_tokens: Sequence[int],
-        embeddings: Tensor,
+        self, projected: Tensor, lengths: Sequence[int], labels: Tensor, num_tokens: Sequence[int], embeddings: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sum the CTC loss of transcripts, in nats.
 
@@ -276,14 +271,7 @@ class _OwnTokensCTC(torch.autograd.Function):
         with torch.enable_grad():
             # In float32 torch's recursion errs by more than 1e-5; these few scores cost little in float64.
             leaf = scores.detach().double().requires_grad_(True)
-            losses = nn.functional.ctc_loss(
-                leaf,
-                classes,
-                lengths,
-                num_tokens,
-                reduction="none",
-                zero_infinity=True,
-            )
+            losses = nn.functional.ctc_loss(leaf, classes, lengths, num_tokens, reduction="none", zero_infinity=True)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         is_frame = (torch.arange(len(scores)) < lengths[:, None]).T.to(scores.device, non_blocking=True)
         ctx.save_for_backward((gradient - leaf.detach().exp() * is_frame[:, :, None]).to(scores.dtype))

@@ -51,16 +51,12 @@ def load_encoder(encoder_id: str, revision: str | None = None, context: str | No
 
 
 def load_encoder_with_head(
-    encoder_id: str,
-    revision: str | None = None,
-    alphabet: Mapping[str, int] | None = None,
-    context: str | None = None,
+    encoder_id: str, revision: str | None = None, alphabet: Mapping[str, int] | None = None, context: str | None = None
 ) -> tuple[PreTrainedModel, CTCHead | None]:
     """Load a frozen encoder as `load_encoder` does, and its CTC head from the same files.
 
     Args:
         alphabet: of the head; None to read it from the encoder's tokenizer.
-        context: as in `load_encoder`.
 
     Returns:
         The encoder, with the same weights as without its head; and the head, None where the checkpoint has none or

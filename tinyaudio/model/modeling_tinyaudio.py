@@ -102,10 +102,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self,
-        config: TinyAudioConfig,
-        encoder: PreTrainedModel | None = None,
-        decoder: PreTrainedModel | None = None,
+        self, config: TinyAudioConfig, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
         # The encoder comes first: pipelines cast the waveform to the type of the first parameter.
@@ -303,11 +300,7 @@ class TinyAudioForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ModelError("this model has no CTC loss over tokens. Call add_token_ctc(token_ids)")
             # The last target is end-of-text, which no frame stands for.
             total, ctc_left_out = self.token_ctc.loss(
-                projected,
-                host_lengths.tolist(),
-                labels,
-                (num_targets - 1).tolist(),
-                self.get_input_embeddings().weight,
+                projected, host_lengths.tolist(), labels, (num_targets - 1).tolist(), self.get_input_embeddings().weight
             )
             ctc_loss = total / divisor
             loss = loss + (1.0 if is_ctc_only else ctc_weight) * ctc_loss

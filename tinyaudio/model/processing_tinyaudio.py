@@ -18,12 +18,7 @@ class TinyAudioProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
         super().__init__(feature_extractor, tokenizer)
 
-    def __call__(
-        self,
-        audio: Any,
-        sampling_rate: int | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def __call__(self, audio: Any, sampling_rate: int | None = None, **kwargs: Any) -> BatchFeature:
         """Load, resample, normalise and pad recordings.
 
         Args:

@@ -31,39 +31,22 @@ class WordScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One utterance and what a system made of it.
+    """One utterance and what a system made of it; a ValueError for both an answer and an error, or neither."""
 
-    Args:
-        audio_filepath: where the corpus keeps the audio; a name, not a path to open.
-        duration: seconds of audio.
-        time: seconds of wall time that the answer took; a batch's time is divided evenly.
-        text: the reference, as the corpus has it.
-        pred_text: the answer, as the system gave it; None if it failed.
-        error: why there is no answer; None if there is one.
-        warnings: codes of the guard, as in `tinyaudio.Transcript.warnings`, or of the provider.
-        words: of the answer, with their scores; None if the system gives none.
-        provider_id: the id under which a paid provider keeps the answer.
-        num_passes, num_tokens, num_accepted: what drafts did, as in `tinyaudio.model.transcript.DraftCounts`; None
-            without drafts.
-
-    Raises:
-        ValueError: both an answer and an error, or neither.
-    """
-
-    audio_filepath: str
-    duration: float
-    time: float
-    text: str
-    pred_text: str | None
+    audio_filepath: str  # where the corpus keeps the audio; a name, not a path to open
+    duration: float  # seconds of audio
+    time: float  # seconds of wall time that the answer took; a batch's time is divided evenly
+    text: str  # the reference, as the corpus has it
+    pred_text: str | None  # the answer, as the system gave it; None if it failed
     utterance_id: str
     speaker: str | None = None
     sex: str | None = None
     source: str | None = None
-    error: str | None = None
-    warnings: tuple[str, ...] = ()
-    words: tuple[WordScore, ...] | None = None
-    provider_id: str | None = None
-    num_passes: int | None = None
+    error: str | None = None  # why there is no answer; None if there is one
+    warnings: tuple[str, ...] = ()  # codes of the guard, as in `tinyaudio.Transcript.warnings`, or of the provider
+    words: tuple[WordScore, ...] | None = None  # of the answer, with their scores; None if the system gives none
+    provider_id: str | None = None  # the id under which a paid provider keeps the answer
+    num_passes: int | None = None  # what drafts did, as in `tinyaudio.model.transcript.DraftCounts`; None without
     num_tokens: int | None = None
     num_accepted: int | None = None
 

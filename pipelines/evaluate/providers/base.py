@@ -40,34 +40,21 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderOptions:
-    """Options of the command line; `open_provider` refuses those that the named provider would ignore.
+    """Options of the command line; `open_provider` refuses those that the named provider would ignore."""
 
-    Args:
-        model: folder or hub id; for a paid provider the name of its model.
-        revision: commit, branch or tag of a hub model.
-        batch_size: clips decoded together; local models only. None: 32 on a GPU, else 16.
-        num_beams, max_new_tokens, length_penalty: decoding; None is the model's own.
-        draft: what drafts greedy text, which changes the speed only; one of `tinyaudio.model.drafts.KINDS`.
-        ctc_nbest: the decoder chooses among this many texts of the projector's CTC head; None: it writes one.
-        guard: transcribe as `tinyaudio transcribe` does, with voice detection and guard; False runs the model alone.
-        api_key: of a paid provider; None reads its environment variable.
-        concurrency: jobs of a paid provider in flight; AssemblyAI's free accounts run 5 at a time.
-        output: folder of the evaluation, in which a paid provider keeps the ids of the jobs it has paid for.
-    """
-
-    model: str | None = None
-    revision: str | None = None
+    model: str | None = None  # folder or hub id; for a paid provider the name of its model
+    revision: str | None = None  # commit, branch or tag of a hub model
     device: str = "auto"
-    batch_size: int | None = None
-    num_beams: int | None = None
+    batch_size: int | None = None  # clips decoded together; local models only. None: 32 on a GPU, else 16
+    num_beams: int | None = None  # None is the model's own, here and in the next two
     max_new_tokens: int | None = None
     length_penalty: float | None = None
-    draft: str = "auto"
-    ctc_nbest: int | None = None
-    guard: bool = True
-    api_key: str | None = None
-    concurrency: int = 5
-    output: Path | None = None
+    draft: str = "auto"  # what drafts greedy text, which changes the speed only; one of `tinyaudio.model.drafts.KINDS`
+    ctc_nbest: int | None = None  # the decoder chooses among so many texts of the projector's CTC head; None: it writes
+    guard: bool = True  # transcribe as the command does, with voice detection and guard; False runs the model alone
+    api_key: str | None = None  # of a paid provider; None reads its environment variable
+    concurrency: int = 5  # jobs of a paid provider in flight; AssemblyAI's free accounts run 5 at a time
+    output: Path | None = None  # folder of the evaluation, where a paid provider keeps the ids of the jobs it paid for
 
     def clips_at_once(self) -> int:
         """Return the number of clips that are decoded together."""

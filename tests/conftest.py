@@ -3,7 +3,9 @@
 import json
 import os
 import signal
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +28,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from tinyaudio.cli import main
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import load_encoder_with_head, load_feature_extractor
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
@@ -277,6 +280,25 @@ def write_recipe(path: Path, corpus_folder: Path, encoder_folder: Path, decoder_
         """
     )
     return path
+
+
+@pytest.fixture
+def tinyaudio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command as a process in `tmp_path` would, but in this one, where the imports are done."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tinyaudio", *map(str, arguments)])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

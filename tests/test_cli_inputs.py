@@ -2,18 +2,10 @@
 
 import pytest
 from audio_files import speech, with_av, with_soundfile
-from typer.testing import CliRunner
+from test_cli_transcribe import run_transcribe  # noqa: F401 (a fixture)
 
 from tinyaudio.cli import transcribe as command
-from tinyaudio.cli.app import app
 from tinyaudio.cli.inputs import EXTENSIONS, find_inputs
-
-FEW = ["--num-beams", "1", "--max-new-tokens", "4"]
-
-
-@pytest.fixture
-def run(checkpoint):
-    return lambda *words: CliRunner().invoke(app, ["transcribe", "-m", str(checkpoint), *FEW, *map(str, words)])
 
 
 def test_films_and_rare_formats_in_a_folder_are_found_and_read(run, tmp_path):

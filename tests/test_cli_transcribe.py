@@ -3,8 +3,6 @@
 import functools
 import http.server
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -22,13 +20,11 @@ from tinyaudio.transcribe import Transcriber
 FEW = ["--num-beams", "1", "--max-new-tokens", "4"]
 
 
-@pytest.fixture
-def run(checkpoint):
-    def go(*words, **kwargs):
-        # CliRunner's stdin is no terminal, as in a pipe
-        return CliRunner().invoke(app, ["transcribe", "-m", str(checkpoint), *FEW, *map(str, words)], **kwargs)
-
-    return go
+@pytest.fixture(name="run")
+def run_transcribe(checkpoint):
+    """Run the command; stdin is no terminal, as in a pipe."""
+    start = ["transcribe", "-m", str(checkpoint), *FEW]
+    return lambda *words, **options: CliRunner().invoke(app, [*start, *map(str, words)], **options)
 
 
 @pytest.fixture
@@ -267,15 +263,11 @@ def test_command_line_made_for_whisper_works(run, talk, expected):
 
 
 @pytest.fixture
-def run_with_head(checkpoint, ctc_folder):
-    """`run`, with a copy of the checkpoint whose encoder has a CTC head."""
+def run_with_head(run, checkpoint, ctc_folder):
+    """`run`, after the checkpoint got an encoder with a CTC head."""
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "encoder_id": str(ctc_folder)}))
-
-    def go(*words):
-        return CliRunner().invoke(app, ["transcribe", "-m", str(checkpoint), *FEW, *map(str, words)])
-
-    return go
+    return run
 
 
 def test_word_timestamps_are_in_json_and_subtitles(run_with_head, talk):
@@ -372,17 +364,7 @@ def test_missing_model_says_the_next_step(talk, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYAUDIO_MODEL", "")
     done = CliRunner().invoke(app, ["transcribe", str(talk)])
     assert isinstance(done.exception, MissingModelError)  # one line and exit 1 in cli.main
-    assert "make demo" in str(done.exception)
-
-
-def test_help_loads_no_torch():
-    script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom tinyaudio.cli.app import app\n"
-        "assert CliRunner().invoke(app, ['transcribe', '--help']).exit_code == 0\n"
-        "print([m for m in ('torch', 'numpy', 'transformers', 'soundfile') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert all(word in str(done.exception) for word in ("--model", "make demo"))
 
 
 def test_an_address_is_a_recording(run, talk, expected, monkeypatch):

@@ -21,7 +21,6 @@ from pipelines.extract.stage import preparing
 from pipelines.recipes import load_recipe
 from pipelines.train.runs import Run
 from pipelines.train.stage import train
-from tinyaudio.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,30 +97,24 @@ def test_whole_files_need_space_in_the_hub_clients_cache_too(recipe_file, store,
         assert (str(cache) in shard_pipeline.lack_of_space(recipe, FeatureStore.open(store), [])) == lack
 
 
-def test_raw_errors_of_a_full_disk_are_one_line(recipe_file, tmp_path, capsys, monkeypatch):
+def test_raw_errors_of_a_full_disk_are_one_line(tinyaudio, recipe_file, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "recipe.toml")
 
     monkeypatch.setattr("pipelines.extract.request.write_text", full)
-    command = ["tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(tmp_path / "store")]
-    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+    done = tinyaudio("extract", "--recipe", recipe_file, "--store", "store", "--device", "cpu")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
     assert "recipe.toml" in last
     assert "No space left on device" in last
 
 
-def test_a_store_that_another_process_finishes_is_not_reported_as_complete(recipe_file, tmp_path, capsys, monkeypatch):
+def test_a_store_that_another_process_finishes_is_not_reported_as_complete(tinyaudio, recipe_file, tmp_path):
     stage_one(recipe_file, tmp_path / "store", part=(0, 3))
     theirs = FeatureStore.open(tmp_path / "store").write_shard(1)
-    command = ["tinyaudio", "extract", "--recipe", str(recipe_file), "--store", str(tmp_path / "store")]
-    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
-    assert "is incomplete: other processes" in capsys.readouterr().err
+    done = tinyaudio("extract", "--recipe", recipe_file, "--store", "store", "--device", "cpu")
+    assert done.returncode == 1
+    assert "is incomplete: other processes" in done.stderr
     theirs.__exit__(RuntimeError, RuntimeError("interrupted"), None)
 
 

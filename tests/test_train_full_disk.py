@@ -1,32 +1,17 @@
 """A full disk during a checkpoint: one line, nothing half-written, and the run resumes once there is space."""
 
 import errno
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from trainings import extracted, module_recipe, same_weights, stage_two  # noqa: F401 (fixtures)
+from trainings import extracted, files_of_at_most, module_recipe, same_weights, stage_two  # noqa: F401 (fixtures)
 
 from pipelines.errors import RunError
 from pipelines.files import full_disk
 from pipelines.train.trainer import ProjectorTrainer
 from tinyaudio.cli.app import _one_line
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Let every larger file fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 
 WRITERS = {
     "safetensors": lambda path: save_file({"a": torch.zeros(100_000)}, path),

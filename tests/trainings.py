@@ -1,5 +1,8 @@
 """Stage two on the tiny parts, for the tests of `pipelines.train.stage`."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,14 @@ def same_weights(one: Path, other: Path) -> bool:
 def logged(run: Path, key: str) -> dict[int, float]:
     """Step to value, for the entries of the metrics that have this key."""
     return {entry["step"]: entry[key] for entry in Run(run).metrics() if key in entry}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let every larger file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

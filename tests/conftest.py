@@ -20,12 +20,14 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     HubertModel,
+    Pipeline,
     PreTrainedTokenizerFast,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
+    pipeline,
 )
 
 from tinyaudio.cli import main
@@ -299,6 +301,12 @@ def tinyaudio(
         return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def asr(checkpoint: Path) -> Pipeline:
+    """transformers' pipeline with the tiny model."""
+    return pipeline("automatic-speech-recognition", model=str(checkpoint), trust_remote_code=True)
 
 
 @pytest.fixture

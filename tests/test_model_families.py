@@ -17,13 +17,11 @@ from cache.errors import StoreMismatchError
 from pipelines.encoders import check_encoder
 from pipelines.errors import RunError
 from pipelines.recipes import load_recipe
-from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
 from tinyaudio.model.encoder import encode, encoder_inputs, load_encoder, load_feature_extractor
 from tinyaudio.model.errors import ModelError
 from tinyaudio.model.families import family_of
 from tinyaudio.model.frozen import weights_digest
 from tinyaudio.model.modeling_tinyaudio import TinyAudioForConditionalGeneration
-from tinyaudio.model.prompt import prompt_ids
 from tinyaudio.model.recognize import Options, Recognizer
 from tinyaudio.model.spectrograms import kaldi_log_mel, whisper_log_mel
 
@@ -155,21 +153,10 @@ def test_unknown_family_is_refused_by_name(decoder_folder):
         load_encoder(str(decoder_folder))
 
 
-def test_windows_are_no_longer_than_what_whisper_hears(tmp_path, decoder_folder, tokenizer, spoken):
+def test_windows_are_no_longer_than_what_whisper_hears(tmp_path, config, tokenizer, spoken):
     """Ten seconds of speech without a pause through an encoder of 5 s, whatever window is asked for."""
-    prefix, suffix = prompt_ids(tokenizer)
     folder = save_encoder("whisper", tmp_path / "whisper", max_s=5)
-    config = TinyAudioConfig(
-        encoder_id=str(folder),
-        encoder_dim=WIDTH,
-        decoder_id=str(decoder_folder),
-        decoder_dim=48,
-        decoder_dtype="float32",
-        prompt_prefix_ids=prefix,
-        prompt_suffix_ids=suffix,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+    config.encoder_id = str(folder)
     model = TinyAudioForConditionalGeneration(config)
     model.load_frozen_parts()
     recognizer = Recognizer(model.eval(), load_feature_extractor(str(folder)), tokenizer)

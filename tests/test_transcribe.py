@@ -352,13 +352,6 @@ def test_unknown_device_is_one_clear_line():
         pick_device("warp")
 
 
-def test_encoded_bytes_and_file_objects_are_sources_too(transcriber, spoken):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, spoken[0][0], 16_000, format="WAV", subtype="FLOAT")
-    sources = [buffer.getvalue(), io.BytesIO(buffer.getvalue()), spoken[0][0], (spoken[0][0], 16_000)]
-    assert len({t.text for t in transcriber.transcribe(sources, **FEW)}) == 1
-
-
 def test_memory_is_released_after_every_group(transcriber, spoken, monkeypatch):
     """Memory kept by malloc shows after an hour only: 775 MB instead of 456, together with oneDNN's kernels."""
     given_back = []

@@ -101,6 +101,17 @@ def test_durations_that_are_no_numbers_are_named(tmp_path):
             opened(tmp_path).scan("train")
 
 
+def test_a_duration_that_is_no_length_is_one_that_is_not_stated(tmp_path):
+    """0 among others, which many tools write for "unknown"."""
+    durations = [0.0, None, -1.0, float("nan"), float("inf"), 1.5]
+    for split in ("train", "dev"):
+        write_parquet(tmp_path / f"{split}-0.parquet", {**loquacious(6), "duration": pa.array(durations, pa.float64())})
+    recipe = load_recipe("demo", [f"corpus.path={tmp_path}", "corpus.no_speech=0"])
+    plan = plan_corpus(recipe, open_corpus(recipe.corpus), ["train"])
+    assert plan.rejected() == {}
+    assert plan.accepted["duration_s"].drop_null().to_pylist() == [1.5]
+
+
 def test_lengths_of_cells_without_stated_durations_are_measured(tmp_path):
     columns = loquacious(3)
     del columns["duration"]

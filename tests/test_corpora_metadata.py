@@ -52,6 +52,56 @@ def test_a_row_that_does_not_fit_the_header_names_its_line(tmp_path, row, expect
         texts(written(tmp_path, f"file_name,text\n0.wav,fine\n{row}\n"))
 
 
+def test_a_line_that_swallowed_the_file_is_named_and_no_quote_blamed(tmp_path):
+    with pytest.raises(CorpusError, match=r"line 2: expected at most 131,072 characters, found 140,006 in '1\.wav"):
+        texts(written(tmp_path, f"file_name,text\n1.wav,{'x' * 140_000}\n"))
+
+
+def test_commas_of_a_text_are_read_in_quotes_and_named_without(tmp_path):
+    """The text may be in any column."""
+    for header, row in (
+        ("file_name,text", "1.wav,{}"),
+        ("text,file_name", "{},1.wav"),
+        ("file_name,text,id", "1.wav,{},7"),
+    ):
+        for text in ("a, b", "a,b,c", ","):
+            path = written(tmp_path, f"{header}\n{row.format('fine')}\n{row.format(text)}\n")
+            with pytest.raises(
+                CorpusError, match=r"line 3: expected . fields .*Put a text with commas into double quotes"
+            ):
+                texts(path)
+            quoted = f'"{text}"'
+            assert texts(written(tmp_path, f"{header}\n{row.format(quoted)}\n")) == [text]
+
+
+@pytest.mark.parametrize(
+    "header", [" file_name , text ", '"file_name","text"', "\ufefffile_name,text", "file_name,text,,"]
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_headers_as_programs_write_them_are_read(tmp_path, header, end):
+    rows = [f"1.wav,a{',,' if header.endswith(',,') else ''}" for _ in range(2)]
+    assert texts(written(tmp_path, end.join([header, *rows, ""]))) == ["a", "a"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "file_name,text\n"])
+def test_a_file_without_rows_has_none(tmp_path, content):
+    assert texts(written(tmp_path, content)) == []
+
+
+def test_what_is_not_one_metadata_file_is_refused(tmp_path):
+    split = tmp_path / "c" / "train"
+    (split / "metadata.csv").mkdir(parents=True)
+    with pytest.raises(CorpusError, match=r"train/metadata\.csv': expected a file, found a directory"):
+        opened(tmp_path / "c").scan("train")
+    (split / "metadata.csv").rmdir()
+    for name, content in (("csv", "file_name,text\n1.wav,a\n"), ("jsonl", '{"file_name": "2.wav", "text": "b"}\n')):
+        written(split, content, f"metadata.{name}")
+        if name == "csv":
+            assert opened(tmp_path / "c").scan("train")["transcript"].to_pylist() == ["a"]
+    with pytest.raises(CorpusError, match=r"expected metadata\.csv or metadata\.jsonl, found both\. Remove one"):
+        opened(tmp_path / "c").scan("train")
+
+
 def test_quotes_that_are_right_are_read(tmp_path):
     content = 'file_name,text\n1.wav,"yes, it is"\n2.wav,"he said ""no"""\n3.wav,"q"\n4.wav,a 6" nail\n5.wav,""\n'
     assert texts(written(tmp_path, content)) == ["yes, it is", 'he said "no"', "q", 'a 6" nail', ""]
@@ -103,6 +153,12 @@ def test_what_is_inside_a_json_string_ends_no_line(tmp_path, inside):
         ('{"file_name": "1.wav", "te', "expected a JSON object"),
         ('{"file_name": "1.wav", "text": ["a", "b"]}', "expected text in 'text'"),
         ('{"file_name": "1.wav", "text": "\\ud800"}', "half a character"),
+        ('{"file_name": "1.wav", "text": "a\\u0000b"}', "expected text in 'text', found a NUL character"),
+        ('{"file_name": "1.wav\\u0000", "text": "a"}', "expected text in 'file_name', found a NUL character"),
+        ('{"file_name": "1.wav", "text": NaN}', "expected text in 'text', found 'NaN'"),
+        ('{"file_name": "1.wav", "text": "a", "text": "b"}', "expected each key once, found text repeated"),
+        ('{"file_name": "1.wav", "text": "a", "duration": 1, "duration": 2}', "found duration repeated"),
+        ('{"file_name": "1.wav", "text": "a"}{"file_name": "2.wav", "text": "b"}', "expected a JSON object"),
         ('{"file_name": "1.wav", "text": "a", "speaker": {"id": 3}}', "expected text in 'speaker'"),
         ('{"file_name": "1.wav", "text": "a", "duration": "1.8s"}', "expected a duration in seconds.*'1.8s'"),
         ('{"file_name": "1.wav", "text": "a", "duration": "1,8"}', "expected a duration in seconds"),

@@ -13,9 +13,12 @@ from extractions import content, spoil, stage_one
 from tiny_encoders import save_encoder
 
 from cache import FeatureStore
-from pipelines.errors import CorpusError, TooManyBadError
+from pipelines.errors import CorpusError, RunError, TooManyBadError
 from pipelines.extract import decode as decoding
 from pipelines.extract import encode as encode_module
+from pipelines.recipes import load_recipe
+from pipelines.train.runs import Run
+from pipelines.train.stage import train
 
 
 def wav(samples: np.ndarray, subtype: str = "PCM_16") -> bytes:
@@ -130,6 +133,25 @@ def test_bad_files_of_a_folder_are_quarantined_with_their_reasons(recipe_file, c
     reasons = quarantine_of(tmp_path / "store")
     assert {reasons[f"train/{name}.wav"] for name in ("nan", "text")} == {"undecodable"}
     assert {reasons[f"train/{name}.wav"] for name in ("empty", "missing")} == {"no_audio"}
+
+
+def test_a_corpus_of_which_nothing_can_be_stored_is_an_error(recipe_file, corpus_folder, tmp_path):
+    """Ten bad rows are tolerated, but not if there are no others, as where every path is wrong."""
+    for split in ("train", "dev"):
+        for name in ("gone.wav", "clips\\1.wav", " 1.wav"):
+            (corpus_folder / split / "metadata.csv").write_text(f"file_name,text\n{name},the cat\n")
+            with pytest.raises(TooManyBadError, match="1 of 1 utterances are bad so far: 1 no_audio"):
+                stage_one(recipe_file, tmp_path / split / name.strip(), split=split)
+
+
+def test_training_on_a_split_without_utterances_is_one_line(recipe_file, corpus_folder, tmp_path):
+    (corpus_folder / "train" / "metadata.csv").write_text("file_name,text\ngone.wav,the cat\nlost.wav,the dog\n")
+    assert stage_one(recipe_file, tmp_path / "store").quarantined == {"no_audio": 2}
+    with pytest.raises(
+        RunError, match=r"store': expected utterances of split 'train', found none\. See its quarantine"
+    ):
+        train(load_recipe(str(recipe_file)), tmp_path / "store", Run(tmp_path / "run"), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_parts_share_one_budget_of_bad_rows_and_running_again_adds_none(recipe_file, corpus_folder, tmp_path):

@@ -24,10 +24,15 @@ class FolderCorpus:
         self.root = root
 
     def _metadata(self, split: str) -> Path:
-        for folder in (self.root / split, self.root):
-            for name in ("metadata.csv", "metadata.jsonl"):
-                if (folder / name).is_file() and (folder != self.root or split == "train"):
-                    return folder / name
+        folders = [self.root / split, *([self.root] if split == "train" else [])]
+        for folder in folders:
+            paths = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).exists()]
+            if len(paths) == 2:
+                raise CorpusError(f"{str(folder)!r}: expected metadata.csv or metadata.jsonl, found both. Remove one")
+            if paths and not paths[0].is_file():
+                raise CorpusError(f"{str(paths[0])!r}: expected a file, found a directory. Remove or rename it")
+            if paths:
+                return paths[0]
         found = sorted(path.parent.name for path in self.root.glob("*/metadata.*"))
         raise CorpusError(f"no split {split!r} in {str(self.root)!r}; found {', '.join(found) or 'none'}")
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
+        if len(line) > csv.field_size_limit():
+            raise _mistake(
+                path,
+                number,
+                f"expected at most {csv.field_size_limit():,} characters, found {len(line):,} in {_shown(line)}. Check "
+                "that each row has a line of its own",
+            )
         try:
             (fields,) = csv.reader([line], strict=True)
         except csv.Error as error:
@@ -128,7 +136,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=partial(_object, path, number))
         except (json.JSONDecodeError, RecursionError) as error:
             raise _mistake(
                 path, number, f"expected a JSON object, found {_shown(line)} ({error}). Write one object a line"
@@ -136,6 +144,16 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(values, dict):
             raise _mistake(path, number, f"expected a JSON object, found {_shown(line)}. Write one object a line")
         yield number, values
+
+
+def _object(path: Path, number: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; of a repeated key, json alone would keep the last value."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        raise _mistake(path, number, f"expected each key once, found {', '.join(repeated)} repeated. Remove one")
+    return values
 
 
 def _row(path: Path, number: int, values: dict[str, Any]) -> Row:
@@ -157,8 +175,12 @@ def _row(path: Path, number: int, values: dict[str, Any]) -> Row:
 
 def _plain(path: Path, number: int, name: str, value: Any) -> str | None:
     """Convert a value to text; a number, such as a speaker 1272, as it is written."""
-    if name in (FILE_NAME, *TEXT, "id", "speaker", "sex", "source") and isinstance(value, (dict, list)):
+    is_used = name in (FILE_NAME, *TEXT, "id", "speaker", "sex", "source")
+    is_text = not isinstance(value, (dict, list)) and value == value  # NaN, which json writes for a missing value
+    if is_used and not is_text:
         raise _mistake(path, number, f"expected text in {name!r}, found {_shown(json.dumps(value))}. Write a string")
+    if isinstance(value, str) and "\0" in value:
+        raise _mistake(path, number, f"expected text in {name!r}, found a NUL character. Remove it")
     plain = value if value is None or isinstance(value, str) else json.dumps(value)
     try:
         (plain or "").encode()

@@ -127,8 +127,8 @@ def _judge(section: CorpusSection, family: "Family", scanned: pa.Table, split: s
     ids, durations, frames, texts, reasons = [], [], [], [], []
     for row in scanned.select(["utterance_id", "source_id", "duration_s", "transcript"]).to_pylist():
         duration_s, text = row["duration_s"], prepare_transcript(row["transcript"], section)
-        if duration_s is None or not np.isfinite(duration_s) or duration_s < 0:
-            duration_s, reason = None, ""  # an unreadable header: decoding it gives the reason
+        if duration_s is None or not np.isfinite(duration_s) or duration_s <= 0:
+            duration_s, reason = None, ""  # not known: decoding gives the length, or the reason
         elif duration_s < section.min_duration_s:
             reason = "too_short"
         elif duration_s > section.max_duration_s:

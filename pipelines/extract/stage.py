@@ -48,7 +48,7 @@ def extract(
         part: (i, N): write only every N-th shard, from the i-th.
         group: this process among those of torchrun. They divide the part, then help each other with the rest.
         max_bad: fraction of the corpus's rows that may be bad, exactly; None takes the recipe's `extract.max_bad` and
-            always tolerates ten. Rows that the recipe filters out by duration do not count.
+            always tolerates ten, but not all rows. Rows that the recipe filters out by duration do not count.
         on_progress: called after every encoder batch.
 
     Raises:
@@ -122,7 +122,8 @@ class Extraction:
         num_filtered = sum(self.report.planned_out.values()) - sum(faults.values())
         num_bad, num_rows = sum(reasons.values()), self.store.header.num_planned - num_filtered
         limit = self.request.recipe.extract.max_bad if self.max_bad is None else self.max_bad
-        if num_bad > max(limit * num_rows, TOLERATED_BAD if self.max_bad is None else 0):
+        num_tolerated = min(TOLERATED_BAD, num_rows - 1) if self.max_bad is None else 0  # never all of them
+        if num_bad > max(limit * num_rows, num_tolerated):
             raise TooManyBadError(
                 f"{num_bad} of {num_rows} utterances are bad so far{listed(dict(reasons.most_common(5)))}; expected at "
                 f"most {100 * limit:g} %. See {self.report.store}/quarantine, or pass a larger --max-bad to continue"

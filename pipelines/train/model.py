@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cache import FeatureReader, FeatureStore
+from pipelines.errors import RunError
 from pipelines.recipes import Recipe
 from tinyaudio.model.audio import HOP_LENGTH, SAMPLING_RATE
 from tinyaudio.model.configuration_tinyaudio import TinyAudioConfig
@@ -89,6 +90,16 @@ def build_model(
 
 
 def window_s(store: FeatureStore, split: str) -> float:
-    """Return the longest training utterance in whole seconds: the longest piece the model may decode at once."""
-    longest = int(FeatureReader(store, split=split).num_frames.max())
+    """Return the longest training utterance in whole seconds: the longest piece the model may decode at once.
+
+    Raises:
+        RunError: there are no training utterances.
+    """
+    num_frames = FeatureReader(store, split=split).num_frames
+    if not len(num_frames):
+        raise RunError(
+            f"{str(store.path)!r}: expected utterances of split {split!r}, found none. See its quarantine folder for "
+            "the reasons, and extract again"
+        )
+    longest = int(num_frames.max())
     return float(math.ceil(longest * HOP_LENGTH / SAMPLING_RATE))

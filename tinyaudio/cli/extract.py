@@ -46,7 +46,7 @@ def extract(
             max=1.0,
             help="Maximum fraction of unusable rows (undecodable audio, missing or overlong text, duplicate ids) "
             "before extraction stops. Rows filtered by duration do not count.  [default: the recipe's extract.max_bad; "
-            "the first 10 are always tolerated]",
+            "the first 10 are always tolerated, but not all rows]",
         ),
     ] = None,
     ray: Annotated[

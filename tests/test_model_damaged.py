@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import HubertModel
 
 from tinyaudio.model.encoder import load_encoder
@@ -22,6 +22,7 @@ FAULTS = {
     "empty": (lambda data: b"", "is damaged: .*again"),
     "five bytes": (lambda data: data[:5], "is damaged: .*again"),
     "a page of the web": (lambda data: b"<!DOCTYPE html><html><body>404</body></html>", "is damaged: .*again"),
+    "another kind of JSON": (lambda data: b"[]", "is damaged: .*again"),
     "zeros": (lambda data: bytes(len(data)), "is damaged: .*again"),
 }
 
@@ -60,6 +61,57 @@ def test_frozen_parts_name_the_damaged_file(encoder_folder, decoder_folder, tmp_
         refused(tmp_path / "encoder" / name, lambda: load_encoder(str(tmp_path / "encoder")))
         refused(tmp_path / "decoder" / name, lambda: load_decoder(str(tmp_path / "decoder"), None, torch.float32))
     assert load_encoder(str(tmp_path / "encoder"))
+
+
+def without(path: Path, *names: str) -> None:
+    """Rewrite weights without those whose names begin so."""
+    save_file({key: value for key, value in load_file(path).items() if not key.startswith(names)}, path)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_weights_that_are_not_there_are_never_made_up(encoder_folder, decoder_folder, tmp_path, part):
+    """transformers draws random ones, and only logs it."""
+    source = {"encoder": encoder_folder, "decoder": decoder_folder}[part]
+
+    def load() -> object:
+        if part == "encoder":
+            return load_encoder(str(tmp_path / "part"))
+        return load_decoder(str(tmp_path / "part"), None, torch.float32)
+
+    keys = sorted(load_file(source / "model.safetensors"))
+    assert keys
+    for lost in (keys[:1], keys[len(keys) // 2 :][:1], keys[-1:], keys[:2], keys):
+        shutil.rmtree(tmp_path / "part", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "part")
+        without(tmp_path / "part" / "model.safetensors", *lost)
+        if all("masked_spec_embed" in key or key.startswith("lm_head") for key in lost):
+            continue
+        with pytest.raises(ModelError, match=r"part' lacks \d+ of its weights \(.*\)\. Download or copy it again"):
+            load()
+
+
+def test_settings_that_do_not_fit_the_weights_are_one_line(checkpoint, encoder_folder, decoder_folder, tmp_path):
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    shutil.copytree(decoder_folder, tmp_path / "decoder")
+    loads = {
+        tmp_path / "encoder": lambda: load_encoder(str(tmp_path / "encoder")),
+        tmp_path / "decoder": lambda: load_decoder(str(tmp_path / "decoder"), None, torch.float32),
+        checkpoint: lambda: Transcriber.load(checkpoint, device="cpu"),
+    }
+    for folder, load in loads.items():
+        whole = (folder / "config.json").read_text()
+        for content in ({}, {"hidden_size": "many", "projector_hidden_size": "many"}, {"hidden_size": 24}):
+            if folder == checkpoint and "projector_hidden_size" in content:
+                content = {"projector_hidden_size": "many"}
+            elif folder == checkpoint and content:
+                content = {"projector_hidden_size": 24}
+            settings = {**json.loads(whole), **content} if content else {}
+            (folder / "config.json").write_text(json.dumps(settings))
+            with pytest.raises(ModelError) as raised:
+                load()
+            assert str(folder) in str(raised.value) or "projector sizes" in str(raised.value)
+        (folder / "config.json").write_text(whole)
+        assert load()
 
 
 def test_weights_of_torch_are_checked_in_both_formats(encoder_folder, tmp_path):

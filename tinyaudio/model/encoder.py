@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .audio import SAMPLING_RATE, Samples, pad_to_window
 from .ctc_head import CTCHead, load_alphabet
 from .errors import ModelError
 from .families import Waveform, family_of
-from .frozen import freeze, load_config, load_frozen
+from .frozen import check_complete, freeze, load_config, load_frozen
 
 # oneDNN keeps a compiled kernel for each of the last 1,024 shapes; batches rarely repeat a shape, so 250 MB are wasted.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -39,12 +39,16 @@ def load_encoder(encoder_id: str, revision: str | None = None, context: str | No
 
     Raises:
         MissingModelError: there is no model with that id.
-        ModelError: it is of no known family, does not give 50 frames a second, or has no such context.
+        ModelError: it is of no known family, does not give 50 frames a second, has no such context, or is not whole.
     """
     family = family_of(load_config(encoder_id, revision), context)
 
     def from_pretrained(auto_class: Any, **settings: Any) -> PreTrainedModel:
-        return load_frozen(auto_class, encoder_id, revision, dtype=torch.float32, **settings)
+        model, info = load_frozen(
+            auto_class, encoder_id, revision, dtype=torch.float32, output_loading_info=True, **settings
+        )
+        check_complete(encoder_id, info["missing_keys"])
+        return cast(PreTrainedModel, model)
 
     with _without_report_of_heads():
         return _with_context(freeze(family.load(from_pretrained)), family.context)
@@ -68,9 +72,10 @@ def load_encoder_with_head(
     whole, info = load_frozen(AutoModelForCTC, encoder_id, revision, dtype=torch.float32, output_loading_info=True)
     encoder = freeze(whole.base_model)
     encoder = _with_context(encoder, family_of(encoder.config, context).context)
-    is_lost = any(key.startswith("lm_head.") for key in info["missing_keys"])
+    of_head = {key for key in info["missing_keys"] if key.startswith("lm_head.")}
+    check_complete(encoder_id, info["missing_keys"] - of_head)
     offset_s = float(getattr(encoder.config, "ctc_offset_s", 0.0))  # no field of transformers' own configurations
-    return encoder, None if is_lost else CTCHead(whole.lm_head, alphabet, offset_s)
+    return encoder, None if of_head else CTCHead(whole.lm_head, alphabet, offset_s)
 
 
 def _with_context(encoder: PreTrainedModel, context: str | None) -> PreTrainedModel:

@@ -13,13 +13,14 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -90,9 +91,11 @@ def _fault(path: Path, size: int, _: int) -> str | None:
         return f"is damaged: its {size:,} bytes are not a file of torch. Download or copy it again"
     if path.suffix == ".json":
         try:
-            json.loads(path.read_bytes())
+            settings = json.loads(path.read_bytes())
         except ValueError as error:
             return f"is damaged: it is not JSON ({one_line(error)}). Download or copy it again"
+        if not isinstance(settings, dict):
+            return f"is damaged: expected a JSON object, found a {type(settings).__name__}. Download or copy it again"
     return None
 
 
@@ -119,6 +122,10 @@ def naming_damage(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, *_DAMAGE) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"{name!r}: expected weights of the sizes in config.json, found others. Download or copy both again"
+            ) from error
         is_damage = any(words in str(error) for words in ("PytorchStreamReader", "unexpected EOF"))
         if isinstance(error, RuntimeError) and not is_damage:
             raise
@@ -172,8 +179,23 @@ def load_frozen(
         raise MissingModelError(
             f"{model_id!r}{at} cannot be loaded ({one_line(error)}). Check the id and the network, or name a local copy"
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{model_id!r} cannot be loaded as {auto_class.__name__}: {one_line(error)}") from error
+
+
+def check_complete(model_id: str, missing: Iterable[str]) -> None:
+    """Check that a frozen part has all its weights: transformers fills in random ones for those that a file lacks.
+
+    Args:
+        missing: names of weights that were not found. What SpecAugment fills in during training is not needed.
+
+    Raises:
+        ModelError: some are missing.
+    """
+    lost = sorted(name for name in missing if not name.endswith("masked_spec_embed"))
+    if lost:
+        some = f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)}"
+        raise ModelError(f"{model_id!r} lacks {len(lost)} of its weights ({some}). Download or copy it again")
 
 
 def load_decoder(
@@ -190,7 +212,11 @@ def load_decoder(
     # digest than on other machines.
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return freeze(load_frozen(AutoModelForCausalLM, decoder_id, revision, gguf_file=gguf_file, **options))
+    decoder, info = load_frozen(
+        AutoModelForCausalLM, decoder_id, revision, gguf_file=gguf_file, output_loading_info=True, **options
+    )
+    check_complete(decoder_id, info["missing_keys"])
+    return freeze(decoder)
 
 
 def load_config(model_id: str, revision: str | None = None) -> Any:

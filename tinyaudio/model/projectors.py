@@ -145,9 +145,10 @@ def build_projector(kind: str, input_dim: int, output_dim: int, stack_factor: in
     """
     if kind not in PROJECTORS:
         raise ModelError(f"unknown projector kind {kind!r}; expected one of {', '.join(PROJECTORS)}")
-    if min(input_dim, output_dim, stack_factor, hidden_size) < 1:
+    sizes = input_dim, output_dim, stack_factor, hidden_size
+    if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ModelError(
-            f"projector sizes must be positive; found input_dim={input_dim}, output_dim={output_dim}, "
-            f"stack_factor={stack_factor}, hidden_size={hidden_size}"
+            f"projector sizes must be positive integers; found input_dim={input_dim}, output_dim={output_dim}, "
+            f"stack_factor={stack_factor}, hidden_size={hidden_size!r}"
         )
     return PROJECTORS[kind](input_dim, output_dim, stack_factor, hidden_size)

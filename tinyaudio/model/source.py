@@ -131,6 +131,11 @@ class Part:
                 data = bytes(known)
         return data
 
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position = offset
         if whence == os.SEEK_CUR:

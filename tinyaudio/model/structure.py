@@ -98,9 +98,10 @@ def _first(stream: BinaryIO, begin: int, end: int) -> Recording:
     if head.startswith(b"TTA1"):
         return replace(whole, end=_next_signature(stream, b"TTA1\x01\x00", begin, end))
     after_tags = _skip_id3(stream, begin, end)
-    head = _read(stream, after_tags, 64)
+    if after_tags > begin:
+        head = _read(stream, after_tags, 64)
     if head.startswith(_FLAC):
-        return _flac(stream, replace(whole, end=_next_signature(stream, _FLAC, after_tags, end)), head, after_tags)
+        return _flac(stream, whole, head, after_tags)
     if after_tags > begin or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
         return replace(whole, **_mp3_promise(_read(stream, after_tags, 4096), end - after_tags))
     return replace(whole, by_libsndfile=True)
@@ -260,15 +261,17 @@ def _flac(stream: BinaryIO, whole: Recording, head: bytes, begin: int) -> Record
     packed = int.from_bytes(head[18:26], "big")  # 20 bits rate, 3 channels, 5 depth, 36 samples
     rate, num_samples = packed >> 44, packed & (1 << 36) - 1
     stated_s = num_samples / rate if rate else 0.0
+    end = _next_signature(stream, _FLAC, begin, whole.end)
     num_frames = 0
     if begin == whole.begin and shortest == longest > 0:
         num_frames = -(-num_samples // longest)
         num_bytes = int.from_bytes(head[15:18], "big") or FLAC_FRAME_BYTES  # of the largest frame
-        tail = max(whole.end - num_bytes - TAIL_TAGS_BYTES, begin)
-        if _last_flac_frame(_read(stream, tail, whole.end - tail)) != num_frames - 1:
+        tail = max(end - num_bytes - TAIL_TAGS_BYTES, begin)
+        if _last_flac_frame(_read(stream, tail, end - tail)) != num_frames - 1:
             num_frames = 0
-    return replace(
-        whole,
+    return Recording(
+        begin=whole.begin,
+        end=end,
         by_libsndfile=num_frames > 0,
         num_flac_frames=num_frames,
         flac_frame_length=longest,

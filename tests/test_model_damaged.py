@@ -155,3 +155,16 @@ def test_the_state_of_a_training_is_checked(tmp_path):
 def test_other_errors_are_not_called_damage():
     with pytest.raises(RuntimeError, match="out of memory"), naming_damage("x"):
         raise RuntimeError("out of memory")
+
+
+def test_weights_under_their_older_names_are_no_missing_ones(encoder_folder, tmp_path):
+    """HuBERT's published files name the two parts of a normalised weight as torch did before 2.1."""
+    older = Path(shutil.copytree(encoder_folder, tmp_path / "older"))
+    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    weights = load_file(older / "model.safetensors")
+    for new, old in names.items():
+        weights = {name.replace(new, old): value for name, value in weights.items()}
+    assert sum(name.endswith(("weight_g", "weight_v")) for name in weights) == 2
+    save_file(weights, older / "model.safetensors", metadata={"format": "pt"})
+    expected, found = (load_encoder(str(folder)).state_dict() for folder in (encoder_folder, older))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

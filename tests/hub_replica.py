@@ -346,8 +346,6 @@ def _paths(body: bytes) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
-# ------------------------------------------------------------------------------------------- what it serves
-
 CARD = """---
 configs:
 - config_name: small

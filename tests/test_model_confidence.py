@@ -24,9 +24,6 @@ LETTERS = {BLANK: 0, SPACE: 1, **{letter: i + 2 for i, letter in enumerate("abcd
 FEW = {"num_beams": 1, "max_new_tokens": 4}
 
 
-# ---------------------------------------------------------------------------------------------------- the decoder
-
-
 @pytest.fixture
 def features(model, spoken, feature_extractor):
     values, mask = encoder_inputs(feature_extractor, [samples for samples, _ in spoken[:3]])
@@ -82,9 +79,6 @@ def test_every_token_is_in_its_word(tokenizer, words):
 def test_a_word_has_the_mean_probability_of_its_tokens():
     log_probs = torch.tensor([0.5, 1.0, 0.25, 0.75, 0.9]).log()
     assert word_probabilities(log_probs, [[0, 1], [2], [], [3]]) == pytest.approx([0.75, 0.25, None, 0.75])
-
-
-# ---------------------------------------------------------------------------------------------------- the head
 
 
 def best_of_all_subsets(log_probs, words, cost):
@@ -204,9 +198,6 @@ def test_no_speech_is_told_by_the_clearest_letters():
     assert no_speech_probs(log_probs[:, :1], [1] * 4, alphabet) == pytest.approx([1.0] * 4, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- in transcripts
-
-
 def test_confidence_changes_no_text_and_no_score_depends_on_the_batch(with_head, processor, spoken):
     transcriber, sources = Transcriber(with_head, processor), [samples for samples, _ in spoken[:6]]
     plain = transcriber.transcribe(sources, **FEW)
@@ -251,9 +242,6 @@ def test_nothing_is_scored_unless_asked(with_head, processor, spoken, monkeypatc
     assert transcript.text
     with pytest.raises(ZeroDivisionError):
         Transcriber(with_head, processor).transcribe([spoken[0][0]], confidence=True, **FEW)
-
-
-# ---------------------------------------------------------------------------------------------------- how well
 
 
 def spoken_words(split, count):

@@ -122,9 +122,6 @@ def test_each_row_stops_at_its_own_budget():
         assert [one.token_ids for one in written] == [row[:n] for row, n in zip(expected, budgets, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------- what is left of a draft
-
-
 def left(draft, *written):
     """What a draft expects after words that were written one by one, none of them as it expected."""
     vocabulary = sorted({*draft.replace(" ", "| ").split("|"), *written, ""})
@@ -197,9 +194,6 @@ def test_a_draft_of_something_else_is_given_up():
     assert sizes[-1] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- drafters
-
-
 def test_the_encoders_letters_become_token_ids(tokenizer):
     alphabet = {BLANK: 0, SPACE: 1, "T": 2, "H": 3, "E": 4, "C": 5, "A": 6}
     linear = torch.nn.Linear(8, 8, bias=False)
@@ -250,9 +244,6 @@ def test_decoders_with_windows_cannot_check_drafts(with_head, tokenizer, monkeyp
     assert open_drafter(with_head, tokenizer, "auto") is None
     with pytest.raises(ModelError, match="does not attend to all earlier positions"):
         open_drafter(with_head, tokenizer, "encoder")
-
-
-# ------------------------------------------------------------------------------------------------------- in transcripts
 
 
 class FakeDrafter:
@@ -329,9 +320,6 @@ def test_drafts_are_for_plain_greedy_decoding(with_head, processor, spoken):
         Options(draft="fast")
     with_head.generation_config.suppress_tokens = [5]
     assert drafts(num_beams=1) is None, "settings of the checkpoint count too"
-
-
-# ----------------------------------------------------------------------------------------------------- the trained demo
 
 
 @pytest.mark.slow

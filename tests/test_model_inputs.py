@@ -170,9 +170,6 @@ def test_transcriber_takes_data_sets_too(model, processor, spoken):
     assert [one.error for one in Transcriber(model, processor).stream(rows, **FEW)] == [None] * 3
 
 
-# ------------------------------------------------------------------------------------------- addresses
-
-
 class Server(http.server.BaseHTTPRequestHandler):
     content = b""
 
@@ -260,9 +257,6 @@ def test_addresses_without_a_server_are_one_line(model, processor, spoken):
             loaded(other)
 
 
-# ------------------------------------------------------------------------------------------- the stock pipeline
-
-
 def test_a_loaded_model_gets_its_own_pipeline(checkpoint, asr, spoken):
     """Whisper's model card: transformers chooses the class by a configuration, and reads none for a model object."""
     long = with_pauses((samples for samples, _ in spoken[:6]), 1.0)
@@ -299,9 +293,6 @@ def test_other_models_keep_the_stock_pipeline(ctc_folder, spoken):
     stock = pipeline(TASK, model=str(ctc_folder))
     assert type(stock) is AutomaticSpeechRecognitionPipeline
     assert "text" in stock(spoken[0][0])
-
-
-# ------------------------------------------------------------------------------------------- options and precision
 
 
 def test_english_is_the_language(asr, spoken):

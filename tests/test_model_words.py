@@ -32,9 +32,6 @@ LETTERS = {BLANK: 0, SPACE: 1, **{letter: i + 2 for i, letter in enumerate("abcd
 FEW = {"num_beams": 1, "max_new_tokens": 4}
 
 
-# ---------------------------------------------------------------------------------------------------- the algorithm
-
-
 def collapsed(path):
     """CTC's own definition: repeats are one, then blanks are dropped (Graves et al. 2006, section 3.1)."""
     return [symbol for symbol, _ in itertools.groupby(path) if symbol != 0]
@@ -109,9 +106,6 @@ def test_targets_that_match_anything_never_push_letters_away():
     assert score >= both - 1e-4, "at least as good as any one symbol in between"
 
 
-# ---------------------------------------------------------------------------------------------------- words
-
-
 def heard(pattern):
     """Log-probabilities of letters that are certain, one frame each: `_` is the blank, `|` the space."""
     ids = [LETTERS[{"_": BLANK, "|": SPACE}.get(letter, letter)] for letter in pattern]
@@ -176,9 +170,6 @@ def test_words_that_were_not_heard_have_a_low_score():
     assert dog.acoustic_score < 0.01
 
 
-# ---------------------------------------------------------------------------------------------------- the head
-
-
 def test_encoder_is_the_same_with_and_without_its_head(ctc_folder, spoken):
     alone, (encoder, head) = load_encoder(str(ctc_folder)), load_encoder_with_head(str(ctc_folder))
     assert weights_digest(encoder) == weights_digest(alone)
@@ -232,9 +223,6 @@ def saved_names(checkpoint):
         return list(file.keys())
 
 
-# ---------------------------------------------------------------------------------------------------- in transcripts
-
-
 def edges_of(words):
     return [edge for word in words for edge in (word.start, word.end)]
 
@@ -268,9 +256,6 @@ def test_pipeline_returns_words_in_the_format_of_transformers(with_head, process
     assert all(len(chunk["timestamp"]) == 2 for chunk in output["chunks"])
     with pytest.raises(ValueError, match="return_timestamps='char' is not supported"):
         asr(spoken[0][0], return_timestamps="char", **FEW)
-
-
-# ---------------------------------------------------------------------------------------------------- how exact
 
 
 def timed(bundled_encoder, texts, recordings, batch_size, offset_s=None):

@@ -53,9 +53,6 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0)
 
 
-# ------------------------------------------------------------------------------------------------ OpenAI's client
-
-
 def test_the_official_client_gets_the_command_lines_text_in_every_format(client, transcriber, three):
     (expected,) = transcriber.transcribe([three], **FEW)
     assert len(expected.segments) == 3
@@ -128,9 +125,6 @@ def test_a_prompt_is_accepted_and_said_to_be_unused(server, three):
     assert answer.status_code == 200
     assert answer.headers["x-tinyaudio-ignored"] == "prompt"
     assert "x-tinyaudio-ignored" not in server.post(three).headers
-
-
-# -------------------------------------------------------------------------------------------------- bad requests
 
 
 @pytest.mark.parametrize(
@@ -230,9 +224,6 @@ def test_too_many_parts_are_400(server, three):
     assert server.client.post("/v1/audio/transcriptions", files=two, data={"model": "tiny"}).status_code == 400
 
 
-# --------------------------------------------------------------------------------------------------------- limits
-
-
 def test_too_large_a_body_is_413_before_it_is_read(transcriber, three, monkeypatch):
     monkeypatch.setattr("tinyaudio.server.DRAIN_S", 0.3)
     with running(transcriber, limits=Limits(max_upload_bytes=len(three) // 2)) as server:
@@ -307,9 +298,6 @@ def test_a_client_that_goes_away_frees_its_place(transcriber, three):
                 time.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------------------- keys and hosts
-
-
 def test_nothing_is_answered_without_the_key_but_the_probes(transcriber, three):
     with running(transcriber, options=Options(**FEW), api_key=KEY) as server:
         assert server.post(three).status_code == 200
@@ -372,9 +360,6 @@ def test_the_command_refuses_a_host_without_a_key_and_a_bad_key(arguments, words
     assert words in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------- metrics and docs
-
-
 def test_metrics_count_answers_audio_and_batches(server, three):
     server.post(three)
     server.post(b"")
@@ -403,9 +388,6 @@ def test_a_folders_name_is_shown_without_its_path(tmp_path):
     (tmp_path / "latest").symlink_to("mine")
     assert public_name(str(tmp_path / "latest")) == "mine"
     assert public_name("owner/model") == "owner/model"
-
-
-# -------------------------------------------------------------------------------------------------- the command
 
 
 def test_beams_and_drafts_reach_the_queue_and_are_checked_when_the_model_is_loaded(checkpoint, monkeypatch, capsys):
@@ -515,9 +497,6 @@ def test_the_answers_are_json_that_names_no_model_folder(server, three):
     text = server.post(three, response_format="verbose_json").text
     assert "warnings" in json.loads(text)
     assert "source" not in json.loads(text)
-
-
-# --------------------------------------------------------------------------------------------------- a trained model
 
 
 @pytest.mark.slow

@@ -99,9 +99,6 @@ def test_the_best_path_has_no_repeats_and_no_blanks(monkeypatch):
     assert head.best_path(7 * embeddings[rows], torch.tensor([8, 3]), embeddings) == [[1, 1, 4, 3], [3]]
 
 
-# --------------------------------------------------------------------------------------------- in stage two
-
-
 def test_a_phase_before_and_a_weight_beside(recipe_file, store, tmp_path, monkeypatch):
     """The decoder does not run in the CTC phase; both losses are logged; the drafts' word errors stand beside."""
     decoder_runs: list[int] = []

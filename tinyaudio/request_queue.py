@@ -246,8 +246,6 @@ class RequestQueue:
         for thread in self._threads:
             thread.join(timeout=60)
 
-    # ------------------------------------------------------------------------------- reading, in `NUM_READERS` threads
-
     def _read(self) -> None:
         while True:
             with self._changed:
@@ -300,8 +298,6 @@ class RequestQueue:
                     if not ticket.is_open:
                         self._close_source(ticket)
                     return
-
-    # ------------------------------------------------------------------------------------------ decoding, in one thread
 
     def _run_model(self) -> None:
         try:
@@ -361,8 +357,6 @@ class RequestQueue:
                 ticket.input.finish(piece, output if ticket.is_scored else replace(output, scores=Scores()))
             for ticket in {ticket.number: ticket for ticket, _ in batch}.values():
                 self._report(ticket)
-
-    # ------------------------------------------------------------------------------- the rest, while holding the lock
 
     def _report(self, ticket: Ticket) -> None:
         """Pass on what is new about a request, and end it if that was all."""

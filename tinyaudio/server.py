@@ -88,9 +88,6 @@ def error_response(
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
-# --------------------------------------------------------------------------------------------------------- the form
-
-
 class Parameters(BaseModel):
     """The fields of a transcription request, beside `file`."""
 
@@ -195,9 +192,6 @@ FORM_SCHEMA = {
         },
     }
 }
-
-
-# ------------------------------------------------------------------------------------------------------- the answer
 
 
 def render(transcript: Transcript, parameters: Parameters) -> Response:
@@ -321,9 +315,6 @@ async def stream_events(first: Update, rest: AsyncIterator[Update]) -> AsyncIter
             update = await anext(rest)
     except Refusal as refusal:  # the status has been sent already
         yield "data: " + bytes(refusal.response().body).decode() + "\n\n"
-
-
-# --------------------------------------------------------------------------------------------------------- the gate
 
 
 class Gate:
@@ -455,9 +446,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------- metrics
-
-
 class Metrics:
     """What `/metrics` reports, in Prometheus' format."""
 
@@ -505,9 +493,6 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-# -------------------------------------------------------------------------------------------------------------- app
 
 
 def build_app(

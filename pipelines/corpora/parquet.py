@@ -174,8 +174,6 @@ class ParquetCorpus:
                     f"{file!r} is not readable as Parquet ({one_line(error)}). Get the file again"
                 ) from error
 
-    # ------------------------------------------------------------------------------------------- metadata
-
     def scan(self, split: str) -> pa.Table:
         files = self.files(split)
         with ThreadPoolExecutor(self.scan_threads) as threads:
@@ -248,8 +246,6 @@ class ParquetCorpus:
         ]
         names = self.columns.audio, f"{self.columns.audio}.bytes"
         return sum(c.total_compressed_size for c in columns if c.path_in_schema in names)
-
-    # ------------------------------------------------------------------------------------------- audio
 
     def _iter_group(self, parquet: pq.ParquetFile, group: int, file: str) -> Iterator[bytes]:
         """Yield the audio of a row group, row by row."""

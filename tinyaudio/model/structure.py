@@ -126,9 +126,6 @@ def _next_signature(stream: BinaryIO, signature: bytes, begin: int, end: int) ->
     return end
 
 
-# ------------------------------------------------------------------------------------------- WAV, AIFF, W64, CAF, AU
-
-
 class _Layout(NamedTuple):
     """How a family of formats divides a file into chunks: sizes of the fields, and where the first chunk begins."""
 
@@ -234,8 +231,6 @@ def _au(stream: BinaryIO, whole: Recording, head: bytes) -> Recording:
         return replace(whole, by_libsndfile=True, end=whole.begin + data_begin + declared)
     return replace(whole, by_libsndfile=True, patches={8: b"\xff\xff\xff\xff"})
 
-
-# ------------------------------------------------------------------------------------------- FLAC, MP3
 
 _FLAC = b"fLaC\x00\x00\x00\x22"  # its first block describes the stream, in 34 bytes
 _FLAC_FRAME = b"\xff\xf8"  # with a fixed number of samples; the others have their position instead of a number
@@ -385,8 +380,6 @@ def _mp3_promise(head: bytes, present: int) -> dict[str, Any]:
     return {**found, "is_cut": num_bytes - present > max(2 * frame[0], MISCOUNTED_BYTES)}
 
 
-# ------------------------------------------------------------------------------------------- Ogg
-
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 # Samples at 48 kHz in a frame of Opus, by the first five bits of a packet (RFC 6716, table 2).
 _OPUS_FRAME = [480, 960, 1920, 2880] * 3 + [480, 960] * 2 + [120, 240, 480, 960] * 4
@@ -509,8 +502,6 @@ def _opus_length(packet: bytes) -> int:
     num_frames = (1, 2, 2, packet[1] & 63 if len(packet) > 1 else 0)[code]
     return _OPUS_FRAME[packet[0] >> 3] * num_frames
 
-
-# ------------------------------------------------------------------------------------------- MP4, Matroska, ASF, FLV
 
 _EBML, _SEGMENT, _CLUSTER = bytes.fromhex("1a45dfa3"), 0x18538067, 0x1F43B675
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")

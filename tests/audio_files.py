@@ -115,9 +115,10 @@ def correlation(a, b, most=1_600):
     reference = a[most : most + size]
     if size < 100 or not reference.std():
         return 0.0
-    best = 0.0
-    for shift in range(-most, most + 1, 5):
+
+    def at(shift):
         other = b[most + shift : most + shift + size]
-        if len(other) == size and other.std():
-            best = max(best, float(np.corrcoef(reference, other)[0, 1]))
-    return best
+        return float(np.corrcoef(reference, other)[0, 1]) if len(other) == size and other.std() else 0.0
+
+    coarse = max(range(-most, most + 1, 5), key=at)
+    return max(0.0, *map(at, range(max(-most, coarse - 4), min(most, coarse + 4) + 1)))

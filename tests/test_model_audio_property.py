@@ -90,7 +90,7 @@ def check_whole(kind, duration_s, seed, level):
     assert -0.05 < len(decoded) / SAMPLING_RATE - duration_s < 0.3
     reference = np.concatenate(list(iter_audio(with_soundfile(samples, rate, subtype="FLOAT"))))
     most = min(2_600, len(reference) // 4)
-    assert correlation(reference, decoded, most) > (0.35 if rate == 8_000 else 0.8)  # AMR: 12 of 128 kbit/s
+    assert correlation(reference, decoded, most) > (0.4 if rate == 8_000 else 0.8)  # AMR keeps 12 of 128 kbit/s
 
 
 def check_cut(kind, seed, share):

@@ -204,10 +204,14 @@ def test_grid_is_checked_before_anything_runs(recipe_file, store, tmp_path):
         load_grid(write_grid(tmp_path / "key.toml", recipe_file, '"projector.kin" = ["mlp"]'))
     with pytest.raises(RecipeError, match="did you mean 'mlp'"):
         load_grid(write_grid(tmp_path / "kind.toml", recipe_file, '"projector.kind" = ["linear", "mlpp"]'))
-    with pytest.raises(RecipeError, match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of ctc,"):
+    with pytest.raises(
+        RecipeError, match=r"no grid 'dem'; did you mean 'demo'. expected a TOML file or one of ctc, ctc-c"
+    ):
         load_grid("dem")
     grid = load_grid(write_grid(tmp_path / "int8.toml", recipe_file, '"store.encoding" = ["float16", "int8"]'))
-    with pytest.raises(RunError, match=r"encoding float16; expected int8. Try `tinyaudio extract --recipe .* --set "):
+    with pytest.raises(
+        RunError, match=r"encoding float16; expected int8. Try `tinyaudio extract --recipe .* --set store.enc"
+    ):
         ablate(grid, store, tmp_path / "out", device="cpu", say=lambda _: None)
     assert not (tmp_path / "out").exists()
 

@@ -32,8 +32,6 @@ _TIMED = _FROM_ZERO | _FROM_FIRST | {"asf", "flv", "nut", "avi", "flac"}
 _MPEG_AUDIO = {"mp3", "mp2"}
 _RAW = _MPEG_AUDIO | {"aac", "ac3", "eac3"}  # frames one after the other; what lies between them is no sound
 
-# In which FFmpeg looks for the parameters of MP3, which every frame states: more take 0.05 ms a file, for nothing.
-MP3_PROBE_BYTES = "1024"
 MAX_REST_BYTES = 1 << 12  # behind the last frame, of what is neither frames nor tags
 
 OnWarning = Callable[[str], None]
@@ -184,14 +182,13 @@ class _FFmpegDecoder:
         import av
 
         av.logging.set_level(None)  # errors reach the caller as exceptions, not on stderr
-        is_mp3 = self._recording.container == "mp3"
         try:
             # Playlists are files too: without this one could make FFmpeg open other files, or the network.
             container = av.open(
                 cast(BinaryIO, self._part),
                 mode="r",
                 format=self._recording.container,
-                options={"protocol_whitelist": "", **({"probesize": MP3_PROBE_BYTES} if is_mp3 else {})},
+                options={"protocol_whitelist": ""},
                 metadata_errors="replace",
             )
         except (av.FFmpegError, ValueError, EOFError, IndexError, NotImplementedError) as error:

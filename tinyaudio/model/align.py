@@ -182,9 +182,8 @@ class Alignment:
     """A text beside what was heard."""
 
     words: tuple[Word, ...]  # of the text, with their times
-    missing: tuple[
-        tuple[float, float], ...
-    ] = ()  # (start, end), s, of stretches of letters of which nothing is written
+    # (start, end) in seconds of each stretch where letters were heard and nothing was written.
+    missing: tuple[tuple[float, float], ...] = ()
 
 
 def align_words(

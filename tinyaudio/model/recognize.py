@@ -110,11 +110,17 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The progress of a stream."""
+    """The progress of a stream.
 
-    done_s: float  # of audio that is transcribed, without speech, or part of an input that ended
-    read_s: float  # of audio read so far
-    num_done: int  # inputs finished, with or without an error
+    Args:
+        done_s: seconds of audio that are transcribed, without speech, or part of an input that ended.
+        read_s: seconds of audio read so far.
+        num_done: inputs finished, with or without an error.
+    """
+
+    done_s: float
+    read_s: float
+    num_done: int
 
 
 OnProgress = Callable[[Progress], None]

@@ -88,12 +88,18 @@ def _rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftCounts:
-    """What drafts did for a transcript, see `drafts`; second decodings are not counted."""
+    """What drafts did for a transcript, see `drafts`; second decodings are not counted.
+
+    Args:
+        draft: where they came from, "projector" or "encoder".
+        num_passes: passes of the decoder, of all segments together.
+        num_tokens: that it wrote, each end-of-text included. num_accepted: those of them that were drafted.
+    """
 
     draft: str
-    num_passes: int  # of the decoder, of all segments together
-    num_tokens: int  # that it wrote, each end-of-text included
-    num_accepted: int  # those of them that were drafted
+    num_passes: int
+    num_tokens: int
+    num_accepted: int
 
     def __add__(self, other: "DraftCounts") -> "DraftCounts":
         return replace(

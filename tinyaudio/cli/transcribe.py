@@ -131,8 +131,8 @@ def transcribe(
     check_decoding(draft, num_beams, ctc_nbest, length_penalty)
     if highlight_words and not word_timestamps:
         usage("--highlight-words: expected --word-timestamps with it; add that")
-    if chunk_length is not None and not (math.isfinite(chunk_length) and chunk_length > 0):
-        usage(f"--chunk-length {chunk_length:g}: expected seconds above 0")
+    if chunk_length is not None and not 1 <= chunk_length < math.inf:
+        usage(f"--chunk-length {chunk_length:g}: expected at least 1 second")
     load = {"model": model, "device": device, "dtype": _dtype(dtype, fp16), "revision": revision}
     load |= {**_part("encoder", encoder_id), **_part("decoder", decoder_id)}
     decoding: dict[str, Any] = {"num_beams": num_beams, "draft": draft, "ctc_nbest": ctc_nbest}

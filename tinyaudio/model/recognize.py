@@ -39,6 +39,7 @@ ENCODER_BATCH_S = 480.0  # seconds of padded audio that the encoder gets at once
 # A step of generation on a GPU costs the start of its kernels, 20 to 30 ms, whether it has 8 rows or 64.
 BATCH_SIZE, GPU_BATCH_SIZES = 8, (64, 32, 16)
 CACHE_SHARE = 0.4  # of a GPU's free memory, for keys and values; the rest is for the encoder, logits and prompts
+MIN_WINDOW_S = 1.0  # in much shorter pieces no word is heard, and nothing would be written
 MAX_TEXTS = 100  # the decoder reads them all in one batch
 DECODER_WEIGHT = 0.5  # of the decoder's log-probability beside CTC's; 0.1 to 2 choose nearly the same texts
 WORD_END_LEVEL = 0.01  # of a piece's peak: the last word ends there, 40 dB below it; its segment may end in an echo
@@ -78,7 +79,7 @@ class Options:
         ctc_nbest: let the decoder choose among this many texts (2 to MAX_TEXTS), the most probable ones of the
             projector's CTC head, instead of writing one. It needs a projector that was trained with a CTC loss.
         max_new_tokens: the most tokens of one piece; `guard.token_budget` may allow fewer.
-        window_s: the longest piece, seconds; None is the model's own window.
+        window_s: the longest piece, seconds, at least MIN_WINDOW_S; None is the model's own window.
         word_timestamps: find out when each word was said, and how sure it is; needs an encoder with a CTC head.
         confidence: compute the scores of `Segment`; with a CTC head also the warnings `unheard` and `missing`.
         track: number of the audio track of files, from 1; None is each file's default track.
@@ -98,10 +99,12 @@ class Options:
     generate: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_beams", "max_new_tokens", "window_s", "track"):
+        for name in ("batch_size", "num_beams", "max_new_tokens", "track"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if self.window_s is not None and not MIN_WINDOW_S <= self.window_s < math.inf:
+            raise ValueError(f"window_s is {self.window_s}; expected at least {MIN_WINDOW_S:g} second")
         if self.ctc_nbest is not None and not 2 <= self.ctc_nbest <= MAX_TEXTS:
             raise ValueError(f"ctc_nbest is {self.ctc_nbest}; expected 2 to {MAX_TEXTS}")
         if self.draft not in KINDS:

@@ -72,6 +72,7 @@ class Transcriber:
         Raises:
             MissingModelError: there is no such model, or one of its frozen parts cannot be found.
             ModelError: parts that do not fit together, or an unknown device.
+            ValueError: a window_s below a second.
         """
         name = str(model) if model is not None else default_model()
         # Use this package's classes for a checkpoint, not the copies that travel in its folder.
@@ -80,7 +81,7 @@ class Transcriber:
         AutoModelForSpeechSeq2Seq.register(TinyAudioConfig, TinyAudioForConditionalGeneration, exist_ok=True)
         # False, not the default, which asks on the terminal and would read a recording on stdin as the answer.
         where: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
-        window_s = overrides.pop("window_s", None)
+        window_s = Options(window_s=overrides.pop("window_s", None)).window_s
         loaded = TinyAudioForConditionalGeneration.from_pretrained(name, dtype=dtype, **where, **overrides)
         if window_s is not None:
             loaded.config.window_s = window_s
